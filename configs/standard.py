@@ -1,0 +1,16 @@
+"""HTFA at the size that pretrained parts have.
+
+SigLIP so400m at 448 pixels (1024 tokens), a VQGAN tokenizer (784 codes), InternLM2-1.8B cut to
+its first 4 layers; 8 samples per update.
+
+    python -m htfa_jax.train --config configs/standard.py \\
+        --config.data.train=train.jsonl --config.data.validation=val.jsonl \\
+        --config.data.test=test.jsonl
+"""
+
+from htfa_jax.config import Config
+
+
+def get_config() -> Config:
+    """The defaults are this configuration."""
+    return Config()

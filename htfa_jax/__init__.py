@@ -1,0 +1,1 @@
+"""HTFA in JAX: answers questions about a partly hidden object and paints it whole."""

@@ -1,0 +1,54 @@
+"""What the data pipeline hands to the model: one dataclass of arrays."""
+
+import dataclasses
+
+import jax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """Samples of equal shape; H = W = `image_size`, letters as in `layers`.
+
+    Regions and boxes are (x, y, w, h) in pixels of the preprocessed picture. What a record does
+    not have is zero and flagged.
+
+    Attributes:
+      image_orig: uint8 [B, H, W, 3], the original.
+      image_recon: uint8 [B, H, W, 3], the reconstruction.
+      image_target: uint8 [B, H, W, 3], the whole object in the original's frame.
+      region_orig: float32 [B, 4], where the original (and target, masks) is; padding around it.
+      region_recon: float32 [B, 4], where the reconstruction is.
+      object_mask: bool [B, H, W], where the object is, its hidden part included.
+      occluder_mask: bool [B, H, W], where something covers the picture.
+      bbox_orig: float32 [B, 4], the object in the original.
+      bbox_recon: float32 [B, 4], the object in the reconstruction.
+      has_recon, has_target, has_object_mask, has_occluder_mask, has_bbox_orig,
+      has_bbox_recon: bool [B].
+      tokens: int32 [B, L], text, padded behind.
+      labels: int32 [B, L], the token after each.
+      loss_mask: float32 [B, L], 1 where that token is learned.
+      weight: float32 [B], 0 for records that were skipped or pad a batch.
+      index: int32 [B], number of the record in its dataset; -1 for padding.
+    """
+
+    image_orig: jax.Array
+    image_recon: jax.Array
+    image_target: jax.Array
+    region_orig: jax.Array
+    region_recon: jax.Array
+    object_mask: jax.Array
+    occluder_mask: jax.Array
+    bbox_orig: jax.Array
+    bbox_recon: jax.Array
+    has_recon: jax.Array
+    has_target: jax.Array
+    has_object_mask: jax.Array
+    has_occluder_mask: jax.Array
+    has_bbox_orig: jax.Array
+    has_bbox_recon: jax.Array
+    tokens: jax.Array
+    labels: jax.Array
+    loss_mask: jax.Array
+    weight: jax.Array
+    index: jax.Array

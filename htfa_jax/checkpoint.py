@@ -1,0 +1,217 @@
+"""Checkpoints of a run: Orbax for the training state, weight folders for what is frozen.
+
+A run's workdir holds
+
+    config.json            the resolved configuration
+    tokenizer/             what its text went through
+    frozen/PART-HASH/      frozen weights, once
+    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts
+    logs/                  metrics.jsonl, train.log, TensorBoard events, panels
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from htfa_jax import parts, paths
+from htfa_jax.config import Config
+from htfa_jax.config_io import load_config
+from htfa_jax.errors import CheckpointError
+from htfa_jax.paths import Flat
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS, FROZEN = "checkpoints", "frozen"
+
+
+def new_workdir(name: str) -> Path:
+    """runs/NAME_TIME, not there yet."""
+    return Path("runs") / f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Writing is asynchronous; `close` waits for it.
+
+    Args:
+      workdir: of the run.
+      keep: latest checkpoints kept, besides the best.
+      metric: name of the validation metric that chooses the best; None keeps no best.
+      mode: which end of it is best.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep: int,
+        metric: str | None = None,
+        mode: Literal["min", "max"] = "min",
+    ):
+        self.metric, self.folder = metric, (workdir / CHECKPOINTS).absolute()
+        policies: list[checkpoint_managers.PreservationPolicy]
+        policies, best = [checkpoint_managers.LatestN(keep)], {}
+        if metric is not None:
+
+            def value(metrics: Mapping[str, float]) -> float:
+                return metrics[metric]
+
+            best = {"best_fn": value, "best_mode": mode}
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=value,
+                    reverse=mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+                **best,
+            ),
+            item_names=("params", "opt_state", "meta"),
+        )
+
+    def save(
+        self,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing `state` under its step; without this run's metric it is never best."""
+        step = int(state["step"])
+        if metrics is not None:
+            metrics = {self.metric: metrics[self.metric]} if self.metric in metrics else None
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state["params"]),
+            opt_state=ocp.args.StandardSave(state["opt_state"]),
+            meta=ocp.args.JsonSave({**meta, "step": step}),
+        )
+        if step not in self._manager.all_steps() and not self._manager.save(
+            step, args=items, metrics=metrics, force=True
+        ):
+            raise CheckpointError(f"step {step} was not saved to {self.folder}")
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, or the newest if none was evaluated."""
+        return self._manager.best_step() or self._manager.latest_step()
+
+    def restore(self, step: int, **like: Any) -> dict[str, Any]:
+        """The named items of a step, and its meta.
+
+        Args:
+          step: of a complete checkpoint.
+          **like: `params` and `opt_state`, or one of them; shapes, types and shardings.
+        """
+        items = {
+            name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+            for name, tree in like.items()
+        }
+        try:
+            return dict(
+                self._manager.restore(
+                    step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
+                )
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} does not fit this model; was the "
+                f"configuration changed since? {str(error)[:600]}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+    """The checkpoints of a run of the main job."""
+    train = config.train
+    return Checkpoints(
+        workdir, keep=train.keep_checkpoints, metric=train.best_metric, mode=train.best_mode
+    )
+
+
+def save_frozen(workdir: Path, config: Config, frozen: Flat) -> dict[str, str]:
+    """Writes frozen weights that are not there yet; returns their folders' names by part."""
+    names = {}
+    for part in dict.fromkeys(path.split(".")[0] for path in frozen):
+        inside, _ = paths.split(frozen, rf"{part}\..*")
+        arrays = {p.removeprefix(part + "."): jax.device_get(v) for p, v in inside.items()}
+        names[part] = f"{part}-{parts.digest(arrays)[:12]}"
+        folder = workdir / FROZEN / names[part]
+        if not (folder / parts.WEIGHTS).is_file():
+            sizes = getattr(config, part)
+            parts.save_part(folder, parts.FAMILIES.get(part, part), sizes, arrays)
+    return names
+
+
+def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
+    """The frozen weights of a run, checked against the hashes in their names."""
+    frozen: Flat = {}
+    for part, name in names.items():
+        arrays = parts.read_weights(workdir / FROZEN / name)
+        if f"{part}-{parts.digest(arrays)[:12]}" != name:
+            raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
+        frozen |= {f"{part}.{path}": value for path, value in arrays.items()}
+    return frozen
+
+
+def find_run(path: str | Path) -> tuple[Path, int | None]:
+    """The workdir and step that a path means: a run, or one of its checkpoints.
+
+    Raises CheckpointError if there is no run.
+    """
+    path = Path(path).expanduser()
+    step = None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        path, step = path.parent.parent, int(path.name)
+    if not (path / "config.json").is_file() or not (path / CHECKPOINTS).is_dir():
+        raise CheckpointError(
+            f"{path} is not a run: expected config.json and {CHECKPOINTS}/ "
+            f"(or a folder {CHECKPOINTS}/STEP of one)"
+        )
+    return path, step
+
+
+def load_run(
+    path: str | Path, shapes_of: Callable[[Config], Flat]
+) -> tuple[Config, Flat, int, Path]:
+    """Configuration, all weights, step and workdir of a run, or of one of its checkpoints.
+
+    Of a run, the best checkpoint counts if there were evaluations, else the newest.
+
+    Args:
+      path: the run or checkpoint.
+      shapes_of: from the run's configuration to `{path: shape and dtype}` of all parameters.
+    """
+    workdir, step = find_run(path)
+    config = load_config(workdir)
+    with open_checkpoints(workdir, config) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{workdir / CHECKPOINTS} holds no complete checkpoint")
+        frozen = load_frozen(workdir, checkpoints.restore(step)["meta"]["frozen"])
+        trainable = {k: v for k, v in shapes_of(config).items() if k not in frozen}
+        params = checkpoints.restore(step, params=trainable)["params"]
+    return config, {**params, **frozen}, step, workdir

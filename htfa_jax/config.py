@@ -1,0 +1,378 @@
+"""The configuration: frozen dataclasses, each field typed, with its default and a comment.
+
+`Config.__post_init__` validates, so a `Config` that exists can work. How one is read, changed
+and written is in `config_io`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from htfa_jax.errors import ConfigError
+
+DType = Literal["bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class SigLIPConfig:
+    """The understanding encoder (SigLIP vision tower)."""
+
+    patch_size: int = 14  # pixels per patch side
+    embed_dim: int = 1152  # width
+    num_layers: int = 27  # transformer blocks
+    num_heads: int = 16  # attention heads
+    mlp_dim: int = 4304  # hidden width of the MLPs
+    layer_norm_eps: float = 1e-6  # epsilon of the layer norms
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """The generation encoder: a VQGAN-family tokenizer."""
+
+    stem: int = 1  # space-to-depth factor before the first convolution
+    base_channels: int = 128  # channels of the first level
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one level each, halved in between
+    num_res_blocks: int = 2  # residual blocks per level
+    attention: Literal["lowest", "middle"] = "middle"  # lowest level too (Janus) or middle only
+    z_channels: int = 256  # channels between encoder and quantizer
+    codebook_size: int = 8192  # number of codes
+    codebook_dim: int = 256  # length of a code vector
+    normalize_codes: bool = False  # compare codes l2-normalised (Janus) or as they are (Chameleon)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder (InternLM2)."""
+
+    vocab_size: int = 92544  # words, special ones included
+    embed_dim: int = 2048  # width
+    num_layers: int = 4  # transformer blocks
+    num_heads: int = 16  # query heads
+    num_kv_heads: int = 8  # key and value heads
+    mlp_dim: int = 8192  # hidden width of the SwiGLU
+    rope_theta: float = 1e6  # base of the rotary angles
+    rms_norm_eps: float = 1e-5  # epsilon of the norms
+    dropout: float = 0.0  # after attention and MLP, in training
+    tie_head: bool = False  # the text head is the embedding table
+
+
+@dataclass(frozen=True)
+class Level1Config:
+    """Level 1: adaptive weighted fusion of the two pictures."""
+
+    alpha: Literal["map", "predicted"] = "map"  # one map, or a map plus a per-picture prediction
+    init_alpha: float = 0.5  # weight of the original at the start
+    learnable: bool = True  # False keeps alpha where it starts
+    num_scales: int = 1  # more than 1: fused at halved sizes too, and summed
+    head_channels: int = 16  # channels of the predicting convolutions
+
+
+@dataclass(frozen=True)
+class Level2Config:
+    """Level 2: spatial attention over aligned features."""
+
+    num_heads: int = 8  # attention heads
+    dropout: float = 0.1  # on the attention weights, in training
+    alignment: Literal["features", "pixels", "none"] = "features"  # where the box affine acts
+    mask_keys: bool = True  # hide keys outside the picture or the object mask
+    intensity_threshold: float = 0.01  # mean RGB in [0, 1] above which a pixel is foreground
+
+
+@dataclass(frozen=True)
+class Level3Config:
+    """Level 3: the two branches into the decoder."""
+
+    generation: bool = True  # False: no VQ branch at all (single encoder)
+    adapter_mlp_dim: int | None = None  # hidden width of the adapters (None: 4 x decoder width)
+    adapter_dropout: float = 0.1  # inside the adapters, in training
+    adapter_norm: bool = True  # layer norm at the adapters' end
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The two losses. A weight of 0 drops that head, its targets and its loss."""
+
+    text_weight: float = 0.7  # of the text cross-entropy
+    code_weight: float = 0.3  # of the code cross-entropy
+    label_smoothing: float = 0.0  # of both
+    hidden_cell_weight: float = 1.0  # of cells that something covers, in the code loss
+    text_chunk: int = 128  # text positions whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Parts whose weights stay as they are."""
+
+    siglip: bool = True  # the SigLIP encoder
+    vq: bool = True  # the VQ tokenizer (its decoder half never trains here)
+    decoder: bool = False  # InternLM2 and its text head
+    adapters: bool = False  # both MLP adapters and the generation head
+    level1: bool = False  # alpha
+    level2: bool = False  # the spatial attention
+
+
+@dataclass(frozen=True)
+class PretrainedConfig:
+    """Weight folders (config.json and weights.safetensors); None starts the part at random."""
+
+    siglip: str | None = None  # SigLIP folder
+    vq: str | None = None  # VQ folder
+    decoder: str | None = None  # InternLM2 folder
+    run: str | None = None  # a run: all weights of its best or latest checkpoint
+    random_parts: Literal["train", "as_configured"] = "train"  # parts without pretrained weights
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where records come from and how they become arrays."""
+
+    train: str = "held_objects"  # JSON or JSON-lines file, or the embedded dataset
+    validation: str | None = "held_objects"  # same, for evaluation during training
+    test: str | None = "held_objects"  # same, for the evaluation at the end
+    image_root: str | None = None  # folder of relative picture paths (None: the file's own)
+    tokenizer: str | None = None  # Hugging Face folder (None: the decoder's, or a trained one)
+    tokenizer_vocab_size: int = 512  # of a tokenizer that is trained on the data's text
+    resize: Literal["letterbox", "squash"] = "letterbox"  # how pictures become square
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, of RGB in [0, 1]
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel
+    use_object_mask: bool = True  # give the model the records' object masks
+    drop_recon: float = 0.0  # probability that a training sample loses its reconstruction
+    max_text_length: int = 2048  # tokens of a conversation, cut at the end
+    text_buckets: tuple[int, ...] = (128, 512, 2048)  # lengths that text is padded to
+    on_error: Literal["raise", "skip"] = "raise"  # bad records stop the run, or are skipped
+    max_bad_records: int = 100  # skipped records after which the run stops
+    num_workers: int = 0  # loading processes (0: threads of this one)
+    num_threads: int = 4  # loading threads per process
+    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, tokenizers and VQ tokenizers
+
+
+@dataclass(frozen=True)
+class HeldObjectsConfig:
+    """The embedded dataset, made on first use."""
+
+    num_train: int = 4000  # training scenes
+    num_validation: int = 100  # scenes for evaluation during training
+    num_test: int = 500  # scenes for the evaluation at the end
+    seed: int = 0  # another seed, other scenes
+    answers: Literal["word", "sentence"] = "word"  # "red", or "The object is red."
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer, schedule and what applies to which parameter."""
+
+    name: Literal["adamw", "lion", "adafactor"] = "adamw"  # optimizer
+    learning_rate: float = 5e-7  # peak, before the factors below
+    # (parameter path regex, factor): the first that matches the whole path counts, else 1
+    learning_rate_factors: tuple[tuple[str, float], ...] = (
+        (r"level1\..*|level2\..*|level3\..*", 200.0),
+    )
+    b1: float = 0.9  # decay of the first moment
+    b2: float = 0.999  # decay of the second moment
+    eps: float = 1e-8  # AdamW's epsilon
+    weight_decay: float = 0.01  # decoupled
+    # parameters without weight decay (path regex, the whole path)
+    no_decay: str = r"level1\.(raw|scale).*|.*position_embed|.*embedding|.*norm.*|.*bias"
+    clip_norm: float = 1.0  # global gradient norm
+    schedule: Literal["cosine", "cosine_restarts", "linear", "constant"] = "cosine"  # after warm-up
+    num_cycles: int = 2  # of cosine_restarts
+    min_ratio: float = 0.1  # floor of the schedule, as a part of the peak
+    warmup_ratio: float = 0.03  # part of all steps
+    warmup_steps: int = 0  # instead of warmup_ratio, if above 0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    batch_size: int = 2  # samples per micro-step
+    accumulation_steps: int = 4  # micro-steps per update
+    epochs: int = 4  # passes over the training data
+    max_steps: int | None = None  # updates, instead of epochs
+    dtype: DType = "bfloat16"  # of the computation; trained weights are float32
+    frozen_dtype: DType = "bfloat16"  # of frozen weights
+    remat: Literal["none", "dots", "full"] = "full"  # what blocks recompute in the backward pass
+    log_every: int = 10  # steps between lines of metrics
+    save: Literal["steps", "epoch", "no"] = "steps"  # when to write a checkpoint
+    save_every: int = 250  # steps or epochs between checkpoints
+    keep_checkpoints: int = 3  # latest ones kept, besides the best
+    best_metric: str = "loss"  # validation metric that chooses the best checkpoint
+    best_mode: Literal["min", "max"] = "min"  # which end of it is best
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation, during training and by `htfa_jax.evaluate`."""
+
+    during_training: Literal["steps", "epoch", "no"] = "epoch"  # when to evaluate
+    every: int = 1  # steps or epochs between evaluations
+    batch_size: int = 8  # samples per step
+    max_samples: int | None = None  # of the validation split, during training (None: all)
+    max_new_tokens: int = 64  # longest answer
+    panel_samples: int = 8  # rows of the picture panel
+
+
+@dataclass(frozen=True)
+class VQTrainConfig:
+    """The VQ stage (`htfa_jax.train_vq`), run first when no pretrained VQ is given."""
+
+    num_steps: int = 20000  # updates
+    batch_size: int = 16  # pictures per update
+    learning_rate: float = 1e-4  # peak of a cosine schedule
+    commitment_weight: float = 0.25  # of the commitment loss
+    l1_weight: float = 1.0  # of the absolute reconstruction error
+    l2_weight: float = 1.0  # of the squared reconstruction error
+    revive_after: int = 100  # steps without use after which a code is re-seeded
+    save_every: int = 1000  # steps between checkpoints
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    seed: int = 0  # of weights, data order and dropout
+    image_size: int = 448  # pixels, both sides
+    siglip: SigLIPConfig = field(default_factory=SigLIPConfig)
+    vq: VQConfig = field(default_factory=VQConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    level1: Level1Config = field(default_factory=Level1Config)
+    level2: Level2Config = field(default_factory=Level2Config)
+    level3: Level3Config = field(default_factory=Level3Config)
+    loss: LossConfig = field(default_factory=LossConfig)
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    held_objects: HeldObjectsConfig = field(default_factory=HeldObjectsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    vq_train: VQTrainConfig = field(default_factory=VQTrainConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    def is_frozen(self, part: Literal["siglip", "vq", "decoder"]) -> bool:
+        """Whether a part that can be pretrained stays as it is.
+
+        One that starts at random must learn, whatever its freeze flag says, unless
+        `pretrained.random_parts` asks for the flags as they are. The VQ never starts at random:
+        its own stage comes first.
+        """
+        if part == "vq" or self.pretrained.random_parts == "as_configured":
+            return getattr(self.freeze, part)
+        pretrained = getattr(self.pretrained, part) or self.pretrained.run
+        return getattr(self.freeze, part) and pretrained is not None
+
+    @property
+    def patch_grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.siglip.patch_size
+
+    @property
+    def vq_downsampling(self) -> int:
+        """Pixels along one side of a code's cell."""
+        return self.vq.stem * 2 ** (len(self.vq.channel_multipliers) - 1)
+
+    @property
+    def code_grid(self) -> int:
+        """Codes along one side."""
+        return self.image_size // self.vq_downsampling
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError naming the fields, what they are and what they must be."""
+    c, problems = config, []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    def divides(small: str, large: str) -> None:
+        a, b = get(c, small), get(c, large)
+        need(a > 0 and b % a == 0, f"{large}={b} must be a multiple of {small}={a}")
+
+    for name, value in leaves(c):
+        if isinstance(value, float):
+            need(math.isfinite(value), f"{name}={value} must be finite")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            need(value >= 0, f"{name}={value} must not be negative")
+    for name in _POSITIVE:
+        value = get(c, name)
+        need(value is None or value > 0, f"{name}={value} must be above 0")
+    for name in _PROBABILITIES:
+        need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
+
+    divides("siglip.patch_size", "image_size")
+    divides("siglip.num_heads", "siglip.embed_dim")
+    divides("level2.num_heads", "siglip.embed_dim")
+    divides("decoder.num_heads", "decoder.embed_dim")
+    divides("decoder.num_kv_heads", "decoder.num_heads")
+    head_dim = c.decoder.embed_dim // max(c.decoder.num_heads, 1)
+    need(head_dim % 2 == 0, f"decoder head size {head_dim} must be even (rotary embedding)")
+    if c.level3.generation:
+        need(
+            c.image_size % c.vq_downsampling == 0,
+            f"image_size={c.image_size} must be a multiple of the VQ downsampling "
+            f"{c.vq_downsampling} (vq.stem x 2 per level of vq.channel_multipliers)",
+        )
+    need(
+        0 < c.level1.init_alpha < 1,
+        f"level1.init_alpha={c.level1.init_alpha} must be inside (0, 1)",
+    )
+    need(
+        c.level1.num_scales == 1 or c.level1.alpha == "map",
+        "level1.num_scales > 1 works with level1.alpha=map only",
+    )
+    shrink = 2 ** (max(c.level1.num_scales, 1) - 1)
+    need(
+        c.image_size % shrink == 0,
+        f"image_size={c.image_size} must halve {c.level1.num_scales - 1} times "
+        "(level1.num_scales)",
+    )
+    need(
+        c.loss.text_weight + c.loss.code_weight > 0,
+        "loss.text_weight and loss.code_weight are both 0: nothing to train",
+    )
+    need(
+        c.level3.generation or c.loss.code_weight == 0,
+        f"level3.generation=False has no codes: set loss.code_weight=0 "
+        f"(it is {c.loss.code_weight})",
+    )
+    buckets = c.data.text_buckets
+    need(
+        bool(buckets) and list(buckets) == sorted(set(buckets)) and min(buckets) > 0,
+        f"data.text_buckets={buckets} must be rising lengths",
+    )
+    need(
+        bool(buckets) and buckets[-1] >= c.data.max_text_length,
+        f"the last of data.text_buckets={buckets} must reach "
+        f"data.max_text_length={c.data.max_text_length}",
+    )
+    if problems:
+        raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
+
+_POSITIVE = ["image_size", "siglip.patch_size", "siglip.num_layers", "siglip.num_heads", "siglip.mlp_dim", "vq.stem", "vq.base_channels", "vq.num_res_blocks", "vq.z_channels", "vq.codebook_size", "vq.codebook_dim", "decoder.vocab_size", "decoder.num_layers", "decoder.num_heads", "decoder.num_kv_heads", "decoder.mlp_dim", "decoder.rope_theta", "level1.num_scales", "level1.head_channels", "level2.num_heads", "level3.adapter_mlp_dim", "loss.text_chunk", "data.max_text_length", "data.num_threads", "optim.clip_norm", "optim.num_cycles", "train.batch_size", "train.accumulation_steps", "train.epochs", "train.max_steps", "train.log_every", "train.save_every", "train.keep_checkpoints", "eval.every", "eval.batch_size", "eval.max_samples", "eval.max_new_tokens", "vq_train.num_steps", "vq_train.batch_size", "vq_train.revive_after", "vq_train.save_every"]
+_PROBABILITIES = ["decoder.dropout", "level2.dropout", "level3.adapter_dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.warmup_ratio"]
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted name, value) of every field that is not itself a dataclass."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield prefix + f.name, value
+
+
+def get(config: Config, name: str) -> Any:
+    """The value of a dotted name."""
+    value = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,182 @@
+"""Configurations from files and command lines, changed by name, and back to files.
+
+A configuration file is a Python file with `get_config() -> Config` (see `configs/`), or the
+`config.json` that a run wrote. `override` changes fields by dotted name; `parse_args` reads
+`--config FILE` and `--config.train.batch_size=4` from a command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from htfa_jax.config import Config
+from htfa_jax.errors import ConfigError
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns `config` with fields changed, as in `{"train.batch_size": 4}`.
+
+    Raises ConfigError for an unknown name (with the nearest one), a wrong type, or a result
+    that does not validate.
+    """
+    tree: dict[str, Any] = {}
+    for name, value in changes.items():
+        *parents, last = name.split(".")
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return _build(Config, tree, config)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, as written to config.json."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The reverse of `to_dict`; fields that are not named keep their defaults."""
+    return _build(Config, values, Config())
+
+
+def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str = "") -> Any:
+    hints = typing.get_type_hints(cls)
+    changes = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"unknown configuration field {prefix}{name}{_nearest(name, hints)}")
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{name} is a group of fields, not a value: {value!r}")
+            changes[name] = _build(
+                hints[name], value, getattr(base, name), f"{prefix}{name}."
+            )
+        else:
+            changes[name] = _typed(value, hints[name], prefix + name)
+    return dataclasses.replace(base, **changes)
+
+
+def _nearest(name: str, valid: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(valid)}"
+
+
+def _typed(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it has the type `hint` (whole numbers are floats too, lists are tuples)."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _typed(value, next(a for a in args if a is not type(None)), name)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(str, args))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) == len(value):
+            return tuple(_typed(v, k, name) for v, k in zip(value, kinds, strict=True))
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ConfigError(f"{name}={value!r} is of type {type(value).__name__}, expected {hint}")
+
+
+def load_config(source: str | Path) -> Config:
+    """Reads a configuration.
+
+    Args:
+      source: a Python file with `get_config()`, a `config.json` as a run writes it, a folder
+        that holds one, or the name of a packaged preset (`debug`).
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "config.json"
+    if not path.suffix and not path.exists():
+        path = presets_folder() / f"{source}.py"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in presets_folder().glob("*.py")))
+        raise ConfigError(f"no configuration at {source}; packaged presets: {names}")
+    if path.suffix == ".json":
+        try:
+            return from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    spec = importlib.util.spec_from_file_location(f"htfa_config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    if not isinstance(config, Config):
+        raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
+    return config
+
+
+def presets_folder() -> Path:
+    """Where the packaged configurations are: inside the package, or the repository's own."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes `config` so that `load_config` reads the same."""
+    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+
+
+def source_name(argv: Sequence[str]) -> str:
+    """A short name for the `--config` of a command line, for the folder of its run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="standard")
+    path = Path(first.parse_known_args(list(argv))[0].config)
+    return path.parent.name if path.name == "config.json" else path.stem
+
+
+def parse_args(
+    cls: type,
+    argv: Sequence[str] | None = None,
+    *,
+    source: str = "config",
+    read: Callable[[str], Config] = load_config,
+) -> Any:
+    """Parses a command line into `cls`, a dataclass whose first field is `config: Config`.
+
+    `--SOURCE VALUE` says what the configuration is read from, and `--config.NAME=VALUE`
+    overrides its fields. Unknown names and wrong values end with a message that shows the
+    nearest valid name.
+
+    Args:
+      cls: frozen dataclass of the command's options; its docstring is the help text.
+      argv: arguments, those of the process by default.
+      source: name of the option that names the configuration.
+      read: from that option's value to the configuration.
+    """
+    import tyro  # a tenth of a second that only commands need
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument(f"--{source}", dest="source", default=None)
+    known, rest = first.parse_known_args(argv)
+    if known.source is not None:
+        base = read(known.source)
+    elif own_field and not {"-h", "--help"} & set(argv):
+        raise ConfigError(f"--{source} is missing (--help shows all options)")
+    else:
+        base = load_config("standard")
+    return tyro.cli(
+        cls,
+        default=cls(config=base),
+        args=argv if own_field else rest,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )

@@ -1,0 +1,193 @@
+"""Records to batches with Grain: order, loading, batching.
+
+The order of training data, and what is random in it, is a function of the seed and the step
+alone, so a run resumes from its step number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from htfa_jax.batch import Batch
+from htfa_jax.config import Config
+from htfa_jax.data.preprocess import load_pictures, without_recon
+from htfa_jax.data.records import Record, RecordFile
+from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import DataError
+
+
+class Loaded(NamedTuple):
+    """A batch on the host, and what messages need.
+
+    Attributes:
+      batch: numpy arrays.
+      ids: of the records, in order.
+      errors: why records were skipped.
+    """
+
+    batch: Batch
+    ids: list[str]
+    errors: list[str]
+
+
+class SampleLoader:
+    """Turns a record into the `Batch` fields of one sample; can be sent to worker processes."""
+
+    def __init__(self, records: RecordFile, tokenizer: ChatTokenizer | None, config: Config):
+        # Without a tokenizer samples have no text: the VQ stage looks at pictures only.
+        self.records, self.tokenizer, self.config = records, tokenizer, config
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0."""
+        try:
+            record = self.records[index]
+            sample = load_pictures(record, self.config.image_size, self.config.data.resize)
+            text = self._text(record) if self.tokenizer else self._no_text()
+        except DataError as error:
+            if self.config.data.on_error == "raise":
+                raise
+            return {**self.empty(), "error": str(error)}
+        return sample | {
+            **text,
+            "weight": np.float32(1),
+            "index": np.int32(index),
+            "id": record.id,
+        }
+
+    def for_training(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The sample, its reconstruction dropped with probability `data.drop_recon`."""
+        sample = self(index)
+        return without_recon(sample) if rng.random() < self.config.data.drop_recon else sample
+
+    def _text(self, record: Record) -> dict[str, np.ndarray]:
+        limit = self.config.data.max_text_length
+        encoded = self.tokenizer.encode(record.turns)
+        if not encoded.learned[:limit].any():
+            raise record.error(
+                f"no answer is left within data.max_text_length={limit} tokens "
+                f"(the conversation has {len(encoded.tokens)})"
+            )
+        return {"tokens": encoded.tokens[:limit], "learned": encoded.learned[:limit]}
+
+    def _no_text(self) -> dict[str, np.ndarray]:
+        return {"tokens": np.zeros(0, np.int32), "learned": np.zeros(0, bool)}
+
+    def empty(self) -> dict[str, Any]:
+        """A sample of weight 0."""
+        size = self.config.image_size
+        image = np.zeros((size, size, 3), np.uint8)
+        mask, box = np.zeros((size, size), bool), np.zeros(4, np.float32)
+        return {
+            **dict.fromkeys(("image_orig", "image_recon", "image_target"), image),
+            **dict.fromkeys(("object_mask", "occluder_mask"), mask),
+            **dict.fromkeys(("region_orig", "region_recon", "bbox_orig", "bbox_recon"), box),
+            **{name: np.bool_(False) for name in Batch.__annotations__ if name[:4] == "has_"},
+            **self._no_text(),
+            "weight": np.float32(0),
+            "index": np.int32(-1),
+            "id": "",
+        }
+
+
+class Collate:
+    """Stacks samples; text is padded to the first bucket that holds it."""
+
+    def __init__(self, config: Config, tokenizer: ChatTokenizer | None):
+        self.buckets = config.data.text_buckets
+        self.pad_id = tokenizer.pad_id if tokenizer else 0
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Loaded:
+        longest = max(len(s["tokens"]) for s in samples)
+        length = next(b for b in self.buckets if b >= longest)
+        rows = len(samples)
+        tokens = np.full((rows, length + 1), self.pad_id, np.int32)
+        learned = np.zeros((rows, length + 1), np.float32)
+        for i, s in enumerate(samples):
+            tokens[i, : len(s["tokens"])] = s["tokens"]
+            learned[i, : len(s["tokens"])] = s["learned"]
+        text = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": learned[:, 1:]}
+        fields = [name for name in Batch.__annotations__ if name not in text]
+        batch = Batch(**text, **{f: np.stack([s[f] for s in samples]) for f in fields})
+        return Loaded(
+            batch, [s["id"] for s in samples], [s["error"] for s in samples if "error" in s]
+        )
+
+
+def samples_per_step(config: Config) -> int:
+    """Samples of one update."""
+    return config.train.batch_size * config.train.accumulation_steps
+
+
+def num_steps(config: Config, num_records: int) -> int:
+    """Updates of a run: `train.max_steps`, or as many as `train.epochs` holds, at least one."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return max(1, config.train.epochs * num_records // samples_per_step(config))
+
+
+def training_batches(
+    config: Config,
+    records: RecordFile,
+    tokenizer: ChatTokenizer | None,
+    start_step: int,
+    samples: int,
+) -> Iterator[Loaded]:
+    """Endless updates' worth of samples, from `start_step` on; each epoch in another order."""
+    loader = SampleLoader(records, tokenizer, config)
+    dataset = (
+        grain.MapDataset.range(len(records))
+        .seed(config.seed)
+        .shuffle()
+        .repeat()
+        .random_map(loader.for_training)
+        .batch(samples, batch_fn=Collate(config, tokenizer))
+    )
+    return read(dataset[start_step:], config)
+
+
+def evaluation_batches(
+    config: Config,
+    records: RecordFile,
+    tokenizer: ChatTokenizer | None,
+    max_samples: int | None = None,
+) -> Iterator[Loaded]:
+    """Every record once, in order; the last batch is filled up with samples of weight 0."""
+    loader = SampleLoader(records, tokenizer, config)
+    collate = Collate(config, tokenizer)
+
+    def fill(samples: Sequence[dict[str, Any]]) -> Loaded:
+        missing = config.eval.batch_size - len(samples)
+        return collate([*samples, *[loader.empty()] * missing])
+
+    num = len(records) if max_samples is None else min(max_samples, len(records))
+    dataset = (
+        grain.MapDataset.range(num).map(loader).batch(config.eval.batch_size, batch_fn=fill)
+    )
+    return read(dataset, config)
+
+
+def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
+    """Reads a dataset in order, ahead of its use, in threads or in worker processes."""
+    data = config.data
+    options = grain.ReadOptions(
+        num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads
+    )
+    iterable = dataset.to_iter_dataset(options)
+    if data.num_workers:
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
+            flags.FLAGS.mark_as_parsed()
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=data.num_workers)
+        )
+    iterator = iter(iterable)
+    try:
+        yield from iterator
+    finally:
+        if hasattr(iterator, "close"):
+            iterator.close()

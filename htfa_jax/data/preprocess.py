@@ -1,0 +1,142 @@
+"""Pictures, masks and boxes of a record as arrays of the model's size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from htfa_jax.data.records import Record
+
+Box = tuple[float, float, float, float]
+
+# A target or mask may differ from its original in size, not in shape by more than this.
+ASPECT_TOLERANCE = 0.02
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a picture of `size` (width, height) lands in the square.
+
+    Attributes:
+      size: of the source, in pixels.
+      region: (x, y, w, h) in the square, whole pixels.
+    """
+
+    size: tuple[int, int]
+    region: tuple[int, int, int, int]
+
+    def box(self, box: Box) -> Box:
+        """A box of the source picture, in the square."""
+        x, y, w, h = self.region
+        scale_x, scale_y = w / self.size[0], h / self.size[1]
+        return (
+            x + box[0] * scale_x,
+            y + box[1] * scale_y,
+            box[2] * scale_x,
+            box[3] * scale_y,
+        )
+
+
+def place(
+    size: tuple[int, int], image_size: int, resize: Literal["letterbox", "squash"]
+) -> Placement:
+    """Letterbox keeps the shape and centres the picture; squash fills the square."""
+    if resize == "squash":
+        return Placement(size, (0, 0, image_size, image_size))
+    scale = image_size / max(size)
+    w, h = (max(1, round(n * scale)) for n in size)
+    return Placement(size, ((image_size - w) // 2, (image_size - h) // 2, w, h))
+
+
+def load_image(path: Path) -> Image.Image:
+    """Opens and decodes a picture, upright, as RGB. Raises OSError or ValueError."""
+    with Image.open(path) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def load_mask(path: Path) -> Image.Image:
+    """Opens and decodes a mask as 8-bit grey; above 127 is true."""
+    with Image.open(path) as image:
+        return image.convert("L")
+
+
+def fit(image: Image.Image, placement: Placement, image_size: int) -> np.ndarray:
+    """The picture at its place in a square of zeros: uint8 [H, W, 3] or [H, W]."""
+    x, y, w, h = placement.region
+    if image.size != (w, h):
+        image = image.resize((w, h), Image.Resampling.BICUBIC)
+    array = np.asarray(image)
+    if (w, h) == (image_size, image_size):
+        return array
+    square = np.zeros((image_size, image_size, *array.shape[2:]), np.uint8)
+    square[y : y + h, x : x + w] = array
+    return square
+
+
+def load_pictures(
+    record: Record, image_size: int, resize: Literal["letterbox", "squash"]
+) -> dict[str, Any]:
+    """All pictures, masks and boxes of a record as `Batch` fields of one sample.
+
+    Raises DataError naming the record, the field and the file.
+    """
+    zeros = np.zeros((image_size, image_size, 3), np.uint8)
+    empty = np.zeros((image_size, image_size), bool)
+    no_box = np.zeros(4, np.float32)
+    sample: dict[str, Any] = {}
+
+    def decode(field: str, loader: Any) -> Image.Image | None:
+        path = getattr(record, field)
+        if path is None:
+            return None
+        try:
+            return loader(path)
+        except FileNotFoundError:
+            raise record.error(f"{field}: no file at {path}") from None
+        except (OSError, ValueError, SyntaxError) as error:
+            raise record.error(f"{field}: {path} cannot be decoded: {error}") from error
+
+    def same_frame(field: str, image: Image.Image, placement: Placement) -> None:
+        (w, h), (w0, h0) = image.size, placement.size
+        if abs(w * h0 / (h * w0) - 1) > ASPECT_TOLERANCE:
+            raise record.error(
+                f"{field} is {w}x{h} but must show the original's frame, {w0}x{h0}"
+            )
+
+    orig = decode("image_orig", load_image)
+    placement = place(orig.size, image_size, resize)
+    sample["image_orig"] = fit(orig, placement, image_size)
+    sample["region_orig"] = np.array(placement.region, np.float32)
+    for field in ("image_target", "object_mask", "occluder_mask"):
+        is_mask = field.endswith("mask")
+        image = decode(field, load_mask if is_mask else load_image)
+        sample["has_" + field.removeprefix("image_")] = np.bool_(image is not None)
+        if image is None:
+            sample[field] = empty if is_mask else zeros
+            continue
+        same_frame(field, image, placement)
+        array = fit(image, placement, image_size)
+        sample[field] = array > 127 if is_mask else array
+
+    recon = decode("image_recon", load_image)
+    sample["has_recon"] = np.bool_(recon is not None)
+    recon_placement = None if recon is None else place(recon.size, image_size, resize)
+    sample["image_recon"] = zeros if recon is None else fit(recon, recon_placement, image_size)
+    sample["region_recon"] = (
+        no_box if recon is None else np.array(recon_placement.region, np.float32)
+    )
+    for field, where in (("bbox_orig", placement), ("bbox_recon", recon_placement)):
+        box = getattr(record, field) if where is not None else None
+        sample["has_" + field] = np.bool_(box is not None)
+        sample[field] = no_box if box is None else np.array(where.box(box), np.float32)
+    return sample
+
+
+def without_recon(sample: dict[str, Any]) -> dict[str, Any]:
+    """The same sample as if its record had no reconstruction."""
+    fields = ("image_recon", "region_recon", "bbox_recon", "has_recon", "has_bbox_recon")
+    return {**sample, **{f: np.zeros_like(sample[f]) for f in fields}}

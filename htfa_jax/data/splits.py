@@ -1,0 +1,74 @@
+"""The datasets and the tokenizer of a run: the user's files, or the embedded ones."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Literal
+
+from htfa_jax.config import Config
+from htfa_jax.data.records import RecordFile
+from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
+from htfa_jax.errors import ConfigError, DataError
+
+EMBEDDED = "held_objects"
+Split = Literal["train", "validation", "test"]
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder(config: Config) -> Path:
+    """Where embedded pictures and what is learned from them are kept."""
+    return Path(config.data.cache_dir).expanduser()
+
+
+def open_split(config: Config, split: Split) -> RecordFile:
+    """The records of a split; the embedded dataset is made on first use.
+
+    Raises DataError if there is no such split or file.
+    """
+    source = getattr(config.data, split)
+    if source is None:
+        raise DataError(f"data.{split} is not set: give a .json or .jsonl file, or {EMBEDDED}")
+    if source != EMBEDDED:
+        return RecordFile(source, config.data.image_root)
+    from htfa_jax.data import held_objects  # ray-casting is loaded only where it is needed
+
+    held = config.held_objects
+    folder = cache_folder(config) / EMBEDDED / f"{config.image_size}px-seed{held.seed}"
+    return RecordFile(
+        held_objects.build(
+            folder,
+            split,
+            getattr(held, f"num_{split}"),
+            image_size=config.image_size,
+            seed=held.seed,
+            answers=held.answers,
+        )
+    )
+
+
+def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatTokenizer:
+    """The run's tokenizer, kept in its workdir.
+
+    The first that exists: what the workdir holds, `data.tokenizer`, the pretrained decoder's
+    own, one trained on the text of the training data.
+    """
+    folder = workdir / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        if config.data.tokenizer is not None:
+            ChatTokenizer(config.data.tokenizer).save(folder)
+        elif config.pretrained.decoder is not None:
+            ChatTokenizer(config.pretrained.decoder).save(folder)
+        else:
+            log.info("training a tokenizer on the text of %s", train.path)
+            texts = (turn.text for record in map(train.__getitem__, range(len(train)))
+                     for turn in record.turns)
+            train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+    tokenizer = ChatTokenizer(folder)
+    if len(tokenizer) > config.decoder.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {len(tokenizer)} tokens, more than "
+            f"decoder.vocab_size={config.decoder.vocab_size}"
+        )
+    return tokenizer

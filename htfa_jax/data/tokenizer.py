@@ -1,0 +1,223 @@
+"""Text: a Hugging Face tokenizer folder, its chat template, labels on assistant turns only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from jinja2.exceptions import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from htfa_jax.data.records import Turn
+from htfa_jax.errors import DataError
+
+# InternLM2's turns: <|im_start|>role, a line break, the text, <|im_end|>, a line break.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as numbers.
+
+    Attributes:
+      tokens: int32 [length].
+      learned: bool [length], tokens that an assistant says, its end of turn included.
+    """
+
+    tokens: np.ndarray
+    learned: np.ndarray
+
+
+class ChatTokenizer:
+    """A fast tokenizer and its chat template, read without the `transformers` package.
+
+    Args:
+      folder: holds tokenizer.json and tokenizer_config.json (with `chat_template`, or
+        chat_template.jinja beside it).
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).expanduser()
+        path, settings_path = (
+            self.folder / name for name in ("tokenizer.json", "tokenizer_config.json")
+        )
+        for needed in (path, settings_path):
+            if not needed.is_file():
+                raise DataError(
+                    f"no {needed.name} in {self.folder}: expected a Hugging Face tokenizer "
+                    "folder (AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) "
+                    "writes one)"
+                )
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        settings = json.loads(settings_path.read_text(encoding="utf-8"))
+        self._special = {
+            name: value["content"] if isinstance(value, dict) else value
+            for name, value in settings.items()
+            if name.endswith("_token") and isinstance(value, dict | str)
+        }
+        self._template = _compile(self._template_text(settings))
+        self.pad_id = self._id_of("pad_token", self._id_of("eos_token", 0))
+        self.stop_ids = self._stop_ids()
+
+    def __reduce__(self):
+        return ChatTokenizer, (self.folder,)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
+        """The template's text of some turns; `prompt` opens an assistant turn behind them."""
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        try:
+            return self._template.render(
+                messages=messages, add_generation_prompt=prompt, **self._special
+            )
+        except TemplateError as error:
+            raise DataError(f"the chat template of {self.folder} fails: {error}") from error
+
+    def encode(self, turns: Sequence[Turn]) -> Encoded:
+        """Tokens of a whole conversation; every assistant turn is learned."""
+        text = self.render(turns)
+        spans = []
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start = len(self.render(turns[:i], prompt=True))
+            end = self._end_of_turn(text, start + len(turn.text))
+            if text[start : start + len(turn.text)] != turn.text:
+                raise DataError(
+                    f"the chat template of {self.folder} does not put an assistant turn right "
+                    "behind its generation prompt, so that its tokens cannot be told apart"
+                )
+            spans.append((start, end))
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        learned = np.zeros(len(offsets), bool)
+        for start, end in spans:
+            learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+        return Encoded(np.array(encoding.ids, np.int32), learned)
+
+    def encode_prompt(self, turns: Sequence[Turn]) -> np.ndarray:
+        """Tokens of some turns and of the opening of the assistant's answer, int32 [length]."""
+        ids = self._tokenizer.encode(self.render(turns, prompt=True), add_special_tokens=False)
+        return np.array(ids.ids, np.int32)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of an answer, up to its first stop token, special tokens left out."""
+        ids = []
+        for token in tokens:
+            if int(token) in self.stop_ids:
+                break
+            ids.append(int(token))
+        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def save(self, folder: Path) -> None:
+        """Copies the tokenizer, so that a run keeps what it was trained with."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
+                (folder / name).write_bytes((self.folder / name).read_bytes())
+
+    def _template_text(self, settings: dict) -> str:
+        beside = self.folder / "chat_template.jinja"
+        if beside.is_file():
+            return beside.read_text(encoding="utf-8")
+        template = settings.get("chat_template")
+        if isinstance(template, list):
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        if not isinstance(template, str):
+            raise DataError(
+                f"{self.folder} has no chat template: put one into tokenizer_config.json "
+                "(chat_template) or into chat_template.jinja"
+            )
+        return template
+
+    def _id_of(self, name: str, default: int) -> int:
+        token = self._special.get(name)
+        found = self._tokenizer.token_to_id(token) if token else None
+        return default if found is None else found
+
+    def _end_of_turn(self, text: str, end: int) -> int:
+        """`end`, moved behind the special token that closes a turn."""
+        closing = [t for t in self._closing_tokens() if text.startswith(t, end)]
+        return end + max(map(len, closing), default=0)
+
+    def _closing_tokens(self) -> list[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special]
+
+    def _stop_ids(self) -> frozenset[int]:
+        """End of text, and whatever closes an assistant turn in the template."""
+        answer = Turn("assistant", "x")
+        turns = [Turn("user", "x"), answer]
+        text = self.render(turns)
+        end = len(self.render(turns[:1], prompt=True)) + len(answer.text)
+        closing = text[end : self._end_of_turn(text, end)]
+        ids = {self._id_of("eos_token", -1)}
+        if closing:
+            ids.add(self._tokenizer.token_to_id(closing))
+        return frozenset(ids - {-1, None})
+
+
+def _compile(template: str):
+    """A chat template in the sandbox and with the names that transformers gives it."""
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = lambda value, **options: json.dumps(
+        value, ensure_ascii=False, **options
+    )
+    return environment.from_string(template)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE tokenizer and saves it as a Hugging Face folder.
+
+    Any text can be encoded, since every byte is a token of its own.
+
+    Args:
+      texts: what to learn pieces from.
+      vocab_size: at most this many tokens, the bytes and special tokens included.
+      folder: where it goes; InternLM2's special tokens and chat template with it.
+    """
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
+    # The settings first: a folder with tokenizer.json is complete.
+    tokenizer.save(str(folder / "tokenizer.json"))

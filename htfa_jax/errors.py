@@ -1,0 +1,21 @@
+"""The errors that users can cause; a command prints them without a traceback and exits with 2."""
+
+
+class HTFAError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(HTFAError):
+    """A configuration that cannot work: an unknown name, a wrong type, values that contradict."""
+
+
+class DataError(HTFAError):
+    """A dataset, record or picture that cannot be used; the message says which and why."""
+
+
+class CheckpointError(HTFAError):
+    """A checkpoint or weight folder that is missing, damaged or of another model."""
+
+
+class TrainingError(HTFAError):
+    """A run that cannot go on, for example because its loss is not finite."""

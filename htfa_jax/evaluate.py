@@ -1,0 +1,293 @@
+"""Evaluation of a run: answers by decoding, completed pictures against four references.
+
+    python -m htfa_jax.evaluate --checkpoint runs/x --split test
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from htfa_jax import report
+from htfa_jax.batch import Batch
+from htfa_jax.checkpoint import find_run, load_run
+from htfa_jax.commands import command
+from htfa_jax.config import Config
+from htfa_jax.config_io import load_config, parse_args
+from htfa_jax.data.pipeline import evaluation_batches
+from htfa_jax.data.records import Record, RecordFile, Turn
+from htfa_jax.data.splits import Split, open_split
+from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.generate import greedy, pad_prompts, paint, read_pictures
+from htfa_jax.logs import progress
+from htfa_jax.losses import Counts, count, loss_and_metrics
+from htfa_jax.metrics import Answer, score_answers
+from htfa_jax.models.alignment import SOURCES
+from htfa_jax.models.internlm2 import KVCache
+from htfa_jax.models.level2_spatial_attention import attention_entropy
+from htfa_jax.models.pictures import denormalize, normalize
+from htfa_jax.paths import Flat
+from htfa_jax.picture_metrics import flat_fill, picture_scores, picture_sums
+from htfa_jax.train_state import Model, build
+from htfa_jax.visualize import PanelRow
+
+log = logging.getLogger("htfa_jax.evaluate")  # by name: this module is run as __main__ too
+
+# Prompts are padded to a multiple of this, so that few shapes are compiled.
+PROMPT_MULTIPLE = 16
+
+
+@dataclasses.dataclass
+class Report:
+    """Result of an evaluation.
+
+    Attributes:
+      scores: numbers, as written to JSON: losses, answers by kind and bucket, pictures by
+        region and candidate, how samples were aligned.
+      answers: every single answer.
+      panel: the first scenes, to look at.
+    """
+
+    scores: dict[str, Any]
+    answers: list[Answer]
+    panel: list[PanelRow]
+
+
+class Evaluator:
+    """Compiled functions that evaluate one model with any weights.
+
+    Args:
+      config: of the run.
+      model: its structure.
+      tokenizer: of the run.
+    """
+
+    def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self._losses = jax.jit(self._loss_sums)
+        self._look = jax.jit(self._look_at, static_argnames="text_length")
+        self._greedy = jax.jit(self._decode)
+
+    def __call__(
+        self, params: Flat, records: RecordFile, max_samples: int | None = None
+    ) -> Report:
+        """Evaluates weights on a dataset.
+
+        Args:
+          params: all weights.
+          records: the split.
+          max_samples: only so many of it, None for all.
+        """
+        totals: collections.Counter[str] = collections.Counter()
+        answers: list[Answer] = []
+        panel: list[PanelRow] = []
+        num = len(records) if max_samples is None else min(max_samples, len(records))
+        with progress(num, "evaluation", unit="scene") as bar:
+            for loaded in evaluation_batches(self.config, records, self.tokenizer, max_samples):
+                for error in loaded.errors:
+                    log.warning("skipped: %s", error)
+                found = [records[i] if i >= 0 else None for i in loaded.batch.index]
+                prompts = self._prompts(found)
+                room = max((len(p) for group in prompts for p in group), default=0)
+                room = -(-room // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+                cache, sums, seen = self._look(
+                    params, loaded.batch, room + self.config.eval.max_new_tokens
+                )
+                said = [self._ask(params, cache, group, room) for group in prompts]
+                rows = _answers(found, said, loaded.batch)
+                answers += [answer for row in rows for answer in row]
+                totals.update(jax.device_get(self._losses(params, loaded.batch)))
+                totals.update(jax.device_get(sums))
+                wanted = self.config.eval.panel_samples - len(panel)
+                panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
+                bar.update(sum(record is not None for record in found))
+        return Report(_scores(totals, answers, self.config), answers, panel)
+
+    def _loss_sums(self, params: Flat, batch: Batch) -> dict[str, jax.Array]:
+        """Sums of the losses over tokens, and the tokens' number."""
+        counts = count(batch, self.config)
+        ones = Counts(*[jnp.float32(1)] * 3)
+        _, sums = loss_and_metrics(self.model.merge(params), batch, ones, None)
+        return {**sums, "text_count": counts.text, "code_count": counts.codes}
+
+    def _look_at(
+        self, params: Flat, batch: Batch, text_length: int
+    ) -> tuple[KVCache | None, dict[str, jax.Array], dict[str, jax.Array]]:
+        """The decoder's cache, sums of what pictures tell, pictures to look at."""
+        model, weight_B = self.model.merge(params), batch.weight
+        prefix = read_pictures(model, batch, text_length)
+        pair = prefix.fusion.pair
+        rgb = functools.partial(denormalize, config=self.config.data)
+        seen = {
+            "original": rgb(pair.orig_BHWC),
+            "reconstruction": rgb(pair.recon_BHWC),
+            "fused": rgb(prefix.fusion.fused_BHWC),
+            "alpha": prefix.fusion.alpha_BHW,
+            "target": rgb(normalize(batch.image_target, batch.region_orig, self.config.data)),
+        }
+        source_BX = jax.nn.one_hot(pair.source_B, len(SOURCES))
+        aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
+        sums = {f"aligned/{name}": aligned_X[i] for i, name in enumerate(SOURCES)}
+        entropy_B = attention_entropy(prefix.fusion.attention_BNTS)
+        sums |= {
+            "samples": weight_B.sum(),
+            "attention_entropy": jnp.sum(entropy_B * weight_B),
+        }
+        if prefix.code_logits_BMC is not None:
+            seen["completion"] = rgb(paint(model, prefix.code_logits_BMC))
+            codes_BM = model.target_codes(batch, prefix.fusion)
+            sums["code_usage"] = (
+                jnp.zeros(self.config.vq.codebook_size).at[codes_BM].add(weight_B[:, None])
+            )
+            candidates = {
+                "completed": seen["completion"],
+                "original": seen["original"],
+                "aligned_reconstruction": rgb(pair.aligned_BHWC),
+                "flat_fill": flat_fill(seen["original"], batch),
+                "vq_round_trip": rgb(model.vq.decode(codes_BM)),
+            }
+            sums |= picture_sums(candidates, seen["target"], batch)
+        return prefix.cache, sums, seen
+
+    def _decode(self, params: Flat, cache: KVCache, prompt_BT, length_B) -> jax.Array:
+        stop_ids = tuple(self.tokenizer.stop_ids)
+        limit = self.config.eval.max_new_tokens
+        return greedy(self.model.merge(params), cache, prompt_BT, length_B, stop_ids, limit)
+
+    def _prompts(self, found: Sequence[Record | None]) -> list[list[np.ndarray]]:
+        """Question k of every scene, for each k; a scene with fewer gets padding."""
+        if self.config.loss.text_weight == 0:
+            return []
+        per_scene = [
+            [self.tokenizer.encode_prompt([q]) for q, _ in questions(r)] if r else []
+            for r in found
+        ]
+        nothing = np.array([self.tokenizer.pad_id], np.int32)
+        return [
+            [prompts[k] if k < len(prompts) else nothing for prompts in per_scene]
+            for k in range(max(map(len, per_scene), default=0))
+        ]
+
+    def _ask(
+        self, params: Flat, cache: KVCache, prompts: list[np.ndarray], room: int
+    ) -> list[str]:
+        prompt_BT, length_B = pad_prompts(prompts, self.tokenizer.pad_id, room)
+        tokens_BT = np.asarray(self._greedy(params, cache, prompt_BT, length_B))
+        return [self.tokenizer.decode(row) for row in tokens_BT]
+
+
+def questions(record: Record) -> list[tuple[Turn, Turn]]:
+    """Every user turn that an assistant turn answers, with it.
+
+    Each is asked by itself: with earlier answers in view one could be read off another.
+    """
+    pairs = zip(record.turns, record.turns[1:], strict=False)
+    return [(a, b) for a, b in pairs if a.role == "user" and b.role == "assistant"]
+
+
+def hidden_share(batch: Batch, row: int, record: Record) -> float | None:
+    """Covered part of the object, from the masks, or as the record states it, if it does."""
+    if batch.has_object_mask[row] and batch.has_occluder_mask[row]:
+        mask = batch.object_mask[row]
+        if mask.any():
+            return float((mask & batch.occluder_mask[row]).sum() / mask.sum())
+    stated = record.meta.get("occlusion")
+    return float(stated) if isinstance(stated, int | float) else None
+
+
+def _answers(
+    found: Sequence[Record | None], said: list[list[str]], batch: Batch
+) -> list[list[Answer]]:
+    rows = []
+    for i, record in enumerate(found):
+        asked = questions(record) if record and said else []
+        rows.append(
+            [
+                Answer(
+                    scene=int(batch.index[i]),
+                    kind=question.kind or "answer",
+                    question=question.text,
+                    answer=said[k][i],
+                    truth=truth.text,
+                    hidden=hidden_share(batch, i, record),
+                )
+                for k, (question, truth) in enumerate(asked)
+            ]
+        )
+    return rows
+
+
+def _panel_rows(
+    seen: dict[str, np.ndarray], found: Sequence[Record | None], rows: list[list[Answer]]
+) -> list[PanelRow]:
+    return [
+        PanelRow(record.id, {name: value[i] for name, value in seen.items()}, rows[i])
+        for i, record in enumerate(found)
+        if record is not None
+    ]
+
+
+def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> dict[str, Any]:
+    scores: dict[str, Any] = {"samples": int(totals["samples"])}
+    samples = max(totals["samples"], 1)
+    losses = {}
+    for name, tokens in (("text_loss", "text"), ("code_loss", "code"), ("code_accuracy", "code")):
+        if name in totals:
+            losses[name] = float(totals[name] / max(totals[f"{tokens}_count"], 1))
+    losses["loss"] = config.loss.text_weight * losses.get(
+        "text_loss", 0.0
+    ) + config.loss.code_weight * losses.get("code_loss", 0.0)
+    scores["losses"] = losses
+    if answers:
+        scores["answers"] = score_answers(answers)
+    pictures = picture_scores(totals)
+    if pictures:
+        scores["pictures"] = pictures
+        scores["target_codes_used"] = int((totals["code_usage"] > 0).sum())
+    scores["alignment"] = {s: int(totals[f"aligned/{s}"]) for s in SOURCES}
+    scores["fusion"] = {
+        name: float(totals[name] / samples) for name in ("alpha_mean", "alpha_std", "attention_entropy")
+    }
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateArgs:
+    """Evaluates a run, or one of its checkpoints, on a split of its data."""
+
+    config: Config
+    checkpoint: Path = Path()  # a run, or RUN/checkpoints/STEP
+    split: Split = "test"  # which data
+    output_dir: Path | None = None  # where JSON and pictures go (default: RUN/evaluation/SPLIT)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse_args(
+        EvaluateArgs, argv, source="checkpoint", read=lambda path: load_config(find_run(path)[0])
+    )
+    workdir, _ = find_run(args.checkpoint)
+    _, params, step, _ = load_run(args.checkpoint, lambda c: build(c).shapes)
+    log.info("%s, step %d, on split %s", workdir, step, args.split)
+    tokenizer = ChatTokenizer(workdir / "tokenizer")
+    evaluator = Evaluator(args.config, build(args.config), tokenizer)
+    result = evaluator(params, open_split(args.config, args.split))
+    result.scores["step"] = step
+    folder = args.output_dir or workdir / "evaluation" / args.split
+    report.write(result, folder)
+    print(report.table(result.scores))
+    print(f"written to {folder}")
+
+
+if __name__ == "__main__":
+    main()

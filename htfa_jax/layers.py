@@ -1,0 +1,131 @@
+"""Building blocks that the models share.
+
+Array names end in letters for their axes, the same letters as in the einsum beside them:
+
+    B batch          H, W height, width (images only, image_BHWC, values in [-1, 1])
+    P patches (SigLIP tokens, understanding)     M codes (VQ tokens, generation)
+    T query length   S key length   L text length
+    D embed_dim      F mlp_dim      V text vocabulary
+    N heads          K kv heads     G = N / K      H head size (where N or K stands before it)
+    C codebook size  E codebook dim
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Remat = Literal["none", "dots", "full"]
+
+
+def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding, halves rotated against each other (as Llama and InternLM2 do).
+
+    Angles are float32: bfloat16 cannot tell position 256 from 257.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+    sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; no key means evaluation."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, num: int) -> Any:
+    """`num` keys, or `num` times None in evaluation."""
+    return [None] * num if key is None else jax.random.split(key, num)
+
+
+def stack_layers(
+    make: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs
+) -> nnx.Module:
+    """One module whose parameters have a leading axis of `num_layers`, each layer its own."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make_all(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def run_layers(
+    layers: nnx.Module,
+    x: jax.Array,
+    apply: Callable[[nnx.Module, jax.Array, Any], tuple[jax.Array, Any]],
+    per_layer: Any = None,
+    remat: Remat = "none",
+) -> tuple[jax.Array, Any]:
+    """Runs stacked layers one after the other (`lax.scan`: compiled once, whatever the depth).
+
+    Args:
+      layers: what `stack_layers` made.
+      x: input of the first layer.
+      apply: (layer, x, this layer's slice of `per_layer`) -> (x, what to collect).
+      per_layer: arrays with a leading layer axis, or None.
+      remat: what the backward pass computes again: nothing, all but matrix products, all.
+
+    Returns:
+      Output of the last layer, and what was collected, with a leading layer axis.
+    """
+    graphdef, state = nnx.split(layers)
+
+    def body(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
+        layer_state, extra = inputs
+        return apply(nnx.merge(graphdef, layer_state), x, extra)
+
+    return jax.lax.scan(rematerialize(body, remat), x, (state, per_layer))
+
+
+def rematerialize(function: Callable, remat: Remat) -> Callable:
+    """`function`, recomputed in the backward pass as `remat` says."""
+    if remat == "none":
+        return function
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    # Inside a scan nothing can be merged with the forward pass, so the barriers that
+    # prevent it are not needed.
+    return jax.checkpoint(function, policy=policy, prevent_cse=False)
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),
+) -> nnx.Linear:
+    """A linear layer with float32 weights that computes in `dtype`."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=bias,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )
+
+
+def layer_norm(size: int, epsilon: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """Layer norm with float32 statistics."""
+    return nnx.LayerNorm(
+        size,
+        epsilon=epsilon,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        use_fast_variance=False,
+        rngs=rngs,
+    )

@@ -1,0 +1,104 @@
+"""What a run says: a log file, progress bars, scalars and pictures for TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+
+class _BarHandler(logging.Handler):
+    """Writes log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _log_to(handler: logging.Handler) -> Iterator[None]:
+    ours = logging.getLogger("htfa_jax")
+    before = ours.level, ours.propagate
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False  # some libraries put a handler of their own on the root
+    try:
+        yield
+    finally:
+        ours.level, ours.propagate = before
+        ours.removeHandler(handler)
+        handler.close()
+
+
+def log_to_terminal() -> contextlib.AbstractContextManager[None]:
+    """Shows this package's log lines on the terminal."""
+    return _log_to(_BarHandler())
+
+
+def log_to_file(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Appends log lines to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _log_to(logging.FileHandler(path, encoding="utf-8"))
+
+
+def progress(total: int, description: str, *, start: int = 0, unit: str = "step") -> tqdm:
+    """A progress bar on a terminal; nothing elsewhere, where log lines tell."""
+    return tqdm(
+        total=total,
+        initial=start,
+        desc=description,
+        unit=unit,
+        disable=not sys.stderr.isatty(),
+        dynamic_ncols=True,
+    )
+
+
+class MetricWriter:
+    """Scalars to `metrics.jsonl` and TensorBoard, pictures and text to TensorBoard.
+
+    The methods are those of `clu.metric_writers.MetricWriter`, whose own writers need
+    TensorFlow; this one does not.
+    """
+
+    def __init__(self, folder: Path):
+        from tensorboardX import SummaryWriter  # half a second that only runs need
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(folder))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """One line of numbers."""
+        values = {name: float(value) for name, value in scalars.items()}
+        self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Pictures [N, H, W, 3], uint8 or in [0, 1]."""
+        for name, batch in images.items():
+            self._board.add_images(name, np.asarray(batch), step, dataformats="NHWC")
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Text, shown as Markdown."""
+        for name, text in texts.items():
+            self._board.add_text(name, text, step)
+
+    def flush(self) -> None:
+        """Makes what was written readable."""
+        self._lines.flush()
+        self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        self._lines.close()
+        self._board.close()

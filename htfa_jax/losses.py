@@ -1,0 +1,158 @@
+"""The two losses: text cross-entropy in chunks, code cross-entropy, their weighted sum.
+
+Each is a mean over the valid tokens of the whole update. The counts are known before the
+forward pass, so every micro-step divides by the update's count and gradients simply add up.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from htfa_jax.batch import Batch
+from htfa_jax.config import Config
+from htfa_jax.models.alignment import NO_BOX, box_mask
+from htfa_jax.models.htfa import HTFA
+from htfa_jax.models.pictures import cell_means
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Counts:
+    """Sums of the token weights of an update.
+
+    Attributes:
+      text: of the text tokens that are learned.
+      codes: of the cells.
+      samples: of the samples.
+    """
+
+    text: jax.Array
+    codes: jax.Array
+    samples: jax.Array
+
+
+def text_weights(batch: Batch) -> jax.Array:
+    """Weight of each text position [B, L]."""
+    return batch.loss_mask * batch.weight[:, None]
+
+
+def code_weights(batch: Batch, config: Config) -> jax.Array:
+    """Weight of each cell [B, M]: 0 in padding, up to `hidden_cell_weight` where it is covered."""
+    size, grid = batch.image_orig.shape[1:3], config.code_grid
+    inside_BM = cell_means(box_mask(batch.region_orig, size), grid) > 0.5
+    covered_BM = cell_means(batch.occluder_mask, grid)
+    weight_BM = 1.0 + (config.loss.hidden_cell_weight - 1.0) * covered_BM
+    return inside_BM * weight_BM * batch.weight[:, None]
+
+
+def count(batch: Batch, config: Config) -> Counts:
+    """What the losses of these samples are divided by."""
+    return Counts(
+        text_weights(batch).sum(), code_weights(batch, config).sum(), batch.weight.sum()
+    )
+
+
+def at_least_one(total: jax.Array) -> jax.Array:
+    """A divisor for sums over nothing."""
+    return jnp.where(total > 0, total, 1.0)
+
+
+def cross_entropy(
+    logits: jax.Array, labels: jax.Array, num_classes: int, smoothing: float
+) -> jax.Array:
+    """Cross-entropy in nats, in float32, over the last axis.
+
+    Args:
+      logits: [..., classes]; those behind `num_classes` are minus infinity.
+      labels: [...].
+      num_classes: classes that share the smoothed part.
+      smoothing: part of the probability that is spread over all classes.
+    """
+    log_sum = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_sum - jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    if smoothing:
+        mean = logits[..., :num_classes].mean(axis=-1)
+        loss = (1 - smoothing) * loss + smoothing * (log_sum - mean)
+    return loss
+
+
+def chunked_cross_entropy(
+    logits_of: Callable[[jax.Array], jax.Array],
+    hidden_BLD: jax.Array,
+    labels_BL: jax.Array,
+    weights_BL: jax.Array,
+    *,
+    num_classes: int,
+    smoothing: float,
+    chunk: int,
+) -> jax.Array:
+    """Weighted sum of the cross-entropy, with the logits of `chunk` positions at a time.
+
+    The backward pass computes the logits again, so that they never exist for all positions.
+    """
+
+    @jax.checkpoint
+    def one(hidden, labels, weights):
+        loss = cross_entropy(logits_of(hidden), labels, num_classes, smoothing)
+        return jnp.sum(loss * weights)
+
+    L = hidden_BLD.shape[1]
+    chunk = min(chunk, L)
+    padding = -L % chunk
+
+    def chunks(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    inputs = (chunks(hidden_BLD), chunks(labels_BL), chunks(weights_BL))
+    if chunk >= L:
+        return one(*(x[0] for x in inputs))
+    total, _ = jax.lax.scan(lambda sum_, x: (sum_ + one(*x), None), jnp.float32(0), inputs)
+    return total
+
+
+def loss_and_metrics(
+    model: HTFA, batch: Batch, counts: Counts, key: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """This batch's part of the update's loss, and its parts.
+
+    Args:
+      model: the merged model.
+      batch: B samples.
+      counts: of the whole update (`count`); zero counts give zero loss.
+      key: dropout key, None in evaluation.
+    """
+    config = model.config
+    output = model(batch, key)
+    metrics, total = {}, jnp.float32(0)
+    if output.text_BLD is not None:
+        text = chunked_cross_entropy(
+            model.decoder.logits,
+            output.text_BLD,
+            batch.labels,
+            text_weights(batch),
+            num_classes=config.decoder.vocab_size,
+            smoothing=config.loss.label_smoothing,
+            chunk=config.loss.text_chunk,
+        ) / at_least_one(counts.text)
+        metrics["text_loss"] = text
+        total += config.loss.text_weight * text
+    if output.code_logits_BMC is not None:
+        weights_BM = code_weights(batch, config)
+        codes_BM = model.target_codes(batch, output.fusion)
+        loss_BM = cross_entropy(
+            output.code_logits_BMC, codes_BM, config.vq.codebook_size, config.loss.label_smoothing
+        )
+        right_BM = output.code_logits_BMC.argmax(axis=-1) == codes_BM
+        divisor = at_least_one(counts.codes)
+        metrics["code_loss"] = jnp.sum(loss_BM * weights_BM) / divisor
+        metrics["code_accuracy"] = jnp.sum(right_BM * weights_BM) / divisor
+        total += config.loss.code_weight * metrics["code_loss"]
+    share_B = batch.weight / at_least_one(counts.samples)
+    alpha_BHW = jax.lax.stop_gradient(output.fusion.alpha_BHW)
+    metrics["alpha_mean"] = jnp.sum(alpha_BHW.mean(axis=(1, 2)) * share_B)
+    metrics["alpha_std"] = jnp.sum(alpha_BHW.std(axis=(1, 2)) * share_B)
+    metrics["without_box"] = jnp.sum((output.fusion.pair.source_B == NO_BOX) * share_B)
+    return total, {"loss": total, **metrics}

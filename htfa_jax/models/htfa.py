@@ -1,0 +1,172 @@
+"""HTFA: the three levels, both encoders and the decoder, wired together."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from htfa_jax.batch import Batch
+from htfa_jax.config import Config
+from htfa_jax.layers import split_key
+from htfa_jax.models.alignment import resample_tokens
+from htfa_jax.models.internlm2 import InternLM2, KVCache
+from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
+from htfa_jax.models.level2_spatial_attention import SpatialAttention
+from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
+from htfa_jax.models.pictures import normalize
+from htfa_jax.models.registration import Pair, object_at_cells, register, visible_keys
+from htfa_jax.models.siglip import SigLIP
+from htfa_jax.models.vq import VQ, VQEncoder
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Fusion:
+    """What Levels 1 and 2 make of a batch.
+
+    Attributes:
+      pair: the pictures, registered.
+      alpha_BHW: weight of the original.
+      fused_BHWC: fused picture.
+      spatial_BPD: F_spatial.
+      attention_BNTS: Level 2's weights.
+    """
+
+    pair: Pair
+    alpha_BHW: jax.Array
+    fused_BHWC: jax.Array
+    spatial_BPD: jax.Array
+    attention_BNTS: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Output:
+    """Result of a forward pass.
+
+    Attributes:
+      fusion: Levels 1 and 2.
+      text_BLD: hidden states of the text positions, None without text loss.
+      code_logits_BMC: logits of the completed picture's codes, None without code loss.
+    """
+
+    fusion: Fusion
+    text_BLD: jax.Array | None
+    code_logits_BMC: jax.Array | None
+
+
+class HTFA(nnx.Module):
+    """The whole model. Parts that the configuration leaves out do not exist."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        dtype, remat = jnp.dtype(config.train.dtype), config.train.remat
+        self.config = config
+        self.has_text = config.loss.text_weight > 0
+        self.has_codes = config.loss.code_weight > 0
+        self.siglip = SigLIP(
+            config.siglip, config.image_size, dtype=dtype, remat=remat, rngs=rngs
+        )
+        self.level1 = AdaptiveFusion(config.level1, config.image_size, dtype=dtype, rngs=rngs)
+        self.level2 = SpatialAttention(
+            config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs
+        )
+        if config.level3.generation:
+            self.vq = VQ(config.vq, dtype=dtype, rngs=rngs)
+            # The tokenizer gives the targets and paints, so it must not move: an encoder that
+            # trains is a second one, which starts as a copy.
+            if not config.is_frozen("vq"):
+                self.vq_encoder = VQEncoder(config.vq, dtype=dtype, rngs=rngs)
+        self.level3 = EncoderDecoupling(
+            config.level3,
+            understand_dim=config.siglip.embed_dim,
+            code_dim=config.vq.codebook_dim,
+            codebook_size=config.vq.codebook_size if self.has_codes else 0,
+            decoder_dim=config.decoder.embed_dim,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.decoder = InternLM2(
+            config.decoder, with_text=self.has_text, dtype=dtype, remat=remat, rngs=rngs
+        )
+
+    def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
+        """One pass over the joint sequence [understanding | generation | text].
+
+        Args:
+          batch: B samples.
+          key: dropout key, None in evaluation.
+        """
+        prefix_key, decoder_key = split_key(key, 2)
+        prefix_BTD, fusion = self.encode(batch, prefix_key)
+        sequence = [prefix_BTD] + ([self.decoder.embed(batch.tokens)] if self.has_text else [])
+        hidden_BTD, _ = self.decode(jnp.concatenate(sequence, axis=1), 0, key=decoder_key)
+        code_end = prefix_BTD.shape[1]
+        code_start = code_end - self.config.code_grid**2
+        return Output(
+            fusion=fusion,
+            text_BLD=hidden_BTD[:, code_end:] if self.has_text else None,
+            code_logits_BMC=self.level3.code_logits(hidden_BTD[:, code_start:code_end])
+            if self.has_codes
+            else None,
+        )
+
+    def encode(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Fusion]:
+        """The picture tokens [B, P + M, D] that stand before the text, and what led to them."""
+        fusion_key, understand_key, generate_key = split_key(key, 3)
+        fusion = self.fuse(batch, fusion_key)
+        tokens = [self.level3.understand(fusion.spatial_BPD, understand_key)]
+        if self.config.level3.generation:
+            encoder = self.vq.encoder if self.config.is_frozen("vq") else self.vq_encoder
+            vectors_BME, _ = self.vq.straight_through(encoder(fusion.fused_BHWC))
+            tokens.append(self.level3.generate(vectors_BME, generate_key))
+        return jnp.concatenate(tokens, axis=1), fusion
+
+    def decode(
+        self,
+        x_BTD: jax.Array,
+        start_B: jax.Array | int,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the decoder on embeddings at positions start, start + 1, ..."""
+        B, T, _ = x_BTD.shape
+        start_B1 = jnp.broadcast_to(start_B, (B,))[:, None]
+        return self.decoder(x_BTD, start_B1 + jnp.arange(T)[None], cache, key)
+
+    def fuse(self, batch: Batch, key: jax.Array | None = None) -> Fusion:
+        """Levels 1 and 2."""
+        alignment, grid = self.config.level2.alignment, self.config.patch_grid
+        pair = register(batch, self.config)
+        recon_BHWC = pair.aligned_BHWC if alignment == "pixels" else pair.recon_BHWC
+        fused_BHWC, alpha_BHW = self.level1(pair.orig_BHWC, recon_BHWC, pair.object_BHW)
+        orig_BPD, recon_BPD, fused_BPD = self.features(pair.orig_BHWC, recon_BHWC, fused_BHWC)
+        if alignment == "features":
+            recon_BPD = resample_tokens(recon_BPD, pair.affine, recon_BHWC.shape[1:3])
+        recon_BPD *= object_at_cells(pair, grid)[..., None].astype(recon_BPD.dtype)
+        spatial_BPD, attention_BNTS = self.level2(
+            orig_BPD,
+            recon_BPD,
+            fused_BPD,
+            visible_keys(pair, grid) if self.config.level2.mask_keys else None,
+            key,
+        )
+        return Fusion(pair, alpha_BHW, fused_BHWC, spatial_BPD, attention_BNTS)
+
+    def features(
+        self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, fused_BHWC: jax.Array
+    ) -> list[jax.Array]:
+        """SigLIP's features of the three pictures, each [B, P, D]."""
+        if self.config.is_frozen("siglip"):
+            # Nothing before these two learns, so they store nothing for the backward pass.
+            pair = jax.lax.stop_gradient(jnp.concatenate([orig_BHWC, recon_BHWC]))
+            return [*jnp.split(self.siglip(pair), 2), self.siglip(fused_BHWC)]
+        return jnp.split(self.siglip(jnp.concatenate([orig_BHWC, recon_BHWC, fused_BHWC])), 3)
+
+    def target_codes(self, batch: Batch, fusion: Fusion) -> jax.Array:
+        """Codes [B, M] of the completed picture, or of the aligned reconstruction without one."""
+        target_BHWC = normalize(batch.image_target, batch.region_orig, self.config.data)
+        target_BHWC = jnp.where(
+            batch.has_target[:, None, None, None], target_BHWC, fusion.pair.aligned_BHWC
+        )
+        return jax.lax.stop_gradient(self.vq.encode(target_BHWC))

@@ -1,0 +1,119 @@
+"""Level 1: adaptive weighted fusion, fused = alpha * original + (1 - alpha) * reconstruction.
+
+alpha = sigmoid(raw). raw is a learned map, the same for every picture; `alpha="predicted"` adds
+what a small convolutional head sees in this pair, so that alpha can know where the hand is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from htfa_jax.config import Level1Config
+from htfa_jax.models.pictures import resize
+
+# The head works on pictures shrunk by this factor: it needs to see a hand, not single pixels,
+# and costs a sixteenth.
+HEAD_SHRINK = 4
+
+
+class AlphaHead(nnx.Module):
+    """(original, reconstruction, object mask) -> what to add to raw, zero at the start."""
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        def conv(in_channels: int, out_channels: int, **options) -> nnx.Conv:
+            return nnx.Conv(
+                in_channels,
+                out_channels,
+                (3, 3),
+                dtype=dtype,
+                param_dtype=jnp.float32,
+                rngs=rngs,
+                **options,
+            )
+
+        self.conv1 = conv(7, channels)
+        self.conv2 = conv(channels, channels)
+        self.conv3 = conv(channels, 1, kernel_init=nnx.initializers.zeros)
+
+    def __call__(
+        self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array
+    ) -> jax.Array:
+        B, H, W, _ = orig_BHWC.shape
+        x_BHWC = jnp.concatenate([orig_BHWC, recon_BHWC, mask_BHW[..., None]], axis=-1)
+        x_BHWC = nnx.avg_pool(
+            x_BHWC, (HEAD_SHRINK, HEAD_SHRINK), (HEAD_SHRINK, HEAD_SHRINK), padding="SAME"
+        )
+        x_BHWC = jax.nn.gelu(self.conv1(x_BHWC))
+        x_BHWC = jax.nn.gelu(self.conv2(x_BHWC))
+        return resize(self.conv3(x_BHWC).astype(jnp.float32), (H, W))[..., 0]
+
+
+class AdaptiveFusion(nnx.Module):
+    """Fuses two pictures at one or several scales.
+
+    With `num_scales` above 1, scale s fuses both pictures shrunk by 2^s with a map of its own,
+    the results are enlarged again and summed with softmax(scale_weights).
+
+    Args:
+      config: Level 1 part of the configuration.
+      image_size: side of the map in pixels; pictures of another size resize alpha.
+      dtype: of the predicting head; the blend itself is float32.
+    """
+
+    def __init__(
+        self, config: Level1Config, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        scales, start = config.num_scales, config.init_alpha
+        raw = math.log(start / (1.0 - start))
+        sizes = [image_size // 2**s for s in range(scales)]
+        self.raw = nnx.List(nnx.Param(jnp.full((n, n), raw, jnp.float32)) for n in sizes)
+        if scales > 1:
+            self.scale_weights = nnx.Param(jnp.full((scales,), 1.0 / scales, jnp.float32))
+        self.predicted = config.alpha == "predicted"
+        if self.predicted:
+            self.head = AlphaHead(config.head_channels, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the fused picture [B, H, W, 3] and alpha [B, H, W] of the finest scale.
+
+        Args:
+          orig_BHWC: original.
+          recon_BHWC: reconstruction, of the same size.
+          mask_BHW: 1 where the object is, for the predicting head; None if unknown.
+        """
+        if len(self.raw) == 1:
+            alpha_BHW = self._alpha(orig_BHWC, recon_BHWC, mask_BHW)
+            return blend(alpha_BHW, orig_BHWC, recon_BHWC), alpha_BHW
+        H, W = orig_BHWC.shape[1:3]
+        weights = jax.nn.softmax(self.scale_weights[...])
+        fused_BHWC, alphas = 0.0, []
+        for s, raw in enumerate(self.raw):
+            size = (H // 2**s, W // 2**s)
+            orig, recon = resize(orig_BHWC, size), resize(recon_BHWC, size)
+            alpha = resize(jax.nn.sigmoid(raw[...])[None, ..., None], size)[..., 0]
+            alphas.append(jnp.broadcast_to(alpha, (len(orig), *size)))
+            fused_BHWC += weights[s] * resize(blend(alphas[s], orig, recon), (H, W))
+        return fused_BHWC, alphas[0]
+
+    def _alpha(
+        self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array | None
+    ) -> jax.Array:
+        B, H, W, _ = orig_BHWC.shape
+        raw_BHW = self.raw[0][...][None]
+        if not self.predicted:
+            alpha_BHW = resize(jax.nn.sigmoid(raw_BHW)[..., None], (H, W))[..., 0]
+            return jnp.broadcast_to(alpha_BHW, (B, H, W))
+        if mask_BHW is None:
+            mask_BHW = jnp.zeros((B, H, W), jnp.float32)
+        added_BHW = self.head(orig_BHWC, recon_BHWC, mask_BHW)
+        return jax.nn.sigmoid(resize(raw_BHW[..., None], (H, W))[..., 0] + added_BHW)
+
+
+def blend(alpha_BHW: jax.Array, orig_BHWC: jax.Array, recon_BHWC: jax.Array) -> jax.Array:
+    """alpha * original + (1 - alpha) * reconstruction."""
+    alpha_BHW1 = alpha_BHW[..., None]
+    return alpha_BHW1 * orig_BHWC + (1.0 - alpha_BHW1) * recon_BHWC

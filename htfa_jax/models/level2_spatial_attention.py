@@ -1,0 +1,75 @@
+"""Level 2: spatial attention, queries from the original, keys from the aligned reconstruction.
+
+F_spatial = LayerNorm(softmax(Q K^T / sqrt(d)) V + F_orig): Q from the original's features, K
+from the reconstruction's in the original's frame, V from the fused picture's.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from htfa_jax.config import Level2Config
+from htfa_jax.layers import dropout, layer_norm, linear
+
+
+class SpatialAttention(nnx.Module):
+    """Cross-attention over the patches of the three pictures.
+
+    Args:
+      config: Level 2 part of the configuration.
+      embed_dim: width of the features.
+      dtype: of the computation.
+    """
+
+    def __init__(
+        self, config: Level2Config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.num_heads, self.dropout = config.num_heads, config.dropout
+        self.q_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(embed_dim, 1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        orig_BPD: jax.Array,
+        recon_BPD: jax.Array,
+        fused_BPD: jax.Array,
+        key_mask_BP: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns F_spatial [B, P, D] and the attention weights [B, N, P, P] before dropout.
+
+        Args:
+          orig_BPD: features of the original.
+          recon_BPD: features of the reconstruction, already in the original's frame.
+          fused_BPD: features of the fused picture.
+          key_mask_BP: keys that may be attended to; None means all. A sample with no key left
+            keeps the original's features.
+          key: dropout key, None in evaluation.
+        """
+        B, P, D = orig_BPD.shape
+        heads = (B, P, self.num_heads, D // self.num_heads)
+        q_BTNH = self.q_proj(orig_BPD).reshape(heads)
+        k_BSNH = self.k_proj(recon_BPD).reshape(heads)
+        v_BSNH = self.v_proj(fused_BPD).reshape(heads)
+        logits_BNTS = jnp.einsum(
+            "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+        ) * (heads[-1] ** -0.5)
+        if key_mask_BP is not None:
+            lowest = jnp.finfo(jnp.float32).min
+            logits_BNTS = jnp.where(key_mask_BP[:, None, None, :], logits_BNTS, lowest)
+        weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
+        dropped_BNTS = dropout(weights_BNTS, self.dropout, key).astype(v_BSNH.dtype)
+        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH)
+        out_BPD = self.o_proj(out_BTNH.reshape(B, P, D))
+        if key_mask_BP is not None:
+            out_BPD = jnp.where(key_mask_BP.any(axis=1)[:, None, None], out_BPD, 0)
+        return self.norm(out_BPD + orig_BPD), weights_BNTS
+
+
+def attention_entropy(weights_BNTS: jax.Array) -> jax.Array:
+    """Entropy of the attention rows in nats [B], mean over heads and queries."""
+    logs = jnp.log(weights_BNTS + 1e-8)
+    return -jnp.mean(jnp.sum(weights_BNTS * logs, axis=-1), axis=(1, 2))

@@ -1,0 +1,90 @@
+"""Level 3: two decoupled branches, understanding and generation, into one decoder."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from htfa_jax.config import Level3Config
+from htfa_jax.layers import dropout, layer_norm, linear, split_key
+
+
+class MLPAdapter(nnx.Module):
+    """LayerNorm(W2 GELU(W1 x)): brings an encoder's width to the decoder's. Exact GELU.
+
+    Args:
+      config: Level 3 part of the configuration.
+      in_features: width of the encoder's tokens.
+      out_features: width of the decoder.
+      dtype: of the computation.
+    """
+
+    def __init__(
+        self,
+        config: Level3Config,
+        in_features: int,
+        out_features: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        hidden = config.adapter_mlp_dim or 4 * out_features
+        self.dropout, self.has_norm = config.adapter_dropout, config.adapter_norm
+        self.fc1 = linear(in_features, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = linear(hidden, out_features, dtype=dtype, rngs=rngs)
+        if self.has_norm:
+            self.norm = layer_norm(out_features, 1e-5, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """[B, T, in_features] -> [B, T, out_features]; no key means no dropout."""
+        key1, key2 = split_key(key, 2)
+        x_BTF = dropout(jax.nn.gelu(self.fc1(x_BTD), approximate=False), self.dropout, key1)
+        x_BTD = dropout(self.fc2(x_BTF), self.dropout, key2)
+        return self.norm(x_BTD) if self.has_norm else x_BTD
+
+
+class EncoderDecoupling(nnx.Module):
+    """The two adapters and the generation head; the text head is the decoder's own.
+
+    Args:
+      config: Level 3 part of the configuration.
+      understand_dim: width of F_spatial.
+      code_dim: length of a code vector.
+      codebook_size: codes that the generation head chooses from; 0 leaves the head out.
+      decoder_dim: width of the decoder.
+      dtype: of the computation.
+    """
+
+    def __init__(
+        self,
+        config: Level3Config,
+        *,
+        understand_dim: int,
+        code_dim: int,
+        codebook_size: int,
+        decoder_dim: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.adapter_understand = MLPAdapter(
+            config, understand_dim, decoder_dim, dtype=dtype, rngs=rngs
+        )
+        if config.generation:
+            self.adapter_generate = MLPAdapter(
+                config, code_dim, decoder_dim, dtype=dtype, rngs=rngs
+            )
+        if codebook_size:
+            self.head_generate = linear(
+                decoder_dim, codebook_size, bias=False, dtype=dtype, rngs=rngs
+            )
+
+    def understand(self, spatial_BPD: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """F_spatial to decoder tokens [B, P, D]."""
+        return self.adapter_understand(spatial_BPD, key)
+
+    def generate(self, vectors_BME: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Code vectors of the fused picture to decoder tokens [B, M, D]."""
+        return self.adapter_generate(vectors_BME, key)
+
+    def code_logits(self, hidden_BMD: jax.Array) -> jax.Array:
+        """Hidden states of the generation positions to logits [B, M, C] in float32."""
+        return self.head_generate(hidden_BMD).astype(jnp.float32)

@@ -1,0 +1,331 @@
+"""The VQ stage: trains the tokenizer on the pictures of a dataset.
+
+    python -m htfa_jax.train_vq --config configs/debug.py --workdir runs/vq
+
+The main job runs it first when no pretrained VQ is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from htfa_jax import parts, paths
+from htfa_jax.batch import Batch
+from htfa_jax.checkpoint import Checkpoints, new_workdir
+from htfa_jax.commands import command
+from htfa_jax.config import Config
+from htfa_jax.config_io import parse_args, save_config
+from htfa_jax.data.pipeline import evaluation_batches, training_batches
+from htfa_jax.data.records import RecordFile
+from htfa_jax.data.splits import EMBEDDED, cache_folder, open_split
+from htfa_jax.logs import MetricWriter, log_to_file
+from htfa_jax.loop import Loop, State, duration
+from htfa_jax.metrics import psnr, squared_error, to_8bit
+from htfa_jax.models.alignment import box_mask
+from htfa_jax.models.level1_adaptive_fusion import blend
+from htfa_jax.models.pictures import denormalize, normalize, resize
+from htfa_jax.models.registration import register
+from htfa_jax.models.vq import VQ
+from htfa_jax.paths import Flat
+from htfa_jax.train_state import Model
+
+log = logging.getLogger("htfa_jax.train_vq")  # by name: this module is run as __main__ too
+
+# Coarse random weights of the blends: cells along a side, and their spread before the sigmoid.
+BLEND_CELLS, BLEND_SPREAD = 4, 3.0
+
+
+def build(config: Config) -> Model:
+    """The structure of the tokenizer alone."""
+    dtype = jnp.dtype(config.train.dtype)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: VQ(config.vq, dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+    return Model(graphdef, paths.flatten(state))
+
+
+def random_params(config: Config) -> Flat:
+    """Fresh float32 weights."""
+    dtype = jnp.dtype(config.train.dtype)
+
+    @jax.jit
+    def init(key: jax.Array) -> Flat:
+        return paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=nnx.Rngs(key)))[1])
+
+    return init(jax.random.key(config.seed))
+
+
+def training_pictures(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
+    """One picture of each record, [B, H, W, 3]: original, reconstruction, target or a blend.
+
+    Blends of original and aligned reconstruction, because that is what the generation branch
+    will encode. A record that lacks the chosen picture gives its original.
+    """
+    pair = register(batch, config)
+    blend_key, choice_key = jax.random.split(key)
+    B, H, W, _ = pair.orig_BHWC.shape
+    raw = BLEND_SPREAD * jax.random.normal(blend_key, (B, BLEND_CELLS, BLEND_CELLS, 1))
+    alpha_BHW = resize(jax.nn.sigmoid(raw), (H, W))[..., 0]
+    target_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
+    pictures = jnp.stack(
+        [
+            pair.orig_BHWC,
+            pair.recon_BHWC,
+            jnp.where(batch.has_target[:, None, None, None], target_BHWC, pair.orig_BHWC),
+            blend(alpha_BHW, pair.orig_BHWC, pair.aligned_BHWC),
+        ]
+    )
+    choice_B = jax.random.randint(choice_key, (B,), 0, len(pictures))
+    return pictures[choice_B, jnp.arange(B)]
+
+
+def losses(model: VQ, image_BHWC: jax.Array, config: Config) -> tuple[jax.Array, dict[str, Any]]:
+    """Reconstruction, codebook and commitment loss of a VQ autoencoder.
+
+    van den Oord et al., "Neural Discrete Representation Learning" (2017).
+    """
+    weights = config.vq_train
+    z_BME = model.encoder(image_BHWC)
+    codes_BM = model.nearest(jax.lax.stop_gradient(z_BME))
+    vectors_BME = model.vectors()[codes_BM]
+    codebook = jnp.mean((vectors_BME - jax.lax.stop_gradient(z_BME)) ** 2)
+    commitment = jnp.mean((z_BME - jax.lax.stop_gradient(vectors_BME)) ** 2)
+    painted = model.decoder(z_BME + jax.lax.stop_gradient(vectors_BME - z_BME))
+    l1 = jnp.mean(jnp.abs(painted - image_BHWC))
+    l2 = jnp.mean((painted - image_BHWC) ** 2)
+    total = weights.l1_weight * l1 + weights.l2_weight * l2
+    total += codebook + weights.commitment_weight * commitment
+    return total, {"l1": l1, "l2": l2, "commitment": commitment, "codes": codes_BM, "z": z_BME}
+
+
+def revive(
+    codebook_CE: jax.Array,
+    unused_C: jax.Array,
+    codes_BM: jax.Array,
+    z_BME: jax.Array,
+    after: int,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Puts codes that nothing chose for `after` steps onto continuous codes of this batch.
+
+    Returns the codebook and the steps [C] since each code was used.
+    """
+    used_C = jnp.zeros(len(codebook_CE), bool).at[codes_BM.reshape(-1)].set(True)
+    unused_C = jnp.where(used_C, 0, unused_C + 1)
+    dead_C = unused_C >= after
+    z_XE = z_BME.reshape(-1, z_BME.shape[-1])
+    seeds_CE = z_XE[jax.random.randint(key, (len(codebook_CE),), 0, len(z_XE))]
+    codebook_CE = jnp.where(dead_C[:, None], seeds_CE, codebook_CE)
+    return codebook_CE, jnp.where(dead_C, 0, unused_C)
+
+
+def make_step(config: Config, model: Model, optimizer: optax.GradientTransformation):
+    """(state, batch) -> (state, metrics), compiled."""
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        picture_key, revive_key = jax.random.split(key)
+        image_BHWC = training_pictures(batch, picture_key, config)
+        grad = jax.value_and_grad(
+            lambda params: losses(model.merge(params), image_BHWC, config), has_aux=True
+        )
+        (loss, aux), grads = grad(state["params"])
+        opt_state = state["opt_state"]
+        updates, tx_state = optimizer.update(grads, opt_state["tx"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        codebook_CE, unused_C = revive(
+            params["codebook"],
+            opt_state["unused"],
+            aux["codes"],
+            jax.lax.stop_gradient(aux["z"]),
+            config.vq_train.revive_after,
+            revive_key,
+        )
+        new = ({**params, "codebook": codebook_CE}, {"tx": tx_state, "unused": unused_C})
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b), new, (state["params"], opt_state)
+        )
+        metrics = {
+            "loss": loss,
+            "l1": aux["l1"],
+            "l2": aux["l2"],
+            "commitment": aux["commitment"],
+            "grad_norm": norm,
+            "codes_used": jnp.sum(unused_C < config.vq_train.revive_after // 2),
+            "finite": finite,
+        }
+        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+
+    return step
+
+
+def evaluate(config: Config, model: Model, params: Flat, records: RecordFile) -> dict[str, float]:
+    """PSNR of the round trip of a split's targets, and how many codes they use."""
+
+    @jax.jit
+    def sums(params: Flat, batch: Batch):
+        vq = model.merge(params)
+        image_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
+        codes_BM = vq.encode(image_BHWC)
+        rgb = [to_8bit(denormalize(x, config.data)) for x in (vq.decode(codes_BM), image_BHWC)]
+        inside_BHW = box_mask(batch.region_orig, image_BHWC.shape[1:3])
+        counts_BHW = inside_BHW & (batch.has_target & (batch.weight > 0))[:, None, None]
+        usage_C = jnp.zeros(config.vq.codebook_size).at[codes_BM].add(batch.weight[:, None])
+        return jnp.sum(squared_error(*rgb) * counts_BHW), counts_BHW.sum(), usage_C
+
+    error, pixels, usage = 0.0, 0, np.zeros(config.vq.codebook_size)
+    for loaded in evaluation_batches(config, records, None):
+        more = jax.device_get(sums(params, loaded.batch))
+        error, pixels, usage = error + more[0], pixels + more[1], usage + more[2]
+    return {"psnr": psnr(error / max(pixels, 1)), "codes_used": float((usage > 0).sum())}
+
+
+def train_vq(config: Config, workdir: Path) -> Path | None:
+    """Trains a tokenizer, resuming what `workdir` holds.
+
+    Returns the weight folder, `workdir/weights`; None if a signal stopped the training.
+    """
+    started = time.time()
+    folder, settings = workdir / "weights", config.vq_train
+    records = open_split(config, "train")
+    model = build(config)
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.05)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.99))
+    params = random_params(config)
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt_state": {
+            "tx": optimizer.init(params),
+            "unused": jnp.zeros(config.vq.codebook_size, jnp.int32),
+        },
+    }
+    writer = MetricWriter(workdir / "logs")
+    with Checkpoints(workdir, keep=1) as checkpoints:
+        latest = checkpoints.latest_step()
+        if latest is not None:
+            found = checkpoints.restore(
+                latest, params=state["params"], opt_state=state["opt_state"]
+            )
+            state = {
+                "step": jnp.int32(latest),
+                "params": found["params"],
+                "opt_state": found["opt_state"],
+            }
+            log.info("vq: going on from step %d", latest)
+
+        def after_step(step: int, state: State) -> None:
+            if step % settings.save_every == 0:
+                checkpoints.save(state, {})
+
+        loop = Loop(
+            name="vq",
+            step_fn=make_step(config, model, optimizer),
+            num_steps=settings.num_steps,
+            log_every=config.train.log_every,
+            writer=writer,
+            samples_per_step=settings.batch_size,
+            after_step=after_step,
+            max_bad_records=config.data.max_bad_records,
+        )
+        batches = training_batches(
+            config, records, None, int(state["step"]), settings.batch_size
+        )
+        state, stopped = loop.run(state, batches)
+        batches.close()
+        checkpoints.save(state, {})
+    if stopped:
+        return None
+    parts.save_part(folder, "vq", config.vq, jax.device_get(state["params"]))
+    if config.data.validation is not None:
+        scores = evaluate(config, model, state["params"], open_split(config, "validation"))
+        writer.write_scalars(int(state["step"]), {f"vq_validation/{k}": v for k, v in scores.items()})
+        log.info(
+            "vq: %d steps in %s; validation targets: %.2f dB, %d of %d codes used",
+            int(state["step"]),
+            duration(time.time() - started),
+            scores["psnr"],
+            scores["codes_used"],
+            config.vq.codebook_size,
+        )
+    writer.close()
+    return folder
+
+
+def cached_vq(config: Config, workdir: Path) -> Path | None:
+    """The tokenizer that this configuration and data lead to: trained now, or before.
+
+    Returns its weight folder; None if a signal stopped the training.
+    """
+    folder = cache_folder(config) / "vq" / cache_key(config)
+    if not (folder / parts.WEIGHTS).is_file():
+        log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
+        trained = train_vq(config, workdir)
+        if trained is None:
+            return None
+        sizes = config.vq
+        parts.save_part(folder, "vq", sizes, parts.read_weights(trained))
+    log.info("vq: weights from %s", folder)
+    return folder
+
+
+def cache_key(config: Config) -> str:
+    """A name for all that the trained tokenizer depends on."""
+    held, data = config.held_objects, config.data
+    if data.train == EMBEDDED:
+        source: Any = [EMBEDDED, held.seed, held.num_train]
+    else:
+        path = Path(data.train).expanduser().resolve()
+        source = [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+    described = [
+        dataclasses.asdict(config.vq),
+        dataclasses.asdict(config.vq_train),
+        [config.seed, config.image_size, config.train.dtype, config.level2.alignment],
+        [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
+        source,
+    ]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainVQArgs:
+    """Trains a VQ tokenizer; its weight folder is WORKDIR/weights."""
+
+    config: Config
+    workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/vq_TIME)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse_args(TrainVQArgs, argv)
+    workdir = args.workdir or new_workdir("vq")
+    workdir.mkdir(parents=True, exist_ok=True)
+    save_config(args.config, workdir / "config.json")
+    with log_to_file(workdir / "logs" / "train.log"):
+        folder = train_vq(args.config, workdir)
+    if folder is None:
+        print(f"stopped; go on with --workdir {workdir}")
+    else:
+        print(f"use it with --config.pretrained.vq={folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Pictures to look at: the evaluation panel."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from htfa_jax.metrics import Answer, is_right
+
+COLUMNS = {
+    "original": "original",
+    "reconstruction": "reconstruction",
+    "fused": "fused",
+    "alpha": "alpha (weight of original)",
+    "completion": "completion",
+    "target": "target",
+}
+
+
+@dataclasses.dataclass
+class PanelRow:
+    """One scene.
+
+    Attributes:
+      name: of the record.
+      pictures: RGB [H, W, 3] in [0, 1] by the names of `COLUMNS`; "alpha" is [H, W].
+      answers: its questions, answered.
+    """
+
+    name: str
+    pictures: dict[str, np.ndarray]
+    answers: list[Answer]
+
+
+def panel_png(rows: list[PanelRow]) -> bytes:
+    """A PNG with a row per scene: pictures, then questions, answers and truths."""
+    # Not pyplot: it would choose a display and keep every figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [name for name in COLUMNS if name in rows[0].pictures]
+    figure = Figure(figsize=(1.9 * len(names) + 3.2, 1.95 * len(rows) + 0.5), layout="compressed")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(
+        len(rows), len(names) + 1, squeeze=False, width_ratios=[1.0] * len(names) + [1.7]
+    )
+    alpha_image = None
+    for row, line in zip(rows, axes, strict=True):
+        for name, ax in zip(names, line, strict=False):
+            if name == "alpha":
+                alpha_image = ax.imshow(row.pictures[name], cmap="cividis", vmin=0, vmax=1)
+            else:
+                ax.imshow(np.clip(row.pictures[name], 0, 1))
+            ax.set_axis_off()
+        _write_answers(line[-1], row)
+    for name, ax in zip(names, axes[0], strict=False):
+        ax.set_title(COLUMNS[name], fontsize=9)
+    axes[0][-1].set_title("question: answer (truth)", fontsize=9, loc="left")
+    if alpha_image is not None:
+        figure.colorbar(alpha_image, ax=axes[:, -1], fraction=0.05, pad=0.02, label="alpha")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def read_png(path: Path) -> np.ndarray:
+    """A picture as uint8 [H, W, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _write_answers(ax, row: PanelRow) -> None:
+    ax.set_axis_off()
+    ax.text(0.0, 0.97, row.name, fontsize=8, va="top", color="0.4", transform=ax.transAxes)
+    for i, answer in enumerate(row.answers[:5]):
+        right = is_right(answer.answer, answer.truth)
+        # Sign and colour: either alone tells right from wrong.
+        ax.text(
+            0.0,
+            0.80 - 0.19 * i,
+            f"{'✓' if right else '✗'} {answer.kind}: {answer.answer or '(nothing)'}"
+            + ("" if right else f"  ({answer.truth})"),
+            fontsize=9,
+            va="top",
+            color="#00618a" if right else "#b04a00",
+            transform=ax.transAxes,
+        )
