@@ -67,22 +67,13 @@ def make_train_step(
         def loss_fn(params: Flat, micro: Batch, key: jax.Array):
             return loss_and_metrics(model.merge(params, frozen), micro, counts, key)
 
-        def micro_step(total: tuple[Flat, dict], inputs: tuple[Batch, jax.Array]):
+        def micro_step(micro: Batch, key: jax.Array) -> tuple[Flat, dict[str, jax.Array]]:
             (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state["params"], *inputs
+                state["params"], micro, key
             )
-            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+            return grads, metrics
 
-        micro_batches = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
-        inputs = (micro_batches, jax.random.split(step_key, steps))
-        first = jax.tree.map(lambda x: x[0], inputs)
-        shapes = jax.eval_shape(
-            jax.value_and_grad(loss_fn, has_aux=True), state["params"], *first
-        )
-        (_, metrics_shape), grads_shape = shapes
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grads_shape, metrics_shape))
-        (grads, metrics), _ = jax.lax.scan(micro_step, zeros, inputs)
-
+        grads, metrics = sum_over(micro_step, steps, batch, step_key)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
@@ -100,6 +91,24 @@ def make_train_step(
         return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
 
     return train_step
+
+
+def sum_over(
+    micro_step: Callable[[Batch, jax.Array], Any], steps: int, batch: Batch, key: jax.Array
+) -> Any:
+    """The sum of `micro_step`'s results over equal parts of a batch, each with its own key."""
+    if steps == 1:
+        # Not a loop of one: XLA's convolutions are several times slower in loops on CPUs.
+        return micro_step(batch, key)
+    inputs = (
+        jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch),
+        jax.random.split(key, steps),
+    )
+    shapes = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], inputs))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(
+        lambda total, x: (jax.tree.map(jnp.add, total, micro_step(*x)), None), zeros, inputs
+    )[0]
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any] | None:
@@ -316,8 +325,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(plan(config))
         return
-    cache = cache_folder(config) / "compiled"
-    jax.config.update("jax_compilation_cache_dir", str(cache))
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
     workdir = args.workdir or new_workdir(source_name(argv))
     workdir.mkdir(parents=True, exist_ok=True)
     scores = train(config, workdir)

@@ -62,8 +62,9 @@ def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatToke
             ChatTokenizer(config.pretrained.decoder).save(folder)
         else:
             log.info("training a tokenizer on the text of %s", train.path)
-            texts = (turn.text for record in map(train.__getitem__, range(len(train)))
-                     for turn in record.turns)
+            turns = (turn for i in range(len(train)) for turn in train[i].turns)
+            # Role names too: the chat template writes one in every turn.
+            texts = (text for turn in turns for text in (turn.role, turn.text))
             train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
     tokenizer = ChatTokenizer(folder)
     if len(tokenizer) > config.decoder.vocab_size:

@@ -9,15 +9,20 @@ from htfa_jax.models.alignment import box_mask
 
 def normalize(image_BHWC: jax.Array, region_B4: jax.Array, config: DataConfig) -> jax.Array:
     """8-bit RGB to (x / 255 - mean) / std, and 0 outside the region (the letterbox's padding)."""
-    mean, std = jnp.array(config.image_mean), jnp.array(config.image_std)
+    mean, std = _channels(config)
     x_BHWC = (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
     return x_BHWC * box_mask(region_B4, image_BHWC.shape[1:3])[..., None]
 
 
 def denormalize(x_BHWC: jax.Array, config: DataConfig) -> jax.Array:
     """Back to RGB in [0, 1]."""
-    mean, std = jnp.array(config.image_mean), jnp.array(config.image_std)
+    mean, std = _channels(config)
     return jnp.clip(x_BHWC * std + mean, 0.0, 1.0)
+
+
+def _channels(config: DataConfig) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation, [1, 1, 1, 3]."""
+    return tuple(jnp.array(x)[None, None, None] for x in (config.image_mean, config.image_std))
 
 
 def resize(x_BHWC: jax.Array, size: tuple[int, int]) -> jax.Array:

@@ -1,0 +1,49 @@
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+from support import random_weights, tiny, write_dataset
+
+from htfa_jax import train_vq
+from htfa_jax.parts import save_part
+from htfa_jax.train_state import build
+
+# A shape that broadcasts by accident is a bug that a test should see.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the suite's time is compilation, of programs that then run for milliseconds.
+jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that several tests need are compiled once, by whichever test process is first."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Path of a tiny JSON-lines dataset of 7 records."""
+    return write_dataset(tmp_path_factory.mktemp("dataset"), 7)
+
+
+@pytest.fixture(scope="session")
+def vq_folder(tmp_path_factory):
+    """A weight folder of a tokenizer with random weights."""
+    config = tiny()
+    structure = train_vq.build(config)
+    folder = tmp_path_factory.mktemp("vq") / "weights"
+    save_part(folder, "vq", config.vq, random_weights(structure))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model():
+    """(config, structure, weights) of the tiny model."""
+    config = tiny()
+    structure = build(config)
+    return config, structure, random_weights(structure)

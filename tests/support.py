@@ -1,0 +1,190 @@
+"""A tiny model with all sizes different, random batches for it, and a tiny dataset on disk."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from htfa_jax.batch import Batch
+from htfa_jax.config import Config
+from htfa_jax.config_io import override
+from htfa_jax.paths import Flat, flatten
+from htfa_jax.train_state import Model
+
+GOLDEN = Path(__file__).parent / "golden"
+
+TINY = {
+    "image_size": 48,
+    "siglip.patch_size": 12,
+    "siglip.embed_dim": 24,
+    "siglip.num_layers": 2,
+    "siglip.num_heads": 3,
+    "siglip.mlp_dim": 36,
+    "vq.stem": 2,
+    "vq.base_channels": 12,
+    "vq.channel_multipliers": (1, 2, 2),
+    "vq.num_res_blocks": 1,
+    "vq.z_channels": 20,
+    "vq.codebook_size": 22,
+    "vq.codebook_dim": 6,
+    "vq.normalize_codes": True,
+    "decoder.vocab_size": 390,
+    "decoder.embed_dim": 40,
+    "decoder.num_layers": 2,
+    "decoder.num_heads": 4,
+    "decoder.num_kv_heads": 2,
+    "decoder.mlp_dim": 56,
+    "decoder.rope_theta": 5000.0,
+    "decoder.rms_norm_eps": 1e-4,
+    "level1.alpha": "predicted",
+    "level1.head_channels": 5,
+    "level2.num_heads": 4,
+    "level2.dropout": 0.0,
+    "level2.alignment": "pixels",
+    "level3.adapter_mlp_dim": 28,
+    "level3.adapter_dropout": 0.0,
+    "loss.text_chunk": 32,
+    "data.max_text_length": 70,
+    "data.text_buckets": (70,),
+    "data.tokenizer_vocab_size": 390,
+    "optim.learning_rate": 1e-3,
+    "optim.learning_rate_factors": (),
+    "train.batch_size": 2,
+    "train.accumulation_steps": 1,
+    "train.max_steps": 4,
+    "train.dtype": "float32",
+    "train.frozen_dtype": "float32",
+    "train.remat": "none",
+    "eval.batch_size": 3,
+    "eval.max_new_tokens": 5,
+    "vq_train.num_steps": 3,
+    "vq_train.batch_size": 4,
+}
+
+
+def tiny(**changes) -> Config:
+    """The tiny configuration; dots in names are written as double underscores."""
+    return override(Config(), TINY | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    """Arrays of a file of reference vectors."""
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return dict(file)
+
+
+def nhwc(x: np.ndarray) -> np.ndarray:
+    """[B, C, H, W] -> [B, H, W, C]."""
+    return x.transpose(0, 2, 3, 1)
+
+
+def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0) -> Batch:
+    """Random samples, all pictures and masks there, boxes inside."""
+    rng, side = np.random.default_rng(seed), config.image_size
+    vocab = config.decoder.vocab_size
+
+    def picture() -> np.ndarray:
+        return rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
+
+    def blob() -> np.ndarray:
+        corner, extent = rng.integers(4, side // 3, (size, 2)), rng.integers(12, side // 2, (size, 2))
+        grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
+        inside = (grid >= corner[:, None, None]) & (grid < (corner + extent)[:, None, None])
+        return inside.all(axis=-1)
+
+    def boxes() -> np.ndarray:
+        start, extent = rng.integers(2, side // 3, (size, 2)), rng.integers(10, side // 2, (size, 2))
+        return np.concatenate([start, extent], axis=1).astype(np.float32)
+
+    region = np.tile(np.array([0, 0, side, side], np.float32), (size, 1))
+    yes = np.ones(size, bool)
+    return Batch(
+        image_orig=picture(),
+        image_recon=picture(),
+        image_target=picture(),
+        region_orig=region,
+        region_recon=region.copy(),
+        object_mask=blob(),
+        occluder_mask=blob(),
+        bbox_orig=boxes(),
+        bbox_recon=boxes(),
+        has_recon=yes,
+        has_target=yes,
+        has_object_mask=yes,
+        has_occluder_mask=yes,
+        has_bbox_orig=yes,
+        has_bbox_recon=yes,
+        tokens=rng.integers(0, vocab, (size, length), dtype=np.int32),
+        labels=rng.integers(0, vocab, (size, length), dtype=np.int32),
+        loss_mask=(rng.random((size, length)) < 0.4).astype(np.float32),
+        weight=np.ones(size, np.float32),
+        index=np.arange(size, dtype=np.int32),
+    )
+
+
+def taken_apart(module: nnx.Module) -> tuple[Model, Flat]:
+    """Structure and weights of any module."""
+    graphdef, state = nnx.split(module)
+    flat = flatten(state)
+    return Model(graphdef, flat), flat
+
+
+def random_weights(model: Model, seed: int = 0, scale: float = 0.3) -> Flat:
+    """Random weights, none of them zero: where a test compares, everything must count."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> jax.Array:
+        x = rng.standard_normal(shape)
+        if path.endswith("scale"):
+            return jnp.asarray(1 + 0.2 * x, jnp.float32)
+        fan_in = np.prod(shape[-2:-1]) if len(shape) > 1 else 1
+        return jnp.asarray(scale * x if len(shape) < 2 else x / np.sqrt(fan_in), jnp.float32)
+
+    return {path: draw(path, s.shape) for path, s in model.shapes.items()}
+
+
+def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path:
+    """A JSON-lines dataset of random pictures with every optional field; two questions each."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(num):
+        for name in ("orig", "recon", "target"):
+            Image.fromarray(
+                rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            ).save(folder / f"{name}{i}.png")
+        for name in ("mask", "hand"):
+            mask = np.zeros((size, size), np.uint8)
+            a = rng.integers(4, size // 2, 2)
+            mask[a[0] : a[0] + size // 3, a[1] : a[1] + size // 3] = 255
+            Image.fromarray(mask).save(folder / f"{name}{i}.png")
+        color, share = rng.choice(["red", "blue"]), 10 * int(rng.integers(1, 9))
+        turns = [
+            ("human", "<image>\nWhat color is it?", "color"),
+            ("gpt", str(color), None),
+            ("human", "How much is hidden?", "hidden_share"),
+            ("gpt", f"{share} percent", None),
+        ]
+        lines.append(
+            {
+                "id": f"r{i}",
+                "image_orig": f"orig{i}.png",
+                "image_recon": f"recon{i}.png",
+                "image_target": f"target{i}.png",
+                "object_mask": f"mask{i}.png",
+                "occluder_mask": f"hand{i}.png",
+                "bbox_orig": [4, 5, 20, 22],
+                "bbox_recon": [8, 6, 18, 30],
+                "conversations": [
+                    {"from": f, "value": v} | ({"kind": k} if k else {}) for f, v, k in turns
+                ],
+                "meta": {"occlusion": share / 100},
+            }
+        )
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path

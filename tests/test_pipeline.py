@@ -1,0 +1,136 @@
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from support import tiny, write_dataset
+
+from htfa_jax.data.pipeline import (
+    evaluation_batches,
+    num_steps,
+    samples_per_step,
+    training_batches,
+)
+from htfa_jax.data.records import RecordFile
+from htfa_jax.data.splits import open_tokenizer
+from htfa_jax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def source(dataset, tmp_path_factory):
+    """(records, tokenizer) of the tiny dataset."""
+    records = RecordFile(dataset)
+    return records, open_tokenizer(tiny(), tmp_path_factory.mktemp("workdir"), records)
+
+
+def take(config, source, start, num, samples=2):
+    batches = training_batches(config, *source, start, samples)
+    found = list(itertools.islice(batches, num))
+    batches.close()
+    return found
+
+
+def same(a, b):
+    assert a.ids == b.ids
+    jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
+
+
+def test_each_epoch_is_another_order_of_every_record(source):
+    ids = [i for loaded in take(tiny(), source, 0, 7) for i in loaded.ids]
+    first, second = ids[:7], ids[7:]
+    assert sorted(first) == sorted(second) == sorted(f"r{i}" for i in range(7))
+    assert first != second
+    assert ids != [i for loaded in take(tiny(seed=1), source, 0, 7) for i in loaded.ids]
+
+
+def test_starting_late_gives_the_batches_that_would_have_come(source):
+    """Random drops of the reconstruction included; threads make no difference."""
+    config = tiny(data__drop_recon=0.5)
+    whole = take(config, source, 0, 9)
+    assert {bool(x) for loaded in whole for x in loaded.batch.has_recon} == {True, False}
+    one_thread = tiny(data__drop_recon=0.5, data__num_threads=1)
+    for a, b in zip(whole[4:], take(one_thread, source, 4, 5), strict=True):
+        same(a, b)
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing(source):
+    config = tiny(data__drop_recon=0.5, data__num_workers=2)
+    for a, b in zip(take(tiny(data__drop_recon=0.5), source, 3, 4), take(config, source, 3, 4),
+                    strict=True):
+        same(a, b)
+
+
+def test_labels_are_the_next_tokens_of_the_assistant(source):
+    records, tokenizer = source
+    batch = take(tiny(), source, 0, 1)[0].batch
+    for row in range(2):
+        encoded = tokenizer.encode(records[int(batch.index[row])].turns)
+        length = len(encoded.tokens)
+        np.testing.assert_array_equal(batch.tokens[row, :length], encoded.tokens)
+        np.testing.assert_array_equal(batch.labels[row, : length - 1], encoded.tokens[1:])
+        np.testing.assert_array_equal(batch.loss_mask[row, : length - 1], encoded.learned[1:])
+        assert not batch.loss_mask[row, length - 1 :].any()
+        assert np.all(batch.tokens[row, length:] == tokenizer.pad_id)
+
+
+def test_text_is_padded_to_the_first_bucket_that_holds_it(source):
+    buckets = tiny(data__text_buckets=(8, 64, 100), data__max_text_length=100)
+    assert take(buckets, source, 0, 1)[0].batch.tokens.shape == (2, 64)
+    assert take(tiny(), source, 0, 1)[0].batch.tokens.shape == (2, 70)
+
+
+def test_an_answer_that_is_cut_off_is_an_error(source):
+    with pytest.raises(DataError, match=r"\(id r\d\): no answer is left within .*=12 tokens"):
+        take(tiny(data__max_text_length=12), source, 0, 1)
+
+
+def test_evaluation_sees_every_record_once_in_order(source):
+    loaded = list(evaluation_batches(tiny(eval__batch_size=3), *source))
+    assert [i for part in loaded for i in part.ids] == [*(f"r{i}" for i in range(7)), "", ""]
+    weights = np.concatenate([part.batch.weight for part in loaded])
+    np.testing.assert_array_equal(weights, [1] * 7 + [0] * 2)
+    assert loaded[-1].batch.index.tolist() == [6, -1, -1]
+    few = list(evaluation_batches(tiny(eval__batch_size=3), *source, max_samples=2))
+    assert len(few) == 1 and few[0].batch.weight.sum() == 2
+
+
+@pytest.fixture
+def damaged(tmp_path, source):
+    """The tiny dataset with record 2's original gone and record 4 without a conversation."""
+    path = write_dataset(tmp_path, 7)
+    (tmp_path / "orig2.png").unlink()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[4]["conversations"] = []
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return RecordFile(path), source[1]
+
+
+def test_bad_records_stop_by_default(damaged):
+    with pytest.raises(DataError, match=r"record (2 \(id r2\)|4 \(id r4\))"):
+        take(tiny(), damaged, 0, 4)
+
+
+def test_skipped_records_keep_their_places(damaged, source):
+    config = tiny(data__on_error="skip")
+    whole, skipped = take(config, source, 0, 4), take(config, damaged, 0, 4)
+    errors = [e for loaded in skipped for e in loaded.errors]
+    assert any("record 2 (id r2)" in e for e in errors)
+    assert any("record 4 (id r4)" in e for e in errors)
+    for a, b in zip(whole, skipped, strict=True):
+        for row, name in enumerate(a.ids):
+            if name in ("r2", "r4"):
+                assert b.batch.weight[row] == 0 and not b.batch.loss_mask[row].any()
+            else:
+                assert b.ids[row] == name and b.batch.weight[row] == 1
+
+
+def test_number_of_steps():
+    config = tiny(train__accumulation_steps=3, train__epochs=2)
+    assert samples_per_step(config) == 6
+    epochs = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=None))
+    assert num_steps(config, 100) == 4
+    assert num_steps(epochs, 100) == 33
+    assert num_steps(epochs, 1) == 1

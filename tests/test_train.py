@@ -1,0 +1,250 @@
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from support import random_batch, random_weights, tiny
+
+import htfa_jax.train as train_module
+from htfa_jax.checkpoint import load_run, open_checkpoints
+from htfa_jax.config_io import load_config, override
+from htfa_jax.errors import CheckpointError, TrainingError
+from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
+from htfa_jax.paths import split
+from htfa_jax.train import due, make_train_step, train
+from htfa_jax.train_state import build, new_state
+
+
+def one_step(config, batch, optimizer=None):
+    """State before and after a step, metrics, frozen weights."""
+    structure = build(config)
+    frozen, trainable = split(random_weights(structure), frozen_pattern(config))
+    schedule = learning_rate(config.optim, 10)
+    optimizer = optimizer or make_optimizer(config.optim, schedule)
+    state = new_state(trainable, optimizer)
+    step = jax.jit(make_train_step(config, structure, optimizer, schedule))
+    after, metrics = step(state, frozen, batch)
+    return state, after, metrics, frozen
+
+
+def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones():
+    config = tiny(optim__warmup_steps=1)
+    before, after, metrics, frozen = one_step(config, random_batch(config, size=2))
+    assert int(after["step"]) == 1 and bool(metrics["finite"])
+    still = [p for p, v in after["params"].items() if np.array_equal(v, before["params"][p])]
+    assert still == []
+    assert not set(frozen) & set(after["params"])
+    moments = [x for x in jax.tree.leaves(after["opt_state"]) if x.ndim]
+    assert len(moments) == 2 * len(after["params"])
+
+
+def test_accumulated_steps_are_the_step_of_the_whole_batch():
+    """Although the micro-steps hold different numbers of words and of cells."""
+    whole = tiny(train__batch_size=4, loss__hidden_cell_weight=3.0, decoder__dropout=0.0)
+    parts = override(whole, {"train.batch_size": 2, "train.accumulation_steps": 2})
+    batch = random_batch(whole, size=4)
+    batch.loss_mask[:2] *= np.arange(64) < 5
+    batch = dataclasses.replace(batch, weight=np.array([1, 0, 1, 1], np.float32))
+    sgd = optax.sgd(1.0)
+    _, expected, expected_metrics, _ = one_step(whole, batch, sgd)
+    _, got, metrics, _ = one_step(parts, batch, sgd)
+    for name in ("loss", "text_loss", "code_loss", "code_accuracy", "grad_norm", "alpha_mean"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)
+    for path, value in expected["params"].items():
+        np.testing.assert_allclose(got["params"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    config = tiny()
+    batch = random_batch(config, size=2)
+    batch.loss_mask[0, 3] = np.nan
+    before, after, metrics, _ = one_step(config, batch)
+    assert not bool(metrics["finite"])
+    for a, b in zip(
+        jax.tree.leaves((before["params"], before["opt_state"])),
+        jax.tree.leaves((after["params"], after["opt_state"])),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_loss_falls_on_one_batch():
+    config = tiny(optim__learning_rate=3e-3, optim__schedule="constant", train__max_steps=30)
+    structure, batch = build(config), random_batch(config, size=2)
+    frozen, trainable = split(random_weights(structure), frozen_pattern(config))
+    schedule = learning_rate(config.optim, 30)
+    optimizer = make_optimizer(config.optim, schedule)
+    step = jax.jit(make_train_step(config, structure, optimizer, schedule))
+    state, losses = new_state(trainable, optimizer), []
+    for _ in range(25):
+        state, metrics = step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+@pytest.fixture
+def config(dataset, vq_folder, tmp_path):
+    """The tiny configuration on the tiny dataset, nothing to evaluate."""
+    return tiny(
+        data__train=str(dataset), data__validation=None, data__test=None,
+        data__cache_dir=str(tmp_path / "cache"), pretrained__vq=str(vq_folder),
+        train__save_every=2, train__log_every=1, train__max_steps=6,
+        decoder__dropout=0.1, data__drop_recon=0.3,
+    )
+
+
+def final(config, workdir):
+    """All weights of a run, and its last metrics of each step without times."""
+    _, params, step, _ = load_run(workdir, lambda c: build(c).shapes)
+    lines = [json.loads(x) for x in (workdir / "logs/metrics.jsonl").read_text().splitlines()]
+    logged = {
+        line["step"]: {k: v for k, v in line.items() if k.split("/")[-1] in ("loss", "grad_norm")}
+        for line in lines
+    }
+    return params, step, logged
+
+
+def interrupt(monkeypatch, at, how):
+    """Makes the data pipeline call `how` before it hands out its `at`-th batch."""
+    original = train_module.training_batches
+
+    def interrupted(*args):
+        for i, loaded in enumerate(original(*args), start=1):
+            if i == at:
+                how()
+            yield loaded
+
+    monkeypatch.setattr(train_module, "training_batches", interrupted)
+
+
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, tmp_path, monkeypatch):
+    """SIGTERM in the middle saves and ends without an error; a crash loses what was not saved."""
+    undisturbed, stopped = tmp_path / "a", tmp_path / "b"
+    assert train(config, undisturbed) == {}
+    expected, step, logged = final(config, undisturbed)
+    assert step == 6 and sorted(logged) == [1, 2, 3, 4, 5, 6]
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert train(config, stopped) is None
+    with open_checkpoints(stopped, config) as checkpoints:
+        assert checkpoints.latest_step() == 3
+
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        interrupt(patch, 3, crash)
+        train(config, stopped)
+    with open_checkpoints(stopped, config) as checkpoints:
+        assert checkpoints.latest_step() == 4
+
+    assert train(config, stopped) == {}
+    params, step, relogged = final(config, stopped)
+    assert step == 6 and relogged == logged
+    for path, value in expected.items():
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+    assert train(config, stopped) == {}  # a finished run has nothing left to do
+    assert "failed" in (stopped / "logs/train.log").read_text()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(config, tmp_path, monkeypatch):
+    original = train_module.training_batches
+
+    def poisoned(*args):
+        for i, loaded in enumerate(original(*args), start=1):
+            if i == 3:
+                loaded.batch.loss_mask[:] = np.nan
+            yield loaded
+
+    monkeypatch.setattr(train_module, "training_batches", poisoned)
+    with pytest.raises(TrainingError, match=r"not finite at step 3 .*batch: r\d, r\d"):
+        train(config, tmp_path / "a")
+    _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
+    assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
+
+
+def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path):
+    config = override(config, {"train.max_steps": 2})
+    first = tmp_path / "first"
+    train(config, first)
+    expected, _, _ = final(config, first)
+    # A learning rate of nothing shows what the second run started from.
+    still = override(config, {"pretrained.run": str(first), "pretrained.vq": None,
+                              "optim.learning_rate": 0.0})
+    train(still, tmp_path / "second")
+    params, step, logged = final(still, tmp_path / "second")
+    assert step == 2 and sorted(logged) == [1, 2]
+    for path, value in expected.items():
+        np.testing.assert_array_equal(params[path], value, err_msg=path)
+
+
+def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
+    config = override(config, {"train.max_steps": 1})
+    train(config, tmp_path / "first")
+    wider = override(config, {"pretrained.run": str(tmp_path / "first"),
+                              "level3.adapter_mlp_dim": 30, "pretrained.vq": None})
+    with pytest.raises(CheckpointError, match=r"adapter_generate.fc1.bias: \(28,\).*\(30,\)"):
+        train(wider, tmp_path / "second")
+    with pytest.raises(CheckpointError, match="does not fit this model"):
+        train(override(config, {"level3.adapter_mlp_dim": 30}), tmp_path / "first")
+
+
+def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
+    config = override(config, {"train.max_steps": 1})
+    train(config, tmp_path / "a")
+    train(override(config, {"train.max_steps": 2}), tmp_path / "a")
+    assert "train.max_steps was 1 in this workdir and is now 2" in (
+        tmp_path / "a/logs/train.log"
+    ).read_text()
+    assert load_config(tmp_path / "a").train.max_steps == 2
+
+
+def test_random_parts_are_announced(config, tmp_path):
+    config = override(config, {"train.max_steps": 1})
+    train(config, tmp_path / "a")
+    log = (tmp_path / "a/logs/train.log").read_text()
+    assert "siglip: no pretrained weights; it starts random and is trained" in log
+    assert "whatever freeze.siglip=True says" in log
+    as_configured = override(config, {"pretrained.random_parts": "as_configured"})
+    train(as_configured, tmp_path / "b")
+    log = (tmp_path / "b/logs/train.log").read_text()
+    assert "siglip: starts random and stays so; results will mean nothing" in log
+
+
+def test_when_things_are_due():
+    assert [s for s in range(1, 10) if due("steps", 3, s, 5)] == [3, 6, 9]
+    assert [s for s in range(1, 21) if due("epoch", 2, s, 5)] == [10, 20]
+    assert not any(due("no", 1, s, 5) for s in range(1, 10))
+
+
+def test_frozen_weights_are_stored_as_configured():
+    from htfa_jax.train_state import new_params
+
+    config = tiny(train__frozen_dtype="bfloat16", pretrained__random_parts="as_configured")
+    structure = build(config)
+    trainable, frozen = jax.eval_shape(lambda: new_params(config, structure, {}))
+    assert {v.dtype for v in trainable.values()} == {jnp.dtype("float32")}
+    kept = {path for path, v in frozen.items() if v.dtype == jnp.float32}
+    assert kept == {"vq.codebook"}
+
+
+def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
+    from htfa_jax.train_state import new_params
+
+    config = tiny(freeze__vq=False)
+    structure = build(config)
+    weights = random_weights(structure)
+    loaded = {p: v for p, v in weights.items() if p.startswith("vq.")}
+    trainable, frozen = new_params(config, structure, loaded)
+    copies = [p for p in trainable if p.startswith("vq_encoder.")]
+    assert copies
+    for path in copies:
+        np.testing.assert_array_equal(
+            trainable[path], frozen[path.replace("vq_encoder", "vq.encoder")]
+        )
