@@ -1,6 +1,6 @@
 """Everything small, on the embedded dataset, on a CPU.
 
-    python -m htfa_jax.train --config configs/debug.py
+python -m htfa_jax.train --config configs/debug.py
 """
 
 from htfa_jax.config import Config
@@ -18,9 +18,9 @@ def get_config() -> Config:
             "siglip.num_layers": 3,
             "siglip.num_heads": 4,
             "siglip.mlp_dim": 384,
-            "vq.stem": 4,
-            "vq.base_channels": 48,
-            "vq.channel_multipliers": (1, 2, 2),
+            "vq.stem": 8,
+            "vq.base_channels": 64,
+            "vq.channel_multipliers": (1, 2),
             "vq.num_res_blocks": 1,
             "vq.z_channels": 64,
             "vq.codebook_size": 256,

@@ -6,7 +6,7 @@ A run's workdir holds
     tokenizer/             what its text went through
     frozen/PART-HASH/      frozen weights, once
     checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts
-    logs/                  metrics.jsonl, train.log, TensorBoard events, panels
+    logs/                  metrics.jsonl, train.log, parameters.txt, TensorBoard events, panels
 """
 
 from __future__ import annotations

@@ -330,8 +330,7 @@ def validate(config: Config) -> None:
     shrink = 2 ** (max(c.level1.num_scales, 1) - 1)
     need(
         c.image_size % shrink == 0,
-        f"image_size={c.image_size} must halve {c.level1.num_scales - 1} times "
-        "(level1.num_scales)",
+        f"image_size={c.image_size} must halve {c.level1.num_scales - 1} times (level1.num_scales)",
     )
     need(
         c.loss.text_weight + c.loss.code_weight > 0,
@@ -356,8 +355,21 @@ def validate(config: Config) -> None:
         raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
 
 
-_POSITIVE = ["image_size", "siglip.patch_size", "siglip.num_layers", "siglip.num_heads", "siglip.mlp_dim", "vq.stem", "vq.base_channels", "vq.num_res_blocks", "vq.z_channels", "vq.codebook_size", "vq.codebook_dim", "decoder.vocab_size", "decoder.num_layers", "decoder.num_heads", "decoder.num_kv_heads", "decoder.mlp_dim", "decoder.rope_theta", "level1.num_scales", "level1.head_channels", "level2.num_heads", "level3.adapter_mlp_dim", "loss.text_chunk", "data.max_text_length", "data.num_threads", "optim.clip_norm", "optim.num_cycles", "train.batch_size", "train.accumulation_steps", "train.epochs", "train.max_steps", "train.log_every", "train.save_every", "train.keep_checkpoints", "eval.every", "eval.batch_size", "eval.max_samples", "eval.max_new_tokens", "vq_train.num_steps", "vq_train.batch_size", "vq_train.revive_after", "vq_train.save_every"]
-_PROBABILITIES = ["decoder.dropout", "level2.dropout", "level3.adapter_dropout", "loss.label_smoothing", "optim.b1", "optim.b2", "optim.warmup_ratio"]
+_POSITIVE = """
+    image_size siglip.patch_size siglip.num_layers siglip.num_heads siglip.mlp_dim vq.stem
+    vq.base_channels vq.num_res_blocks vq.z_channels vq.codebook_size vq.codebook_dim
+    decoder.vocab_size decoder.num_layers decoder.num_heads decoder.num_kv_heads decoder.mlp_dim
+    decoder.rope_theta level1.num_scales level1.head_channels level2.num_heads
+    level3.adapter_mlp_dim loss.text_chunk data.max_text_length data.num_threads optim.clip_norm
+    optim.num_cycles train.batch_size train.accumulation_steps train.epochs train.max_steps
+    train.log_every train.save_every train.keep_checkpoints eval.every eval.batch_size
+    eval.max_samples eval.max_new_tokens vq_train.num_steps vq_train.batch_size
+    vq_train.revive_after vq_train.save_every
+""".split()
+_PROBABILITIES = """
+    decoder.dropout level2.dropout level3.adapter_dropout loss.label_smoothing optim.b1 optim.b2
+    optim.warmup_ratio
+""".split()
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -58,9 +58,7 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str = "") ->
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"{prefix}{name} is a group of fields, not a value: {value!r}")
-            changes[name] = _build(
-                hints[name], value, getattr(base, name), f"{prefix}{name}."
-            )
+            changes[name] = _build(hints[name], value, getattr(base, name), f"{prefix}{name}.")
         else:
             changes[name] = _typed(value, hints[name], prefix + name)
     return dataclasses.replace(base, **changes)

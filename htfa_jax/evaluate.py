@@ -1,6 +1,6 @@
 """Evaluation of a run: answers by decoding, completed pictures against four references.
 
-    python -m htfa_jax.evaluate --checkpoint runs/x --split test
+python -m htfa_jax.evaluate --checkpoint runs/x --split test
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class Evaluator:
         self._look = jax.jit(self._look_at, static_argnames="text_length")
         self._greedy = jax.jit(self._decode)
 
-    def __call__(
-        self, params: Flat, records: RecordFile, max_samples: int | None = None
-    ) -> Report:
+    def __call__(self, params: Flat, records: RecordFile, max_samples: int | None = None) -> Report:
         """Evaluates weights on a dataset.
 
         Args:
@@ -168,8 +166,7 @@ class Evaluator:
         if self.config.loss.text_weight == 0:
             return []
         per_scene = [
-            [self.tokenizer.encode_prompt([q]) for q, _ in questions(r)] if r else []
-            for r in found
+            [self.tokenizer.encode_prompt([q]) for q, _ in questions(r)] if r else [] for r in found
         ]
         nothing = np.array([self.tokenizer.pad_id], np.int32)
         return [
@@ -177,9 +174,7 @@ class Evaluator:
             for k in range(max(map(len, per_scene), default=0))
         ]
 
-    def _ask(
-        self, params: Flat, cache: KVCache, prompts: list[np.ndarray], room: int
-    ) -> list[str]:
+    def _ask(self, params: Flat, cache: KVCache, prompts: list[np.ndarray], room: int) -> list[str]:
         prompt_BT, length_B = pad_prompts(prompts, self.tokenizer.pad_id, room)
         tokens_BT = np.asarray(self._greedy(params, cache, prompt_BT, length_B))
         return [self.tokenizer.decode(row) for row in tokens_BT]
@@ -255,7 +250,8 @@ def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> 
         scores["target_codes_used"] = int((totals["code_usage"] > 0).sum())
     scores["alignment"] = {s: int(totals[f"aligned/{s}"]) for s in SOURCES}
     scores["fusion"] = {
-        name: float(totals[name] / samples) for name in ("alpha_mean", "alpha_std", "attention_entropy")
+        name: float(totals[name] / samples)
+        for name in ("alpha_mean", "alpha_std", "attention_entropy")
     }
     return scores
 

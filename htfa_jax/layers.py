@@ -98,6 +98,9 @@ def rematerialize(function: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
+XAVIER = nnx.initializers.xavier_uniform()
+
+
 def linear(
     in_features: int,
     out_features: int,
@@ -105,7 +108,7 @@ def linear(
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
     bias: bool = True,
-    kernel_init: nnx.Initializer = nnx.initializers.xavier_uniform(),
+    kernel_init: nnx.Initializer = XAVIER,
 ) -> nnx.Linear:
     """A linear layer with float32 weights that computes in `dtype`."""
     return nnx.Linear(

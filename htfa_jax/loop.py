@@ -106,7 +106,12 @@ class Loop:
         left = (self.num_steps - step) * seconds / len(self._window)
         log.info(
             "%s step %d/%d: %s, %.1f samples/s, %s left",
-            self.name, step, self.num_steps, shown, rate, duration(left),
+            self.name,
+            step,
+            self.num_steps,
+            shown,
+            rate,
+            duration(left),
         )
         self._window, self._window_start = [], time.perf_counter()
 

@@ -49,9 +49,7 @@ def code_weights(batch: Batch, config: Config) -> jax.Array:
 
 def count(batch: Batch, config: Config) -> Counts:
     """What the losses of these samples are divided by."""
-    return Counts(
-        text_weights(batch).sum(), code_weights(batch, config).sum(), batch.weight.sum()
-    )
+    return Counts(text_weights(batch).sum(), code_weights(batch, config).sum(), batch.weight.sum())
 
 
 def at_least_one(total: jax.Array) -> jax.Array:

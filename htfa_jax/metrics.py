@@ -78,7 +78,9 @@ def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, fl
     colors = {a.scene: a for a in kinds.get("color", [])}
     both = [
         dataclasses.replace(
-            a, kind="both_right", answer=f"{a.answer}, {colors[a.scene].answer}",
+            a,
+            kind="both_right",
+            answer=f"{a.answer}, {colors[a.scene].answer}",
             truth=f"{a.truth}, {colors[a.scene].truth}",
         )
         for a in kinds.get("category", [])
@@ -93,7 +95,8 @@ def _by_bucket(answers: list[Answer]) -> dict[str, dict[str, float]]:
     rows = {"all": score_kind(answers)}
     for low, high in BUCKETS:
         inside = [
-            a for a in answers
+            a
+            for a in answers
             if a.hidden is not None and low <= a.hidden and (a.hidden < high or high == 1.0)
         ]
         if inside:

@@ -71,9 +71,7 @@ def make_optimizer(
     elif config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2)
     else:
-        direction = optax.chain(
-            optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)
-        )
+        direction = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
     def decays(params: Flat) -> dict[str, bool]:
         return {path: not re.fullmatch(config.no_decay, path) for path in params}

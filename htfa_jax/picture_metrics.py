@@ -4,6 +4,7 @@ PSNR is of all pixels of a region in the split together, on 8-bit sRGB; SSIM is 
 SSIM map over them.
 """
 
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -14,6 +15,7 @@ from htfa_jax.metrics import psnr, ssim_map, to_8bit
 from htfa_jax.models.alignment import box_mask
 
 REGIONS = ("all", "covered", "hidden")
+CANDIDATES = ("completed", "original", "aligned_reconstruction", "flat_fill", "vq_round_trip")
 
 
 def region_masks(batch: Batch) -> dict[str, jax.Array]:
@@ -45,7 +47,7 @@ def picture_sums(
     """Sums over pixels that `picture_scores` turns into metrics.
 
     Args:
-      candidates: {name: RGB in [0, 1], [B, H, W, 3]}.
+      candidates: {name of `CANDIDATES`: RGB in [0, 1], [B, H, W, 3]}.
       target_BHWC: the truth, RGB in [0, 1].
       batch: for the regions.
     """
@@ -63,15 +65,11 @@ def picture_sums(
 def picture_scores(totals: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
     """{region: {candidate: {"psnr", "ssim"}}} of summed `picture_sums`; empty regions left out."""
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for key, total in totals.items():
-        kind, _, rest = key.partition("/")
-        if kind != "error":
-            continue
-        region, name = rest.split("/")
-        pixels = totals[f"pixels/{region}"]
-        if pixels:
+    for region, name in itertools.product(REGIONS, CANDIDATES):
+        pixels = totals.get(f"pixels/{region}", 0)
+        if pixels and f"error/{region}/{name}" in totals:
             table.setdefault(region, {})[name] = {
-                "psnr": psnr(total / pixels),
+                "psnr": psnr(totals[f"error/{region}/{name}"] / pixels),
                 "ssim": float(totals[f"ssim/{region}/{name}"] / pixels),
             }
     return table

@@ -21,8 +21,10 @@ def size_table(shapes: Mapping[str, Any], config: Config) -> str:
     frozen, trainable = paths.split(shapes, frozen_pattern(config))
 
     def row(name: str, paths_: list[str]) -> str:
-        counts = [sum(math.prod(flat[p].shape) for p in paths_ if p in flat)
-                  for flat in (trainable, frozen)]
+        counts = [
+            sum(math.prod(flat[p].shape) for p in paths_ if p in flat)
+            for flat in (trainable, frozen)
+        ]
         return f"{name:<12}{counts[0]:>16,}{counts[1]:>16,}"
 
     names = dict.fromkeys(path.split(".")[0] for path in shapes)

@@ -38,10 +38,15 @@ def _answers(kinds: dict[str, dict[str, dict[str, float]]]) -> str:
     for kind, rows in kinds.items():
         lines.append([kind, *(_cell(rows, b, "accuracy") for b in buckets)])
         if "mean_absolute_error" in rows["all"]:
-            lines.append(["  within 10 points", *(_cell(rows, b, "within_10_points")
-                                                  for b in buckets)])
-            lines.append(["  mean absolute error (points)",
-                          *(_cell(rows, b, "mean_absolute_error", ".1f") for b in buckets)])
+            lines.append(
+                ["  within 10 points", *(_cell(rows, b, "within_10_points") for b in buckets)]
+            )
+            lines.append(
+                [
+                    "  mean absolute error (points)",
+                    *(_cell(rows, b, "mean_absolute_error", ".1f") for b in buckets),
+                ]
+            )
     first = next(iter(kinds.values()))
     lines.append(["scenes", *(_cell(first, b, "count", ".0f") for b in buckets)])
     return _columns(lines)
@@ -57,8 +62,9 @@ def _pictures(regions: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [["PSNR in dB (SSIM)", *(titles[r] for r in present)]]
     for name in regions[present[0]]:
         cells = (regions[r][name] for r in present)
-        lines.append([name.replace("_", " "), *(f"{c['psnr']:.2f} ({c['ssim']:.3f})"
-                                                for c in cells)])
+        lines.append(
+            [name.replace("_", " "), *(f"{c['psnr']:.2f} ({c['ssim']:.3f})" for c in cells)]
+        )
     return _columns(lines)
 
 

@@ -1,6 +1,6 @@
 """The main job: trains HTFA, evaluates it, shows what it does.
 
-    python -m htfa_jax.train --config configs/debug.py
+python -m htfa_jax.train --config configs/debug.py
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from clu import parameter_overview
 
 from htfa_jax import report
 from htfa_jax.batch import Batch
@@ -156,6 +157,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
         state, frozen, meta = start
         for line in size_table(model.shapes, config).splitlines():
             log.info("%s", line)
+        overview = parameter_overview.get_parameter_overview({**state["params"], **frozen})
+        (workdir / "logs" / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
 
         def after_step(step: int, state: State) -> None:
             train, evaluation, metrics = config.train, config.eval, None
@@ -179,8 +182,13 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             flops_per_sample=sum(training_step(config, config.data.text_buckets[0]).values()),
         )
         first = int(state["step"])
-        log.info("training: steps %d to %d of %d samples, %d records",
-                 first + 1, steps, samples, len(records))
+        log.info(
+            "training: steps %d to %d of %d samples, %d records",
+            first + 1,
+            steps,
+            samples,
+            len(records),
+        )
         batches = training_batches(config, records, tokenizer, first, samples)
         state, stopped = loop.run(state, batches)
         batches.close()

@@ -94,8 +94,9 @@ def load_pretrained(config: Config, model: Model) -> Flat:
         _, loaded, step, _ = load_run(config.pretrained.run, lambda c: build(c).shapes)
         # A tokenizer encoder that trains may be new in this run: it starts as a copy.
         copied, needed = paths.split(model.shapes, r"vq_encoder\..*")
-        parts.check_shapes(loaded, needed | (copied if set(copied) & set(loaded) else {}),
-                           config.pretrained.run)
+        parts.check_shapes(
+            loaded, needed | (copied if set(copied) & set(loaded) else {}), config.pretrained.run
+        )
         log.info("all weights from %s, step %d", config.pretrained.run, step)
         return loaded
     loaded = {}

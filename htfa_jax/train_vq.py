@@ -245,9 +245,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
             after_step=after_step,
             max_bad_records=config.data.max_bad_records,
         )
-        batches = training_batches(
-            config, records, None, int(state["step"]), settings.batch_size
-        )
+        batches = training_batches(config, records, None, int(state["step"]), settings.batch_size)
         state, stopped = loop.run(state, batches)
         batches.close()
         checkpoints.save(state, {})
@@ -256,7 +254,9 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     parts.save_part(folder, "vq", config.vq, jax.device_get(state["params"]))
     if config.data.validation is not None:
         scores = evaluate(config, model, state["params"], open_split(config, "validation"))
-        writer.write_scalars(int(state["step"]), {f"vq_validation/{k}": v for k, v in scores.items()})
+        writer.write_scalars(
+            int(state["step"]), {f"vq_validation/{k}": v for k, v in scores.items()}
+        )
         log.info(
             "vq: %d steps in %s; validation targets: %.2f dB, %d of %d codes used",
             int(state["step"]),

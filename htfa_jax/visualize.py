@@ -43,12 +43,15 @@ def panel_png(rows: list[PanelRow]) -> bytes:
     from matplotlib.figure import Figure
 
     names = [name for name in COLUMNS if name in rows[0].pictures]
-    figure = Figure(figsize=(1.9 * len(names) + 3.2, 1.95 * len(rows) + 0.5), layout="compressed")
+    figure = Figure(figsize=(1.9 * len(names) + 3.2, 1.95 * len(rows) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        len(rows), len(names) + 1, squeeze=False, width_ratios=[1.0] * len(names) + [1.7]
+    *axes, last = figure.subplots(
+        len(rows) + 1,
+        len(names) + 1,
+        squeeze=False,
+        width_ratios=[1.0] * len(names) + [1.7],
+        height_ratios=[1.0] * len(rows) + [0.06],
     )
-    alpha_image = None
     for row, line in zip(rows, axes, strict=True):
         for name, ax in zip(names, line, strict=False):
             if name == "alpha":
@@ -60,8 +63,11 @@ def panel_png(rows: list[PanelRow]) -> bytes:
     for name, ax in zip(names, axes[0], strict=False):
         ax.set_title(COLUMNS[name], fontsize=9)
     axes[0][-1].set_title("question: answer (truth)", fontsize=9, loc="left")
-    if alpha_image is not None:
-        figure.colorbar(alpha_image, ax=axes[:, -1], fraction=0.05, pad=0.02, label="alpha")
+    for name, ax in zip([*names, "answers"], last, strict=True):
+        if name == "alpha":
+            figure.colorbar(alpha_image, cax=ax, orientation="horizontal", ticks=[0, 0.5, 1])
+        else:
+            ax.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()

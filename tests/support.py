@@ -91,13 +91,19 @@ def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0)
         return rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
 
     def blob() -> np.ndarray:
-        corner, extent = rng.integers(4, side // 3, (size, 2)), rng.integers(12, side // 2, (size, 2))
+        corner, extent = (
+            rng.integers(4, side // 3, (size, 2)),
+            rng.integers(12, side // 2, (size, 2)),
+        )
         grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), axis=-1)
         inside = (grid >= corner[:, None, None]) & (grid < (corner + extent)[:, None, None])
         return inside.all(axis=-1)
 
     def boxes() -> np.ndarray:
-        start, extent = rng.integers(2, side // 3, (size, 2)), rng.integers(10, side // 2, (size, 2))
+        start, extent = (
+            rng.integers(2, side // 3, (size, 2)),
+            rng.integers(10, side // 2, (size, 2)),
+        )
         return np.concatenate([start, extent], axis=1).astype(np.float32)
 
     region = np.tile(np.array([0, 0, side, side], np.float32), (size, 1))
@@ -154,9 +160,9 @@ def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path
     lines = []
     for i in range(num):
         for name in ("orig", "recon", "target"):
-            Image.fromarray(
-                rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            ).save(folder / f"{name}{i}.png")
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                folder / f"{name}{i}.png"
+            )
         for name in ("mask", "hand"):
             mask = np.zeros((size, size), np.uint8)
             a = rng.integers(4, size // 2, 2)

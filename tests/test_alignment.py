@@ -88,7 +88,10 @@ def test_identity_changes_nothing_and_outside_is_zero():
 
 def test_every_sample_uses_its_own_box():
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    boxes = jnp.array([[2.0, 3, 8, 9], [5.0, 1, 6, 12]]), jnp.array([[1.0, 1, 10, 5], [0.0, 4, 9, 9]])
+    boxes = (
+        jnp.array([[2.0, 3, 8, 9], [5.0, 1, 6, 12]]),
+        jnp.array([[1.0, 1, 10, 5], [0.0, 4, 9, 9]]),
+    )
     affine = alignment.affine_of(*boxes)
     both = alignment.resample(images, affine, (16, 16))
     for i in range(2):

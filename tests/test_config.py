@@ -45,19 +45,39 @@ def test_every_preset_loads_by_name_and_by_file():
 def test_flags_override_files():
     args = parse_args(
         Args,
-        ["--config", "debug", "--workdir", "x", "--config.train.batch_size=3",
-         "--config.level1.learnable=False", "--config.optim.learning_rate", "2e-5",
-         "--config.train.max_steps", "7", "--config.data.text_buckets", "96", "200",
-         "--config.data.validation", "None"],
+        [
+            "--config",
+            "debug",
+            "--workdir",
+            "x",
+            "--config.train.batch_size=3",
+            "--config.level1.learnable=False",
+            "--config.optim.learning_rate",
+            "2e-5",
+            "--config.train.max_steps",
+            "7",
+            "--config.data.text_buckets",
+            "96",
+            "200",
+            "--config.data.validation",
+            "None",
+        ],
     )
     assert args.workdir == "x" and args.config.train.batch_size == 3
     assert args.config.level1.learnable is False and args.config.optim.learning_rate == 2e-5
     assert args.config.train.max_steps == 7 and args.config.data.text_buckets == (96, 200)
     assert args.config.data.validation is None
-    rest = override(load_config("debug"), {
-        "train.batch_size": 3, "level1.learnable": False, "optim.learning_rate": 2e-5,
-        "train.max_steps": 7, "data.text_buckets": (96, 200), "data.validation": None,
-    })
+    rest = override(
+        load_config("debug"),
+        {
+            "train.batch_size": 3,
+            "level1.learnable": False,
+            "optim.learning_rate": 2e-5,
+            "train.max_steps": 7,
+            "data.text_buckets": (96, 200),
+            "data.validation": None,
+        },
+    )
     assert args.config == rest
 
 

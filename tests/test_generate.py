@@ -91,9 +91,7 @@ def test_codes_are_those_of_training(model, decoded):
     config, structure, weights = model
     batch, _, _, prefix, _ = decoded
     output = jax.jit(lambda b: structure.merge(weights)(b))(batch)
-    np.testing.assert_allclose(
-        prefix.code_logits_BMC, output.code_logits_BMC, rtol=1e-3, atol=1e-4
-    )
+    np.testing.assert_allclose(prefix.code_logits_BMC, output.code_logits_BMC, rtol=1e-3, atol=1e-4)
     module = structure.merge(weights)
     codes = np.asarray(prefix.code_logits_BMC).argmax(axis=-1)
     np.testing.assert_allclose(

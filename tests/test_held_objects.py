@@ -16,6 +16,7 @@ from htfa_jax.data.held_objects import CATEGORIES, COLORS, QUESTIONS, SPLITS, bu
 from htfa_jax.data.held_objects import builder as builder_module
 from htfa_jax.data.held_objects.questions import answer_sentences, answer_words, conversation
 from htfa_jax.data.held_objects.scenes import mask_box, random_streams
+from htfa_jax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 SIZE = 96
@@ -265,18 +266,18 @@ def test_answers_in_both_styles(tmp_path):
 
 def test_folder_problems_are_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write the scenes to .*file"):
+    with pytest.raises(DataError, match="cannot write the scenes to .*file"):
         build(tmp_path / "file", "train", 1, image_size=32)
     build(tmp_path / "scenes", "train", 1, image_size=32, num_workers=1)
-    with pytest.raises(ValueError, match="another folder"):
+    with pytest.raises(DataError, match="another folder"):
         build(tmp_path / "scenes", "train", 1, image_size=48)
-    with pytest.raises(ValueError, match="at least 1 scene"):
+    with pytest.raises(DataError, match="at least 1 scene"):
         build(tmp_path / "scenes", "train", 0, image_size=32)
 
 
 def test_dead_worker_is_an_error(tmp_path):
     job = {"folder": str(tmp_path / "nowhere"), "split": "train", "seed": 0, "image_size": 32}
-    with pytest.raises(RuntimeError, match="FileNotFoundError"):
+    with pytest.raises(DataError, match="FileNotFoundError"):
         list(builder_module.run_workers(job, [0, 1], 2))
 
 

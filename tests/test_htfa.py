@@ -76,8 +76,12 @@ def test_no_target_reaches_any_input(model):
         {},
         {"pretrained__random_parts": "as_configured", "level2__alignment": "features"},
         {"freeze__vq": False, "level1__alpha": "map", "level1__num_scales": 2},
-        {"freeze__adapters": True, "freeze__decoder": True, "freeze__level2": True,
-         "pretrained__random_parts": "as_configured"},
+        {
+            "freeze__adapters": True,
+            "freeze__decoder": True,
+            "freeze__level2": True,
+            "pretrained__random_parts": "as_configured",
+        },
     ],
     ids=["debug", "siglip frozen", "vq trained", "decoder frozen"],
 )
@@ -168,8 +172,9 @@ def test_without_a_reconstruction_the_original_stands_for_it(model):
     batch = random_batch(config)
     without = dataclasses.replace(batch, has_recon=np.array([False, True, True]))
     fuse = jax.jit(lambda batch: structure.merge(weights).fuse(batch))
-    fusion, changed = fuse(without), fuse(
-        dataclasses.replace(without, image_recon=batch.image_recon + np.uint8(7))
+    fusion, changed = (
+        fuse(without),
+        fuse(dataclasses.replace(without, image_recon=batch.image_recon + np.uint8(7))),
     )
     np.testing.assert_allclose(fusion.fused_BHWC[0], fusion.pair.orig_BHWC[0], atol=1e-5)
     assert fusion.pair.source_B[0] == alignment.NO_RECON

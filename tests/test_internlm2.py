@@ -14,8 +14,14 @@ from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 
 CONFIG = DecoderConfig(
-    vocab_size=150, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=2, mlp_dim=68,
-    rope_theta=777.0, rms_norm_eps=1e-3,
+    vocab_size=150,
+    embed_dim=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    mlp_dim=68,
+    rope_theta=777.0,
+    rms_norm_eps=1e-3,
 )
 LENGTH = 512
 
@@ -116,9 +122,7 @@ def test_internlm2_names_give_the_same_weights(pair):
             rows += [q[g * group * head : (g + 1) * group * head]]
             rows += [k[g * head : (g + 1) * head], v[g * head : (g + 1) * head]]
         tensors[f"model.layers.{i}.attention.wqkv.weight"] = np.concatenate(rows)
-    converted = convert(
-        structure.shapes, tensors, table.internlm2_rules(CONFIG), table.IGNORED
-    )
+    converted = convert(structure.shapes, tensors, table.internlm2_rules(CONFIG), table.IGNORED)
     assert converted.keys() == weights.keys()
     for path in weights:
         np.testing.assert_array_equal(converted[path], weights[path])

@@ -12,16 +12,23 @@ from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling, MLPAdap
 G = golden("adapter_heads")
 
 
-@pytest.mark.parametrize("case,config", [
-    ("default", Level3Config()),
-    ("no_norm", Level3Config(adapter_mlp_dim=7, adapter_norm=False)),
-])
+@pytest.mark.parametrize(
+    "case,config",
+    [
+        ("default", Level3Config()),
+        ("no_norm", Level3Config(adapter_mlp_dim=7, adapter_norm=False)),
+    ],
+)
 def test_adapter_agrees_with_reference_vectors(case, config):
     structure, fresh = taken_apart(MLPAdapter(config, 12, 10, dtype=jnp.float32, rngs=nnx.Rngs(0)))
 
     def ours(prefix):
-        names = {"fc1.kernel": "fc1.weight", "fc2.kernel": "fc2.weight", "norm.scale":
-                 "layer_norm.weight", "norm.bias": "layer_norm.bias"}
+        names = {
+            "fc1.kernel": "fc1.weight",
+            "fc2.kernel": "fc2.weight",
+            "norm.scale": "layer_norm.weight",
+            "norm.bias": "layer_norm.bias",
+        }
         return {p: jnp.asarray(G[f"adapter.{case}.{prefix}.{names.get(p, p)}"].T) for p in fresh}
 
     weights = ours("w")
@@ -39,23 +46,27 @@ def test_heads_agree_with_reference_vectors():
     """Both heads are bias-free and read their own part of the sequence."""
     hidden = jnp.asarray(G["heads.hidden"])
     level3 = EncoderDecoupling(
-        Level3Config(), understand_dim=4, code_dim=3, codebook_size=13, decoder_dim=10,
-        dtype=jnp.float32, rngs=nnx.Rngs(0),
+        Level3Config(),
+        understand_dim=4,
+        code_dim=3,
+        codebook_size=13,
+        decoder_dim=10,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
     )
     level3.head_generate.kernel[...] = jnp.asarray(G["heads.w.head_generate.weight"].T)
     np.testing.assert_allclose(
         level3.code_logits(hidden[:, 4:10]), G["heads.logits_generate"], rtol=1e-5, atol=1e-5
     )
-    config = DecoderConfig(vocab_size=17, embed_dim=10, num_heads=5, num_kv_heads=1, mlp_dim=8,
-                           num_layers=1)
+    config = DecoderConfig(
+        vocab_size=17, embed_dim=10, num_heads=5, num_kv_heads=1, mlp_dim=8, num_layers=1
+    )
     decoder = InternLM2(config, dtype=jnp.float32, rngs=nnx.Rngs(0))
     kernel = np.zeros((10, 128), np.float32)
     kernel[:, :17] = G["heads.w.head_understand.weight"].T
     decoder.head.kernel[...] = jnp.asarray(kernel)
     logits = decoder.logits(hidden[:, 10:])
-    np.testing.assert_allclose(
-        logits[..., :17], G["heads.logits_understand"], rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(logits[..., :17], G["heads.logits_understand"], rtol=1e-5, atol=1e-5)
     assert np.all(logits[..., 17:] == -np.inf)
 
 
@@ -74,8 +85,13 @@ def test_adapter_dropout_needs_a_key():
 def test_parts_that_are_off_have_no_parameters():
     def paths(config, codebook_size):
         module = EncoderDecoupling(
-            config, understand_dim=4, code_dim=3, codebook_size=codebook_size, decoder_dim=10,
-            dtype=jnp.float32, rngs=nnx.Rngs(0),
+            config,
+            understand_dim=4,
+            code_dim=3,
+            codebook_size=codebook_size,
+            decoder_dim=10,
+            dtype=jnp.float32,
+            rngs=nnx.Rngs(0),
         )
         return {path.split(".")[0] for path in taken_apart(module)[1]}
 

@@ -69,8 +69,13 @@ def test_chunks_give_the_loss_of_the_whole(length, chunk):
 
     def chunked(hidden, kernel):
         return chunked_cross_entropy(
-            lambda h: h @ kernel, hidden, labels, weights,
-            num_classes=11, smoothing=0.1, chunk=chunk,
+            lambda h: h @ kernel,
+            hidden,
+            labels,
+            weights,
+            num_classes=11,
+            smoothing=0.1,
+            chunk=chunk,
         )
 
     def whole(hidden, kernel):

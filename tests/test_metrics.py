@@ -26,8 +26,15 @@ def test_ssim_agrees_with_scikit_image():
     ours = np.asarray(ssim_map(a, b))
     for i in range(2):
         _, full = structural_similarity(
-            a[i], b[i], full=True, data_range=255, channel_axis=-1, gaussian_weights=True,
-            sigma=1.5, use_sample_covariance=False, win_size=11,
+            a[i],
+            b[i],
+            full=True,
+            data_range=255,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            win_size=11,
         )
         np.testing.assert_allclose(ours[i], full.mean(axis=-1), atol=2e-4)
 

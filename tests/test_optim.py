@@ -18,8 +18,14 @@ def test_adamw_agrees_with_reference_vectors():
     g = golden("optimizer")
     _, b1, b2, eps, decay, clip = g["hyper"]
     config = OptimConfig(
-        learning_rate=1e-2, b1=b1, b2=b2, eps=eps, weight_decay=decay, clip_norm=clip,
-        no_decay="b", learning_rate_factors=(),
+        learning_rate=1e-2,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=decay,
+        clip_norm=clip,
+        no_decay="b",
+        learning_rate_factors=(),
     )
     optimizer = make_optimizer(config, lambda step: 1e-2)
     params = {"a": jnp.asarray(g["adamw.a0"]), "b": jnp.asarray(g["adamw.b0"])}
@@ -63,8 +69,10 @@ def test_schedules_are_their_formulas(schedule, at):
 
 def test_factors_scale_updates_by_path():
     config = OptimConfig(
-        learning_rate_factors=((r"level1\..*", 200.0), (r"level.*", 3.0)), weight_decay=0.0,
-        name="lion", clip_norm=1e9,
+        learning_rate_factors=((r"level1\..*", 200.0), (r"level.*", 3.0)),
+        weight_decay=0.0,
+        name="lion",
+        clip_norm=1e9,
     )
     optimizer = make_optimizer(config, lambda step: 0.1)
     params = {name: jnp.ones(2) for name in ("level1.raw", "level2.q", "decoder.q")}
@@ -107,8 +115,10 @@ def test_weight_decay_leaves_out_what_it_should():
         ({"pretrained__siglip": "somewhere"}, {"vq", "siglip"}),
         ({"pretrained__decoder": "somewhere", "freeze__decoder": True}, {"vq", "decoder"}),
         ({"freeze__decoder": True}, {"vq"}),
-        ({"freeze__level1": True, "freeze__level2": True, "freeze__adapters": True},
-         {"vq", "level1", "level2", "level3"}),
+        (
+            {"freeze__level1": True, "freeze__level2": True, "freeze__adapters": True},
+            {"vq", "level1", "level2", "level3"},
+        ),
         ({"level1__learnable": False}, {"vq", "level1"}),
         ({"freeze__vq": False}, {"vq"}),
     ],

@@ -58,8 +58,9 @@ def test_starting_late_gives_the_batches_that_would_have_come(source):
 @pytest.mark.slow
 def test_worker_processes_change_nothing(source):
     config = tiny(data__drop_recon=0.5, data__num_workers=2)
-    for a, b in zip(take(tiny(data__drop_recon=0.5), source, 3, 4), take(config, source, 3, 4),
-                    strict=True):
+    for a, b in zip(
+        take(tiny(data__drop_recon=0.5), source, 3, 4), take(config, source, 3, 4), strict=True
+    ):
         same(a, b)
 
 

@@ -46,7 +46,10 @@ def test_a_record_becomes_arrays(dataset):
 
 def test_what_a_record_lacks_is_zero_and_flagged(dataset):
     record = replace(
-        RecordFile(dataset)[0], image_recon=None, image_target=None, occluder_mask=None,
+        RecordFile(dataset)[0],
+        image_recon=None,
+        image_target=None,
+        occluder_mask=None,
         bbox_orig=None,
     )
     sample = load_pictures(record, 48, "letterbox")

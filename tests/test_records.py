@@ -30,14 +30,18 @@ def test_a_record_is_read():
     assert record.object_mask == Path("/root/m.png")
     assert record.bbox_orig == (1.0, 2.0, 3.0, 4.5) and record.bbox_recon is None
     assert record.turns == (
-        Turn("user", "What is it?", "category"), Turn("assistant", "A cup.", None)
+        Turn("user", "What is it?", "category"),
+        Turn("assistant", "A cup.", None),
     )
     assert record.meta == {"occlusion": 0.4}
 
 
 def test_role_names_are_interchangeable():
-    turns = [{"from": "system", "value": "Be brief."}, {"from": "user", "value": "Hi"},
-             {"from": "assistant", "value": "Yes"}]
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "user", "value": "Hi"},
+        {"from": "assistant", "value": "Yes"},
+    ]
     assert [t.role for t in parse(conversations=turns).turns] == ["system", "user", "assistant"]
 
 

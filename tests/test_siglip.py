@@ -38,9 +38,7 @@ def pair():
     with torch.no_grad():
         for p in theirs.parameters():  # nothing zero, nothing one
             p.copy_(torch.randn_like(p) * (0.3 if p.ndim < 2 else p.shape[-1] ** -0.5))
-    structure, _ = taken_apart(
-        SigLIP(CONFIG, IMAGE_SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    )
+    structure, _ = taken_apart(SigLIP(CONFIG, IMAGE_SIZE, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     tensors = {k.removeprefix("vision_model."): v.numpy() for k, v in theirs.state_dict().items()}
     return structure, convert(structure.shapes, tensors, table.RULES, table.IGNORED), theirs
 
@@ -58,9 +56,7 @@ def test_every_layer_agrees_with_transformers(pair):
     structure, weights, theirs = pair
     image = pictures()
     with torch.no_grad():
-        expected = theirs(
-            torch.from_numpy(image.transpose(0, 3, 1, 2)), output_hidden_states=True
-        )
+        expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
     module = structure.merge(weights)
     x = module.patch_embed(patches(image, CONFIG.patch_size)) + module.position_embed[...][None]
     close(x, expected.hidden_states[0])

@@ -83,7 +83,9 @@ def test_role_names_are_one_token_after_training(tokenizer):
 
 def test_it_can_be_sent_to_workers_and_saved(tokenizer, tmp_path):
     expected = tokenizer.encode(TALK).tokens
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer)).encode(TALK).tokens, expected)
+    np.testing.assert_array_equal(
+        pickle.loads(pickle.dumps(tokenizer)).encode(TALK).tokens, expected
+    )
     tokenizer.save(tmp_path / "copy")
     np.testing.assert_array_equal(ChatTokenizer(tmp_path / "copy").encode(TALK).tokens, expected)
 
@@ -101,9 +103,7 @@ def test_another_template_works(folder, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     messages = [{"role": t.role, "content": t.text} for t in TALK[1:]]
     assert tokenizer.render(TALK[1:]) == theirs.apply_chat_template(messages, tokenize=False)
-    said = tokenizer._tokenizer.decode(
-        encoded.tokens[encoded.learned], skip_special_tokens=False
-    )
+    said = tokenizer._tokenizer.decode(encoded.tokens[encoded.learned], skip_special_tokens=False)
     assert said == "bottle<|im_end|>40 percent<|im_end|>"
 
 

@@ -91,10 +91,16 @@ def test_the_loss_falls_on_one_batch():
 def config(dataset, vq_folder, tmp_path):
     """The tiny configuration on the tiny dataset, nothing to evaluate."""
     return tiny(
-        data__train=str(dataset), data__validation=None, data__test=None,
-        data__cache_dir=str(tmp_path / "cache"), pretrained__vq=str(vq_folder),
-        train__save_every=2, train__log_every=1, train__max_steps=6,
-        decoder__dropout=0.1, data__drop_recon=0.3,
+        data__train=str(dataset),
+        data__validation=None,
+        data__test=None,
+        data__cache_dir=str(tmp_path / "cache"),
+        pretrained__vq=str(vq_folder),
+        train__save_every=2,
+        train__log_every=1,
+        train__max_steps=6,
+        decoder__dropout=0.1,
+        data__drop_recon=0.3,
     )
 
 
@@ -153,7 +159,9 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, tmp_path, monkeypa
     assert "failed" in (stopped / "logs/train.log").read_text()
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(config, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
+    config, tmp_path, monkeypatch
+):
     original = train_module.training_batches
 
     def poisoned(*args):
@@ -175,8 +183,9 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path
     train(config, first)
     expected, _, _ = final(config, first)
     # A learning rate of nothing shows what the second run started from.
-    still = override(config, {"pretrained.run": str(first), "pretrained.vq": None,
-                              "optim.learning_rate": 0.0})
+    still = override(
+        config, {"pretrained.run": str(first), "pretrained.vq": None, "optim.learning_rate": 0.0}
+    )
     train(still, tmp_path / "second")
     params, step, logged = final(still, tmp_path / "second")
     assert step == 2 and sorted(logged) == [1, 2]
@@ -187,8 +196,14 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path
 def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
     config = override(config, {"train.max_steps": 1})
     train(config, tmp_path / "first")
-    wider = override(config, {"pretrained.run": str(tmp_path / "first"),
-                              "level3.adapter_mlp_dim": 30, "pretrained.vq": None})
+    wider = override(
+        config,
+        {
+            "pretrained.run": str(tmp_path / "first"),
+            "level3.adapter_mlp_dim": 30,
+            "pretrained.vq": None,
+        },
+    )
     with pytest.raises(CheckpointError, match=r"adapter_generate.fc1.bias: \(28,\).*\(30,\)"):
         train(wider, tmp_path / "second")
     with pytest.raises(CheckpointError, match="does not fit this model"):
@@ -199,9 +214,10 @@ def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
     config = override(config, {"train.max_steps": 1})
     train(config, tmp_path / "a")
     train(override(config, {"train.max_steps": 2}), tmp_path / "a")
-    assert "train.max_steps was 1 in this workdir and is now 2" in (
-        tmp_path / "a/logs/train.log"
-    ).read_text()
+    assert (
+        "train.max_steps was 1 in this workdir and is now 2"
+        in (tmp_path / "a/logs/train.log").read_text()
+    )
     assert load_config(tmp_path / "a").train.max_steps == 2
 
 

@@ -14,8 +14,14 @@ from weights_convert import vq as table
 from weights_convert.convert import convert
 
 CONFIG = VQConfig(
-    base_channels=32, channel_multipliers=(1, 1, 2), num_res_blocks=2, attention="lowest",
-    z_channels=12, codebook_size=50, codebook_dim=6, normalize_codes=True,
+    base_channels=32,
+    channel_multipliers=(1, 1, 2),
+    num_res_blocks=2,
+    attention="lowest",
+    z_channels=12,
+    codebook_size=50,
+    codebook_dim=6,
+    normalize_codes=True,
 )
 SIZE = 32  # 8 x 8 codes
 
@@ -42,8 +48,11 @@ def pair():
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             noise, fan_in = torch.randn_like(p), p[0].numel() if p.ndim > 1 else 1
-            p.copy_(1 + 0.2 * noise if "norm" in name and "weight" in name
-                    else noise * (0.1 if p.ndim == 1 else fan_in**-0.5))
+            p.copy_(
+                1 + 0.2 * noise
+                if "norm" in name and "weight" in name
+                else noise * (0.1 if p.ndim == 1 else fan_in**-0.5)
+            )
         # Codes from encoder outputs, so that distances are not all alike. Of length 1, because
         # transformers normalises codes only when it decodes them.
         z = theirs.quant_conv(theirs.encoder(torch.from_numpy(pictures(9)).permute(0, 3, 1, 2)))
@@ -83,19 +92,25 @@ def test_agrees_with_transformers(pair):
 def test_quantisation_agrees_with_reference_vectors():
     """Euclidean distance, and the straight-through gradient."""
     g = golden("vq")
-    structure = structure_of(VQConfig(
-        base_channels=4, channel_multipliers=(1,), num_res_blocks=1, z_channels=4,
-        codebook_size=24, codebook_dim=6,
-    ))
+    structure = structure_of(
+        VQConfig(
+            base_channels=4,
+            channel_multipliers=(1,),
+            num_res_blocks=1,
+            z_channels=4,
+            codebook_size=24,
+            codebook_dim=6,
+        )
+    )
     weights = {p: jnp.zeros(s.shape) for p, s in structure.shapes.items()}
     weights["codebook"] = jnp.asarray(g["codebook"])
     module, z = structure.merge(weights), jnp.asarray(g["z"])
     vectors, codes = module.straight_through(z)
     np.testing.assert_array_equal(codes, g["ids"])
     np.testing.assert_allclose(vectors, g["quantized"], rtol=1e-5, atol=1e-5)
-    grad = jax.grad(lambda z: jnp.sum(
-        structure.merge(weights).straight_through(z)[0] * g["cotangent"]
-    ))(z)
+    grad = jax.grad(
+        lambda z: jnp.sum(structure.merge(weights).straight_through(z)[0] * g["cotangent"])
+    )(z)
     np.testing.assert_allclose(grad, g["grad_z"], rtol=1e-5, atol=1e-6)
 
 

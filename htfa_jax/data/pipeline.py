@@ -164,9 +164,7 @@ def evaluation_batches(
         return collate([*samples, *[loader.empty()] * missing])
 
     num = len(records) if max_samples is None else min(max_samples, len(records))
-    dataset = (
-        grain.MapDataset.range(num).map(loader).batch(config.eval.batch_size, batch_fn=fill)
-    )
+    dataset = grain.MapDataset.range(num).map(loader).batch(config.eval.batch_size, batch_fn=fill)
     return read(dataset, config)
 
 
@@ -182,9 +180,7 @@ def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
 
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=data.num_workers)
-        )
+        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
     iterator = iter(iterable)
     try:
         yield from iterator

@@ -103,9 +103,7 @@ def load_pictures(
     def same_frame(field: str, image: Image.Image, placement: Placement) -> None:
         (w, h), (w0, h0) = image.size, placement.size
         if abs(w * h0 / (h * w0) - 1) > ASPECT_TOLERANCE:
-            raise record.error(
-                f"{field} is {w}x{h} but must show the original's frame, {w0}x{h0}"
-            )
+            raise record.error(f"{field} is {w}x{h} but must show the original's frame, {w0}x{h0}")
 
     orig = decode("image_orig", load_image)
     placement = place(orig.size, image_size, resize)

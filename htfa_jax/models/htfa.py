@@ -64,9 +64,7 @@ class HTFA(nnx.Module):
         self.config = config
         self.has_text = config.loss.text_weight > 0
         self.has_codes = config.loss.code_weight > 0
-        self.siglip = SigLIP(
-            config.siglip, config.image_size, dtype=dtype, remat=remat, rngs=rngs
-        )
+        self.siglip = SigLIP(config.siglip, config.image_size, dtype=dtype, remat=remat, rngs=rngs)
         self.level1 = AdaptiveFusion(config.level1, config.image_size, dtype=dtype, rngs=rngs)
         self.level2 = SpatialAttention(
             config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs

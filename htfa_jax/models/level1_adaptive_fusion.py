@@ -62,9 +62,7 @@ class AdaptiveFusion(nnx.Module):
       dtype: of the predicting head; the blend itself is float32.
     """
 
-    def __init__(
-        self, config: Level1Config, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Level1Config, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         scales, start = config.num_scales, config.init_alpha
         raw = math.log(start / (1.0 - start))
         sizes = [image_size // 2**s for s in range(scales)]

@@ -21,9 +21,7 @@ class SpatialAttention(nnx.Module):
       dtype: of the computation.
     """
 
-    def __init__(
-        self, config: Level2Config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
+    def __init__(self, config: Level2Config, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.num_heads, self.dropout = config.num_heads, config.dropout
         self.q_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)
         self.k_proj = linear(embed_dim, embed_dim, dtype=dtype, rngs=rngs)

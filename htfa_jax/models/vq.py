@@ -83,8 +83,7 @@ class AttentionBlock(nnx.Module):
         B, H, W, D = x_BHWD.shape
         y_BHWD = self.norm(x_BHWD)
         q, k, v = (
-            proj(y_BHWD).reshape(B, H * W, 1, D)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(y_BHWD).reshape(B, H * W, 1, D) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out_BHWD = jax.nn.dot_product_attention(q, k, v).reshape(B, H, W, D)
         return x_BHWD + self.o_proj(out_BHWD)

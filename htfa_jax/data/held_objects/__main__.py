@@ -1,15 +1,17 @@
 """Builds scenes and a contact sheet: python -m htfa_jax.data.held_objects --num 1000 --out DIR."""
 
 import argparse
-import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from htfa_jax.commands import command
 from htfa_jax.data.held_objects import build, contact_sheet
 from htfa_jax.data.held_objects.questions import ANSWERS
 from htfa_jax.data.held_objects.scenes import SPLITS
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(prog="htfa_jax.data.held_objects", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -20,20 +22,16 @@ def main() -> None:
     parser.add_argument("--answers", choices=ANSWERS, default="word")
     parser.add_argument("--workers", type=int, help="processes (default: one per processor)")
     parser.add_argument("--sheet", type=int, default=24, help="scenes on the contact sheet")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        records = build(
-            args.out,
-            args.split,
-            args.num,
-            image_size=args.size,
-            seed=args.seed,
-            answers=args.answers,
-            num_workers=args.workers,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        parser.exit(1, f"error: {error}\n")
+    args = parser.parse_args(argv)
+    records = build(
+        args.out,
+        args.split,
+        args.num,
+        image_size=args.size,
+        seed=args.seed,
+        answers=args.answers,
+        num_workers=args.workers,
+    )
     sheet = contact_sheet(records, args.out / "contact_sheet.png", args.sheet)
     print(f"{args.num} scenes: {records}\ncontact sheet: {sheet}")
 

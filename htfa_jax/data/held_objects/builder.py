@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
+from htfa_jax.errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -54,22 +55,22 @@ def build(
 
     image_size is in pixels of a side; `answers` is "word" or "sentence"; num_workers defaults to
     the processors there are. Scenes that exist are kept, so a stopped build goes on where it was,
-    and a complete one returns at once. Raises ValueError for a folder that holds scenes of another
-    seed or size, OSError for one that cannot be written, RuntimeError when a worker process dies.
+    and a complete one returns at once. Raises DataError for a folder that holds scenes of another
+    seed or size or cannot be written, and when a worker process dies.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: one of {', '.join(SPLITS)}")
     if answers not in ANSWERS:
         raise ValueError(f"unknown answers {answers!r}: one of {', '.join(ANSWERS)}")
     if num < 1 or image_size < 32:
-        raise ValueError(f"at least 1 scene and 32 pixels are needed, not {num} and {image_size}")
+        raise DataError(f"at least 1 scene and 32 pixels are needed, not {num} and {image_size}")
     folder = Path(folder).absolute()
     prepare(folder, split, {"recipe": RECIPE, "seed": seed, "image_size": image_size})
     records = folder / f"{split}-{num}-{answers}.jsonl"
     missing = missing_scenes(folder / split, num)
     if missing:
         if not os.access(folder / split / "meta", os.W_OK):
-            raise PermissionError(f"cannot write the scenes to {folder}: no permission")
+            raise DataError(f"cannot write the scenes to {folder}: no permission")
         workers = min(num_workers or available_processors(), len(missing))
         job = {"folder": str(folder), "split": split, "seed": seed, "image_size": image_size}
         made = run_workers(job, missing, workers) if workers > 1 else write_scenes(job, missing)
@@ -90,13 +91,11 @@ def prepare(folder: Path, split: str, settings: dict[str, int]) -> None:
             write_atomically(settings_file, json.dumps(settings).encode())
         found = json.loads(settings_file.read_text())
         if found != settings:
-            raise ValueError(
-                f"{folder} holds scenes of {found}, not {settings}: use another folder"
-            )
+            raise DataError(f"{folder} holds scenes of {found}, not {settings}: use another folder")
         for name, _ in [*FILES.values(), SIDECAR]:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write the scenes to {folder}: {error}") from error
+        raise DataError(f"cannot write the scenes to {folder}: {error}") from error
 
 
 def available_processors() -> int:
@@ -194,7 +193,7 @@ def run_workers(job: dict, indices: list[int], num_workers: int) -> Generator[in
                     yield int(line)
         codes = [worker.wait() for worker in workers]
         if any(codes):
-            raise RuntimeError(f"a worker process ended with code {max(codes, key=abs)}: {failure}")
+            raise DataError(f"a worker process ended with code {max(codes, key=abs)}: {failure}")
     finally:
         for worker in workers:
             worker.kill()

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from htfa_jax.errors import DataError
+
 COLUMNS = 8
 MAX_CELL = 224  # pixels of a cell's side; larger pictures are shrunk
 OBJECT_TINT, HAND_TINT = (60, 220, 90), (240, 60, 60)
@@ -22,7 +24,7 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
     if source.is_dir():
         files = sorted(source.glob("*.jsonl"))
         if not files:
-            raise FileNotFoundError(f"no JSON-lines file in {source}")
+            raise DataError(f"no JSON-lines file in {source}")
         source = files[0]
     with source.open() as lines:
         records = [json.loads(line) for line, _ in zip(lines, range(num), strict=False)]
