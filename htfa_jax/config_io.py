@@ -17,10 +17,16 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
+
+# The type of a command's `config` field: its fields take `=True` and `=False`, while a switch of
+# the command itself is given by its name alone.
+ConfigFlags = Annotated[Config, tyro.conf.FlagConversionOff]
 
 
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -146,7 +152,7 @@ def parse_args(
     source: str = "config",
     read: Callable[[str], Config] = load_config,
 ) -> Any:
-    """Parses a command line into `cls`, a dataclass whose first field is `config: Config`.
+    """Parses a command line into `cls`, a dataclass whose first field is `config: ConfigFlags`.
 
     `--SOURCE VALUE` says what the configuration is read from, and `--config.NAME=VALUE`
     overrides its fields. Unknown names and wrong values end with a message that shows the
@@ -158,8 +164,6 @@ def parse_args(
       source: name of the option that names the configuration.
       read: from that option's value to the configuration.
     """
-    import tyro  # a tenth of a second that only commands need
-
     argv = list(sys.argv[1:] if argv is None else argv)
     own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -176,5 +180,4 @@ def parse_args(
         default=cls(config=base),
         args=argv if own_field else rest,
         use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
     )

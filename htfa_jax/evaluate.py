@@ -22,7 +22,7 @@ from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import find_run, load_run
 from htfa_jax.commands import command
 from htfa_jax.config import Config
-from htfa_jax.config_io import load_config, parse_args
+from htfa_jax.config_io import ConfigFlags, load_config, parse_args
 from htfa_jax.data.pipeline import evaluation_batches
 from htfa_jax.data.records import Record, RecordFile, Turn
 from htfa_jax.data.splits import Split, open_split
@@ -260,7 +260,7 @@ def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> 
 class EvaluateArgs:
     """Evaluates a run, or one of its checkpoints, on a split of its data."""
 
-    config: Config
+    config: ConfigFlags
     checkpoint: Path = Path()  # a run, or RUN/checkpoints/STEP
     split: Split = "test"  # which data
     output_dir: Path | None = None  # where JSON and pictures go (default: RUN/evaluation/SPLIT)

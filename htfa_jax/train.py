@@ -29,10 +29,18 @@ from htfa_jax.checkpoint import (
 )
 from htfa_jax.commands import command
 from htfa_jax.config import Config, leaves
-from htfa_jax.config_io import load_config, override, parse_args, save_config, source_name
+from htfa_jax.config_io import (
+    ConfigFlags,
+    load_config,
+    override,
+    parse_args,
+    save_config,
+    source_name,
+)
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import ConfigError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
 from htfa_jax.logs import MetricWriter, log_to_file
@@ -75,7 +83,7 @@ def make_train_step(
             return grads, metrics
 
         grads, metrics = sum_over(micro_step, steps, batch, step_key)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
@@ -263,6 +271,11 @@ class _Evaluations:
         records = open_split(self.config, "validation")
         result = self.evaluator(params, records, self.config.eval.max_samples)
         scalars = report.scalars(result.scores)
+        if (best := self.config.train.best_metric) not in scalars:
+            raise ConfigError(
+                f"train.best_metric={best} is not a validation metric of this run; it has "
+                f"{', '.join(scalars)}"
+            )
         self.writer.write_scalars(step, {f"validation/{k}": v for k, v in scalars.items()})
         if result.panel:
             path = self.workdir / "logs" / "panels" / f"step_{step:07d}.png"
@@ -316,7 +329,7 @@ def _write_config(config: Config, workdir: Path) -> None:
 class TrainArgs:
     """Trains HTFA and evaluates it. --config FILE says how (default: the preset `standard`)."""
 
-    config: Config
+    config: ConfigFlags
     workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/...)
     init_from: str | None = None  # start at step 0 with the weights of this run (or checkpoint)
     dry_run: bool = False  # print devices, parameters, memory and FLOPs, and stop

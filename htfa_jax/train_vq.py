@@ -28,7 +28,7 @@ from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import Checkpoints, new_workdir
 from htfa_jax.commands import command
 from htfa_jax.config import Config
-from htfa_jax.config_io import parse_args, save_config
+from htfa_jax.config_io import ConfigFlags, parse_args, save_config
 from htfa_jax.data.pipeline import evaluation_batches, training_batches
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import EMBEDDED, cache_folder, open_split
@@ -157,7 +157,7 @@ def make_step(config: Config, model: Model, optimizer: optax.GradientTransformat
             revive_key,
         )
         new = ({**params, "codebook": codebook_CE}, {"tx": tx_state, "unused": unused_C})
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         params, opt_state = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), new, (state["params"], opt_state)
@@ -308,7 +308,7 @@ def cache_key(config: Config) -> str:
 class TrainVQArgs:
     """Trains a VQ tokenizer; its weight folder is WORKDIR/weights."""
 
-    config: Config
+    config: ConfigFlags
     workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/vq_TIME)
 
 

@@ -81,6 +81,10 @@ def read_png(path: Path) -> np.ndarray:
 
 def _write_answers(ax, row: PanelRow) -> None:
     ax.set_axis_off()
+
+    def shown(text: str) -> str:
+        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
     ax.text(0.0, 0.97, row.name, fontsize=8, va="top", color="0.4", transform=ax.transAxes)
     for i, answer in enumerate(row.answers[:5]):
         right = is_right(answer.answer, answer.truth)
@@ -88,8 +92,8 @@ def _write_answers(ax, row: PanelRow) -> None:
         ax.text(
             0.0,
             0.80 - 0.19 * i,
-            f"{'✓' if right else '✗'} {answer.kind}: {answer.answer or '(nothing)'}"
-            + ("" if right else f"  ({answer.truth})"),
+            f"{'✓' if right else '✗'} {answer.kind}: {shown(answer.answer) or '(nothing)'}"
+            + ("" if right else f"  ({shown(answer.truth)})"),
             fontsize=9,
             va="top",
             color="#00618a" if right else "#b04a00",

@@ -24,9 +24,9 @@ TINY = {
     "siglip.num_layers": 2,
     "siglip.num_heads": 3,
     "siglip.mlp_dim": 36,
-    "vq.stem": 2,
+    "vq.stem": 4,
     "vq.base_channels": 12,
-    "vq.channel_multipliers": (1, 2, 2),
+    "vq.channel_multipliers": (1, 2),
     "vq.num_res_blocks": 1,
     "vq.z_channels": 20,
     "vq.codebook_size": 22,
@@ -107,7 +107,6 @@ def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0)
         return np.concatenate([start, extent], axis=1).astype(np.float32)
 
     region = np.tile(np.array([0, 0, side, side], np.float32), (size, 1))
-    yes = np.ones(size, bool)
     return Batch(
         image_orig=picture(),
         image_recon=picture(),
@@ -118,12 +117,12 @@ def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0)
         occluder_mask=blob(),
         bbox_orig=boxes(),
         bbox_recon=boxes(),
-        has_recon=yes,
-        has_target=yes,
-        has_object_mask=yes,
-        has_occluder_mask=yes,
-        has_bbox_orig=yes,
-        has_bbox_recon=yes,
+        has_recon=np.ones(size, bool),
+        has_target=np.ones(size, bool),
+        has_object_mask=np.ones(size, bool),
+        has_occluder_mask=np.ones(size, bool),
+        has_bbox_orig=np.ones(size, bool),
+        has_bbox_recon=np.ones(size, bool),
         tokens=rng.integers(0, vocab, (size, length), dtype=np.int32),
         labels=rng.integers(0, vocab, (size, length), dtype=np.int32),
         loss_mask=(rng.random((size, length)) < 0.4).astype(np.float32),

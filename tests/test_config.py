@@ -6,6 +6,7 @@ from support import tiny
 
 from htfa_jax.config import Config, get, leaves
 from htfa_jax.config_io import (
+    ConfigFlags,
     from_dict,
     load_config,
     override,
@@ -22,7 +23,8 @@ from htfa_jax.errors import ConfigError
 class Args:
     """A command."""
 
-    config: Config
+    config: ConfigFlags
+    dry_run: bool = False
     workdir: str | None = None
 
 
@@ -78,7 +80,8 @@ def test_flags_override_files():
             "data.validation": None,
         },
     )
-    assert args.config == rest
+    assert args.config == rest and not args.dry_run
+    assert parse_args(Args, ["--config", "debug", "--dry_run"]).dry_run
 
 
 @pytest.mark.parametrize(

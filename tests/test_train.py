@@ -20,6 +20,10 @@ from htfa_jax.train import due, make_train_step, train
 from htfa_jax.train_state import build, new_state
 
 
+# A schedule that no number of steps changes: several tests compile the same program.
+STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}
+
+
 def one_step(config, batch, optimizer=None):
     """State before and after a step, metrics, frozen weights."""
     structure = build(config)
@@ -33,7 +37,7 @@ def one_step(config, batch, optimizer=None):
 
 
 def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones():
-    config = tiny(optim__warmup_steps=1)
+    config = tiny(**STEADY)
     before, after, metrics, frozen = one_step(config, random_batch(config, size=2))
     assert int(after["step"]) == 1 and bool(metrics["finite"])
     still = [p for p, v in after["params"].items() if np.array_equal(v, before["params"][p])]
@@ -60,7 +64,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
-    config = tiny()
+    config = tiny(**STEADY)
     batch = random_batch(config, size=2)
     batch.loss_mask[0, 3] = np.nan
     before, after, metrics, _ = one_step(config, batch)
@@ -74,7 +78,7 @@ def test_a_step_that_is_not_finite_changes_nothing():
 
 
 def test_the_loss_falls_on_one_batch():
-    config = tiny(optim__learning_rate=3e-3, optim__schedule="constant", train__max_steps=30)
+    config = tiny(**STEADY)
     structure, batch = build(config), random_batch(config, size=2)
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 30)
@@ -85,6 +89,9 @@ def test_the_loss_falls_on_one_batch():
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0]
+
+
+TEXT_ONLY = {"level3.generation": False, "loss.code_weight": 0.0}
 
 
 @pytest.fixture
@@ -99,6 +106,7 @@ def config(dataset, vq_folder, tmp_path):
         train__save_every=2,
         train__log_every=1,
         train__max_steps=6,
+        optim__schedule="constant",
         decoder__dropout=0.1,
         data__drop_recon=0.3,
     )
@@ -162,6 +170,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, tmp_path, monkeypa
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     config, tmp_path, monkeypatch
 ):
+    config = override(config, TEXT_ONLY)
     original = train_module.training_batches
 
     def poisoned(*args):
@@ -211,7 +220,7 @@ def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
 
 
 def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
-    config = override(config, {"train.max_steps": 1})
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
     train(config, tmp_path / "a")
     train(override(config, {"train.max_steps": 2}), tmp_path / "a")
     assert (
@@ -222,7 +231,7 @@ def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
 
 
 def test_random_parts_are_announced(config, tmp_path):
-    config = override(config, {"train.max_steps": 1})
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
     train(config, tmp_path / "a")
     log = (tmp_path / "a/logs/train.log").read_text()
     assert "siglip: no pretrained weights; it starts random and is trained" in log

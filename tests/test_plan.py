@@ -1,0 +1,117 @@
+"""Counted operations against XLA's own count, and what --dry_run prints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import random_batch, taken_apart, tiny
+
+from htfa_jax import flops, train
+from htfa_jax.config_io import save_config
+from htfa_jax.models.siglip import SigLIP
+from htfa_jax.models.vq import VQ
+from htfa_jax.train_state import build
+
+
+def xla(function, *args):
+    """Operations that XLA counts in a function, before it optimises."""
+    analysis = jax.jit(function).lower(*args).cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
+
+
+# Wide, so that matrix products outweigh norms and activations; one layer, because XLA counts
+# the body of a loop once.
+WIDE = {
+    "siglip__embed_dim": 192,
+    "siglip__num_layers": 1,
+    "siglip__mlp_dim": 500,
+    "decoder__embed_dim": 160,
+    "decoder__num_layers": 1,
+    "decoder__mlp_dim": 420,
+    "vq__base_channels": 32,
+}
+
+
+def test_siglip_agrees_with_xla():
+    config = tiny(**WIDE)
+    model, _ = taken_apart(
+        SigLIP(config.siglip, 48, dtype=jnp.float32, remat="none", rngs=nnx.Rngs(0))
+    )
+    image = jnp.zeros((1, 48, 48, 3))
+    counted = xla(lambda p, x: model.merge(p)(x), model.shapes, image)
+    assert flops.siglip(config) == pytest.approx(counted, rel=0.05)
+
+
+def test_the_vq_encoder_agrees_with_xla():
+    config = tiny(**WIDE)
+    model, _ = taken_apart(VQ(config.vq, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    image = jnp.zeros((1, 96, 96, 3))
+    counted = xla(lambda p, x: model.merge(p).encode(x), model.shapes, image)
+    # XLA leaves out what convolutions compute with their zero padding, on few cells a lot.
+    assert flops.vq_encoder(config.vq, 96) == pytest.approx(counted, rel=0.12)
+
+
+def test_the_decoder_agrees_with_xla():
+    config = tiny(**WIDE)
+    model = build(config)
+    T, D = flops.sequence_length(config, 64), config.decoder.embed_dim
+
+    def text(params, x):
+        module = model.merge(params)
+        hidden, _ = module.decode(x, 0)
+        return module.decoder.logits(hidden[:, -64:])
+
+    counted = xla(text, model.shapes, jnp.zeros((1, T, D)))
+    half_of_attention = 2 * T * T * D  # XLA counts what the causal mask hides
+    assert flops.decoder(config, 64) + half_of_attention == pytest.approx(counted, rel=0.05)
+
+
+def test_the_levels_agree_with_xla():
+    """All but Level 1's convolutions: what the forward pass costs without encoders and decoder."""
+    wider = {"siglip__embed_dim": 384, "decoder__embed_dim": 320, "level3__adapter_mlp_dim": 300}
+    config = tiny(**WIDE | wider, level1__alpha="map")
+    model = build(config)
+
+    def levels(params, spatial, codes, hidden):
+        module = model.merge(params)
+        fused, _ = module.level2(spatial, spatial, spatial, None, None)
+        return (
+            module.level3.understand(fused, None),
+            module.level3.generate(codes, None),
+            module.level3.code_logits(hidden),
+        )
+
+    P, M = config.patch_grid**2, config.code_grid**2
+    args = [jnp.zeros((1, n, d)) for n, d in ((P, 384), (M, 6), (M, 320))]
+    assert flops.levels(config) == pytest.approx(xla(levels, model.shapes, *args), rel=0.05)
+
+
+def test_a_training_step_counts_what_learns_three_times():
+    frozen = tiny(pretrained__random_parts="as_configured", freeze__decoder=True)
+    learning = tiny()
+    one, other = flops.training_step(frozen, 64), flops.training_step(learning, 64)
+    assert one["siglip"] / flops.siglip(frozen) == 4 and other["siglip"] == 9 * flops.siglip(frozen)
+    assert other["decoder"] == 1.5 * one["decoder"] and other["levels"] == one["levels"]
+    single = tiny(level3__generation=False, loss__code_weight=0.0)
+    assert "vq" not in flops.training_step(single, 64)
+
+
+def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny(train__accumulation_steps=2, train__frozen_dtype="bfloat16")
+    save_config(config, tmp_path / "config.json")
+    train.main(["--config", "config.json", "--dry_run"])
+    shown = capsys.readouterr().out
+    rows = {line[:12].strip(): line[12:].split() for line in shown.splitlines()}
+    total = sum(int(np.prod(s.shape)) for s in build(config).shapes.values())
+    trainable, frozen = (int(n.replace(",", "")) for n in rows["all"])
+    assert trainable + frozen == total
+    vq = sum(int(np.prod(s.shape)) for p, s in build(config).shapes.items() if p[:3] == "vq.")
+    assert rows["vq"] == ["0", f"{vq:,}"] and frozen == vq
+    tokens = 16 + 36 + random_batch(config, length=70).tokens.shape[1]
+    assert rows["tokens"][0] == str(tokens)
+    assert "1 x cpu" in shown or "8 x cpu" in shown
+    for said in ("GFLOP per sample", "2 micro-steps per update", "optimizer state", "temporaries"):
+        assert said in shown
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,175 @@
+"""Paths, progress, logs, pictures of results, commands."""
+
+import json
+import logging
+import signal
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from support import tiny
+
+from htfa_jax import paths, report
+from htfa_jax.batch import Batch
+from htfa_jax.commands import command
+from htfa_jax.data.pipeline import Loaded
+from htfa_jax.errors import ConfigError, DataError, TrainingError
+from htfa_jax.logs import MetricWriter, log_to_file, log_to_terminal
+from htfa_jax.loop import Loop, StopSignal, duration
+from htfa_jax.metrics import Answer
+from htfa_jax.visualize import PanelRow, panel_png, read_png
+
+
+def test_a_module_flat_and_back():
+    class Two(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.layers = nnx.List([nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 1, rngs=rngs)])
+
+    graphdef, state = nnx.split(Two())
+    flat = paths.flatten(state)
+    assert sorted(flat) == [f"layers.{i}.{n}" for i in (0, 1) for n in ("bias", "kernel")]
+    again = nnx.merge(graphdef, paths.unflatten(flat))
+    np.testing.assert_array_equal(again.layers[1].kernel[...], flat["layers.1.kernel"])
+
+
+def test_a_regex_must_match_the_whole_path():
+    table = ((r"decoder\..*", 1), (r".*bias", 2))
+    assert paths.first_match(table, "decoder.head.bias", 0) == 1
+    assert paths.first_match(table, "siglip.bias", 0) == 2
+    assert paths.first_match(table, "vq.decoder.kernel", 0) == 0
+    inside, outside = paths.split({"vq.a": 1, "vq_encoder.a": 2}, r"vq\..*")
+    assert inside == {"vq.a": 1} and outside == {"vq_encoder.a": 2}
+
+
+def test_durations():
+    assert [duration(s) for s in (5.9, 185, 7380)] == ["5s", "3m05s", "2h03m"]
+
+
+def test_log_lines_go_to_the_file_and_the_terminal(tmp_path, capsys):
+    log = logging.getLogger("htfa_jax.something")
+    with log_to_terminal(), log_to_file(tmp_path / "logs" / "train.log"):
+        log.info("one %d", 1)
+    log.info("two")
+    assert capsys.readouterr().err.endswith("one 1\n")
+    assert (tmp_path / "logs/train.log").read_text().endswith("one 1\n")
+
+
+def test_metrics_are_lines_of_json_and_tensorboard_events(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer.write_scalars(3, {"loss": jnp.float32(0.5)})
+    writer.write_images(3, {"panel": np.zeros((1, 4, 4, 3), np.uint8)})
+    writer.write_texts(3, {"note": "x"})
+    writer.flush()
+    writer.close()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["loss"] == 0.5 and json.loads(line)["step"] == 3
+    (events,) = tmp_path.glob("events*")
+    assert b"loss" in events.read_bytes() and b"panel" in events.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "error,code", [(ConfigError("a"), 2), (DataError("b"), 2), (TrainingError("c"), 1)]
+)
+def test_commands_print_errors_as_sentences(error, code, capsys):
+    @command
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_programming_errors_keep_their_traceback():
+    @command
+    def main(argv=None):
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        main([])
+
+
+def loop(tmp_path, step_fn, **settings):
+    defaults = {
+        "name": "train", "step_fn": step_fn, "num_steps": 4, "log_every": 2,
+        "writer": MetricWriter(tmp_path), "samples_per_step": 2,
+        "after_step": lambda step, state: None, "max_bad_records": 1,
+    }  # fmt: skip
+    return Loop(**(defaults | settings))
+
+
+def batches(errors=()):
+    fields = {name: np.zeros(1) for name in Batch.__annotations__}
+    for i in range(9):
+        yield Loaded(Batch(**fields), [f"r{i}"], [e for at, e in errors if at == i])
+
+
+def count_up(state, batch):
+    step = state["step"] + 1
+    return {"step": step}, {"loss": step * 1.0, "finite": True}
+
+
+def test_the_loop_reports_means_and_stops_at_the_last_step(tmp_path):
+    called = []
+    state, stopped = loop(
+        tmp_path, count_up, after_step=lambda i, s: called.append((i, s["step"]))
+    ).run({"step": 1}, batches())
+    assert state == {"step": 4} and not stopped
+    assert called == [(2, 2), (3, 3), (4, 4)]
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["step"], x["train/loss"]) for x in lines] == [(2, 2.0), (4, 3.5)]
+
+
+def test_the_loop_ends_at_too_many_bad_records(tmp_path, caplog):
+    with caplog.at_level("WARNING"), pytest.raises(DataError, match="max_bad_records=1.*third"):
+        loop(tmp_path, count_up).run({"step": 0}, batches([(0, "the first"), (2, "the third")]))
+    assert "skipped: the first" in caplog.text
+
+
+def test_the_loop_finishes_its_step_when_asked_to_stop(tmp_path):
+    def ask(step, state):
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    state, stopped = loop(tmp_path, count_up, after_step=ask).run({"step": 0}, batches())
+    assert state == {"step": 2} and stopped
+
+
+def test_the_second_signal_kills():
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_panel_shows_every_scene_and_every_picture(tmp_path):
+    def row(shade, answers=1):
+        pictures = {name: np.full((8, 8, 3), shade) for name in ("original", "completion")}
+        said = [Answer(0, "color", "?", "red", "blue", None)] * answers
+        return PanelRow("scene", pictures | {"alpha": np.full((8, 8), 0.5)}, said)
+
+    sizes = []
+    for rows in ([row(0.2)], [row(0.2), row(0.8, 7)]):
+        (tmp_path / "panel.png").write_bytes(panel_png(rows))
+        picture = read_png(tmp_path / "panel.png")
+        sizes.append(picture.shape)
+        for shade in (51, 204)[: len(rows)]:  # a picture of one shade is a large even area
+            assert (picture == shade).all(axis=-1).mean() > 0.04
+    assert sizes[0][1] == sizes[1][1] and sizes[0][0] < sizes[1][0]
+
+
+def test_scores_without_text_or_pictures_have_a_table():
+    scores = {
+        "samples": 2,
+        "losses": {"code_loss": 1.0, "loss": 0.3},
+        "alignment": {"boxes": 2, "identity: no box": 0},
+        "fusion": {"alpha_mean": 0.5},
+    }
+    assert "2 scenes  code_loss 1.0000" in report.table(scores)
+    assert "no box" not in report.table(scores)
+    assert report.scalars(scores) == {"code_loss": 1.0, "loss": 0.3, "alpha_mean": 0.5}
+    assert tiny().loss.text_weight  # tables of full evaluations: test_evaluate
