@@ -163,9 +163,13 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
         if start is None:
             return None
         state, frozen, meta = start
+        # Fresh and restored arrays alike, so that both run the same compiled step.
+        state, frozen = jax.device_put((state, frozen), jax.devices()[0])
         for line in size_table(model.shapes, config).splitlines():
             log.info("%s", line)
-        overview = parameter_overview.get_parameter_overview({**state["params"], **frozen})
+        overview = parameter_overview.get_parameter_overview(
+            {**state["params"], **frozen}, include_stats=False
+        )
         (workdir / "logs" / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
 
         def after_step(step: int, state: State) -> None:

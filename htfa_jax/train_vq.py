@@ -230,6 +230,8 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
                 "opt_state": found["opt_state"],
             }
             log.info("vq: going on from step %d", latest)
+        # Fresh and restored arrays alike, so that both run the same compiled step.
+        state = jax.device_put(state, jax.devices()[0])
 
         def after_step(step: int, state: State) -> None:
             if step % settings.save_every == 0:

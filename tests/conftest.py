@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -10,6 +11,8 @@ from htfa_jax import train_vq
 from htfa_jax.parts import save_part
 from htfa_jax.train_state import build
 
+# Tracing makes millions of objects that live on; looking through them costs a tenth of the time.
+gc.set_threshold(200_000, 50, 100)
 # A shape that broadcasts by accident is a bug that a test should see.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation, of programs that then run for milliseconds.

@@ -67,14 +67,19 @@ def test_a_row_alone_says_the_same(decoded):
 
 def test_a_row_that_stops_repeats_its_stop_and_leaves_the_others_alone(decoded):
     batch, prompts, said, _, run = decoded
-    stop = int(said[0, 2])
+    # The last new word of a row that some other row never says.
+    row, stop = next(
+        (i, int(token))
+        for i in range(3)
+        for token in said[i, ::-1]
+        if token != said[i, 0] and any(token not in said[k] for k in range(3) if k != i)
+    )
     prompt_BT, length_B = pad_prompts(prompts, pad_id=3)
     stopped = np.asarray(run(batch, prompt_BT, length_B, (stop,))[0])
-    first = int(np.argmax(said[0] == stop))
-    np.testing.assert_array_equal(stopped[0, : first + 1], said[0, : first + 1])
-    assert np.all(stopped[0, first:] == stop)
-    others = [row for row in (1, 2) if stop not in said[row]]
-    assert others
+    first = int(np.argmax(said[row] == stop))
+    np.testing.assert_array_equal(stopped[row, : first + 1], said[row, : first + 1])
+    assert first > 0 and np.all(stopped[row, first:] == stop)
+    others = [k for k in range(3) if stop not in said[k]]
     np.testing.assert_array_equal(stopped[others], said[others])
 
 

@@ -19,7 +19,6 @@ from htfa_jax.paths import split
 from htfa_jax.train import due, make_train_step, train
 from htfa_jax.train_state import build, new_state
 
-
 # A schedule that no number of steps changes: several tests compile the same program.
 STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}
 

@@ -31,7 +31,7 @@ def test_losses_and_where_their_gradients_go(tokenizer):
         vq = model.merge(params)
         z = vq.encoder(image)
         book = vq.vectors()
-        codes = ((z[:, :, None] - book) ** 2).sum(axis=-1).argmin(axis=-1)
+        codes = ((z[:, :, None] - book[None, None]) ** 2).sum(axis=-1).argmin(axis=-1)
         expected = {
             "codes": codes,
             "z": z,
