@@ -40,6 +40,8 @@ def _log_to(handler: logging.Handler) -> Iterator[None]:
 
 def log_to_terminal() -> contextlib.AbstractContextManager[None]:
     """Shows this package's log lines on the terminal."""
+    # Orbax warns through absl of every checkpoint that no evaluation came before.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     return _log_to(_BarHandler())
 
 

@@ -284,7 +284,6 @@ def cached_vq(config: Config, workdir: Path) -> Path | None:
             return None
         sizes = config.vq
         parts.save_part(folder, "vq", sizes, parts.read_weights(trained))
-    log.info("vq: weights from %s", folder)
     return folder
 
 

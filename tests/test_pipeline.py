@@ -45,6 +45,11 @@ def test_each_epoch_is_another_order_of_every_record(source):
     assert ids != [i for loaded in take(tiny(seed=1), source, 0, 7) for i in loaded.ids]
 
 
+def test_batches_of_one_are_the_same_order(source):
+    ones = [i for loaded in take(tiny(), source, 0, 6, samples=1) for i in loaded.ids]
+    assert ones == [i for loaded in take(tiny(), source, 0, 3) for i in loaded.ids]
+
+
 def test_starting_late_gives_the_batches_that_would_have_come(source):
     """Random drops of the reconstruction included; threads make no difference."""
     config = tiny(data__drop_recon=0.5)

@@ -144,7 +144,8 @@ def training_batches(
         .shuffle()
         .repeat()
         .random_map(loader.for_training)
-        .batch(samples, batch_fn=Collate(config, tokenizer))
+        # The repeated dataset has no end, so no remainder either; Grain cannot round its length up.
+        .batch(samples, drop_remainder=True, batch_fn=Collate(config, tokenizer))
     )
     return read(dataset[start_step:], config)
 
