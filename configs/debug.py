@@ -39,6 +39,8 @@ def get_config() -> Config:
             "level2.dropout": 0.0,
             "level3.adapter_mlp_dim": 256,
             "level3.adapter_dropout": 0.0,
+            "data.validation": "held_objects",
+            "data.test": "held_objects",
             "data.max_text_length": 96,
             "data.text_buckets": (96,),
             "data.use_object_mask": False,

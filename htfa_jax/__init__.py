@@ -1,1 +1,17 @@
 """HTFA in JAX: answers questions about a partly hidden object and paints it whole."""
+
+import importlib
+
+# Loaded when asked for: workers that draw scenes or read records need no JAX.
+_PUBLIC = {
+    "Config": "htfa_jax.config",
+    "load_config": "htfa_jax.config_io",
+    "HTFA": "htfa_jax.models.htfa",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,6 +37,15 @@ def new_workdir(name: str) -> Path:
     return Path("runs") / f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
 
 
+def make_workdir(path: Path) -> Path:
+    """Makes the folder if it is not there. Raises CheckpointError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--workdir {path} cannot be a folder: {error}") from error
+    return path
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Writing is asynchronous; `close` waits for it.
 
@@ -79,7 +88,11 @@ class Checkpoints:
                 cleanup_tmp_directories=True,
                 **best,
             ),
-            item_names=("params", "opt_state", "meta"),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(
@@ -117,8 +130,22 @@ class Checkpoints:
           step: of a complete checkpoint.
           **like: `params` and `opt_state`, or one of them; shapes, types and shardings.
         """
+        steps = self._manager.all_steps()
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"no checkpoint {step} in {self.folder}; there are: {there}")
+        if "params" in like:
+            saved = self._manager.item_metadata(step)["params"].tree
+            parts.check_shapes(saved, like["params"], f"checkpoint {step} in {self.folder}")
+
+        def target(leaf: Any) -> jax.ShapeDtypeStruct:
+            # Named, or Orbax would look for the device that the run was saved on.
+            sharding = getattr(leaf, "sharding", None) or here
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         items = {
-            name: ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, tree))
+            name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
         }
         try:

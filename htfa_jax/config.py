@@ -7,12 +7,9 @@ and written is in `config_io`.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from htfa_jax.errors import ConfigError
 
 DType = Literal["bfloat16", "float32"]
 
@@ -42,6 +39,7 @@ class VQConfig:
     codebook_size: int = 8192  # number of codes
     codebook_dim: int = 256  # length of a code vector
     normalize_codes: bool = False  # compare codes l2-normalised (Janus) or as they are (Chameleon)
+    has_decoder: bool = True  # False: it reads pictures but cannot paint (ChameleonVQVAE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,8 @@ class DecoderConfig:
     num_kv_heads: int = 8  # key and value heads
     mlp_dim: int = 8192  # hidden width of the SwiGLU
     rope_theta: float = 1e6  # base of the rotary angles
+    rope_factor: float = 1.0  # positions are divided by it (linear scaling to longer sequences)
+    max_positions: int | None = None  # longest sequence that the weights can read (None: any)
     rms_norm_eps: float = 1e-5  # epsilon of the norms
     dropout: float = 0.0  # after attention and MLP, in training
     tie_head: bool = False  # the text head is the embedding table
@@ -122,6 +122,7 @@ class PretrainedConfig:
     siglip: str | None = None  # SigLIP folder
     vq: str | None = None  # VQ folder
     decoder: str | None = None  # InternLM2 folder
+    htfa: str | None = None  # levels, adapters and generation head of the PyTorch original
     run: str | None = None  # a run: all weights of its best or latest checkpoint
     random_parts: Literal["train", "as_configured"] = "train"  # parts without pretrained weights
 
@@ -131,8 +132,8 @@ class DataConfig:
     """Where records come from and how they become arrays."""
 
     train: str = "held_objects"  # JSON or JSON-lines file, or the embedded dataset
-    validation: str | None = "held_objects"  # same, for evaluation during training
-    test: str | None = "held_objects"  # same, for the evaluation at the end
+    validation: str | None = None  # same, for evaluation during training
+    test: str | None = None  # same, for the evaluation at the end
     image_root: str | None = None  # folder of relative picture paths (None: the file's own)
     tokenizer: str | None = None  # Hugging Face folder (None: the decoder's, or a trained one)
     tokenizer_vocab_size: int = 512  # of a tokenizer that is trained on the data's text
@@ -198,7 +199,7 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = "full"  # what blocks recompute in the backward pass
     log_every: int = 10  # steps between lines of metrics
     save: Literal["steps", "epoch", "no"] = "steps"  # when to write a checkpoint
-    save_every: int = 250  # steps or epochs between checkpoints
+    save_every: int | None = None  # steps or epochs between checkpoints (None: 250 or 1)
     keep_checkpoints: int = 3  # latest ones kept, besides the best
     best_metric: str = "loss"  # validation metric that chooses the best checkpoint
     best_mode: Literal["min", "max"] = "min"  # which end of it is best
@@ -209,7 +210,7 @@ class EvalConfig:
     """Evaluation, during training and by `htfa_jax.evaluate`."""
 
     during_training: Literal["steps", "epoch", "no"] = "epoch"  # when to evaluate
-    every: int = 1  # steps or epochs between evaluations
+    every: int | None = None  # steps or epochs between evaluations (None: 250 or 1)
     batch_size: int = 8  # samples per step
     max_samples: int | None = None  # of the validation split, during training (None: all)
     max_new_tokens: int = 64  # longest answer
@@ -253,6 +254,8 @@ class Config:
     vq_train: VQTrainConfig = field(default_factory=VQTrainConfig)
 
     def __post_init__(self) -> None:
+        from htfa_jax.config_checks import validate  # which looks at this module's classes
+
         validate(self)
 
     def is_frozen(self, part: Literal["siglip", "vq", "decoder"]) -> bool:
@@ -281,95 +284,6 @@ class Config:
     def code_grid(self) -> int:
         """Codes along one side."""
         return self.image_size // self.vq_downsampling
-
-
-def validate(config: Config) -> None:
-    """Raises ConfigError naming the fields, what they are and what they must be."""
-    c, problems = config, []
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            problems.append(message)
-
-    def divides(small: str, large: str) -> None:
-        a, b = get(c, small), get(c, large)
-        need(a > 0 and b % a == 0, f"{large}={b} must be a multiple of {small}={a}")
-
-    for name, value in leaves(c):
-        if isinstance(value, float):
-            need(math.isfinite(value), f"{name}={value} must be finite")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            need(value >= 0, f"{name}={value} must not be negative")
-    for name in _POSITIVE:
-        value = get(c, name)
-        need(value is None or value > 0, f"{name}={value} must be above 0")
-    for name in _PROBABILITIES:
-        need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
-
-    divides("siglip.patch_size", "image_size")
-    divides("siglip.num_heads", "siglip.embed_dim")
-    divides("level2.num_heads", "siglip.embed_dim")
-    divides("decoder.num_heads", "decoder.embed_dim")
-    divides("decoder.num_kv_heads", "decoder.num_heads")
-    head_dim = c.decoder.embed_dim // max(c.decoder.num_heads, 1)
-    need(head_dim % 2 == 0, f"decoder head size {head_dim} must be even (rotary embedding)")
-    if c.level3.generation:
-        need(
-            c.image_size % c.vq_downsampling == 0,
-            f"image_size={c.image_size} must be a multiple of the VQ downsampling "
-            f"{c.vq_downsampling} (vq.stem x 2 per level of vq.channel_multipliers)",
-        )
-    need(
-        0 < c.level1.init_alpha < 1,
-        f"level1.init_alpha={c.level1.init_alpha} must be inside (0, 1)",
-    )
-    need(
-        c.level1.num_scales == 1 or c.level1.alpha == "map",
-        "level1.num_scales > 1 works with level1.alpha=map only",
-    )
-    shrink = 2 ** (max(c.level1.num_scales, 1) - 1)
-    need(
-        c.image_size % shrink == 0,
-        f"image_size={c.image_size} must halve {c.level1.num_scales - 1} times (level1.num_scales)",
-    )
-    need(
-        c.loss.text_weight + c.loss.code_weight > 0,
-        "loss.text_weight and loss.code_weight are both 0: nothing to train",
-    )
-    need(
-        c.level3.generation or c.loss.code_weight == 0,
-        f"level3.generation=False has no codes: set loss.code_weight=0 "
-        f"(it is {c.loss.code_weight})",
-    )
-    buckets = c.data.text_buckets
-    need(
-        bool(buckets) and list(buckets) == sorted(set(buckets)) and min(buckets) > 0,
-        f"data.text_buckets={buckets} must be rising lengths",
-    )
-    need(
-        bool(buckets) and buckets[-1] >= c.data.max_text_length,
-        f"the last of data.text_buckets={buckets} must reach "
-        f"data.max_text_length={c.data.max_text_length}",
-    )
-    if problems:
-        raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
-
-
-_POSITIVE = """
-    image_size siglip.patch_size siglip.num_layers siglip.num_heads siglip.mlp_dim vq.stem
-    vq.base_channels vq.num_res_blocks vq.z_channels vq.codebook_size vq.codebook_dim
-    decoder.vocab_size decoder.num_layers decoder.num_heads decoder.num_kv_heads decoder.mlp_dim
-    decoder.rope_theta level1.num_scales level1.head_channels level2.num_heads
-    level3.adapter_mlp_dim loss.text_chunk data.max_text_length data.num_threads optim.clip_norm
-    optim.num_cycles train.batch_size train.accumulation_steps train.epochs train.max_steps
-    train.log_every train.save_every train.keep_checkpoints eval.every eval.batch_size
-    eval.max_samples eval.max_new_tokens vq_train.num_steps vq_train.batch_size
-    vq_train.revive_after vq_train.save_every
-""".split()
-_PROBABILITIES = """
-    decoder.dropout level2.dropout level3.adapter_dropout loss.label_smoothing optim.b1 optim.b2
-    optim.warmup_ratio
-""".split()
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

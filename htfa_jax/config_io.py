@@ -114,12 +114,19 @@ def load_config(source: str | Path) -> Config:
         raise ConfigError(f"no configuration at {source}; packaged presets: {names}")
     if path.suffix == ".json":
         try:
-            return from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except json.JSONDecodeError as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds a {type(values).__name__}, not a configuration")
+        return from_dict(values)
+    if path.suffix != ".py":
+        raise ConfigError(f"{path}: a configuration is a .py file with get_config(), or a .json")
     spec = importlib.util.spec_from_file_location(f"htfa_config_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path} has no get_config()")
     config = module.get_config()
     if not isinstance(config, Config):
         raise ConfigError(f"{path}: get_config() returned {type(config).__name__}, not a Config")
@@ -151,6 +158,7 @@ def parse_args(
     *,
     source: str = "config",
     read: Callable[[str], Config] = load_config,
+    resolve: Callable[[Config, Config], Config] | None = None,
 ) -> Any:
     """Parses a command line into `cls`, a dataclass whose first field is `config: ConfigFlags`.
 
@@ -163,6 +171,7 @@ def parse_args(
       argv: arguments, those of the process by default.
       source: name of the option that names the configuration.
       read: from that option's value to the configuration.
+      resolve: called with the configuration after and before the flags; gives the final one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
@@ -175,9 +184,12 @@ def parse_args(
         raise ConfigError(f"--{source} is missing (--help shows all options)")
     else:
         base = load_config("standard")
-    return tyro.cli(
+    args = tyro.cli(
         cls,
         default=cls(config=base),
         args=argv if own_field else rest,
         use_underscores=True,
     )
+    if resolve is not None:
+        args = dataclasses.replace(args, config=resolve(args.config, base))
+    return args

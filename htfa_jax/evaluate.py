@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,6 +74,8 @@ class Evaluator:
 
     def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer):
         self.config, self.model, self.tokenizer = config, model, tokenizer
+        if config.level3.generation and not config.vq.has_decoder:
+            log.warning("this VQ tokenizer has no decoder: codes are scored, pictures are not")
         self._losses = jax.jit(self._loss_sums)
         self._look = jax.jit(self._look_at, static_argnames="text_length")
         self._greedy = jax.jit(self._decode)
@@ -105,8 +108,8 @@ class Evaluator:
                 answers += [answer for row in rows for answer in row]
                 totals.update(jax.device_get(self._losses(params, loaded.batch)))
                 totals.update(jax.device_get(sums))
-                wanted = self.config.eval.panel_samples - len(panel)
-                panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
+                if wanted := self.config.eval.panel_samples - len(panel):
+                    panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
                 bar.update(sum(record is not None for record in found))
         return Report(_scores(totals, answers, self.config), answers, panel)
 
@@ -141,11 +144,12 @@ class Evaluator:
             "attention_entropy": jnp.sum(entropy_B * weight_B),
         }
         if prefix.code_logits_BMC is not None:
-            seen["completion"] = rgb(paint(model, prefix.code_logits_BMC))
             codes_BM = model.target_codes(batch, prefix.fusion)
             sums["code_usage"] = (
                 jnp.zeros(self.config.vq.codebook_size).at[codes_BM].add(weight_B[:, None])
             )
+        if prefix.code_logits_BMC is not None and self.config.vq.has_decoder:
+            seen["completion"] = rgb(paint(model, prefix.code_logits_BMC))
             candidates = {
                 "completed": seen["completion"],
                 "original": seen["original"],
@@ -166,7 +170,8 @@ class Evaluator:
         if self.config.loss.text_weight == 0:
             return []
         per_scene = [
-            [self.tokenizer.encode_prompt([q]) for q, _ in questions(r)] if r else [] for r in found
+            [self.tokenizer.encode_prompt([*rules(r), q]) for q, _ in questions(r)] if r else []
+            for r in found
         ]
         nothing = np.array([self.tokenizer.pad_id], np.int32)
         return [
@@ -187,6 +192,11 @@ def questions(record: Record) -> list[tuple[Turn, Turn]]:
     """
     pairs = zip(record.turns, record.turns[1:], strict=False)
     return [(a, b) for a, b in pairs if a.role == "user" and b.role == "assistant"]
+
+
+def rules(record: Record) -> list[Turn]:
+    """The system turns that a conversation begins with; they stand before every question."""
+    return list(itertools.takewhile(lambda turn: turn.role == "system", record.turns))
 
 
 def hidden_share(batch: Batch, row: int, record: Record) -> float | None:
@@ -247,6 +257,7 @@ def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> 
     pictures = picture_scores(totals)
     if pictures:
         scores["pictures"] = pictures
+    if "code_usage" in totals:
         scores["target_codes_used"] = int((totals["code_usage"] > 0).sum())
     scores["alignment"] = {s: int(totals[f"aligned/{s}"]) for s in SOURCES}
     scores["fusion"] = {

@@ -20,14 +20,19 @@ from flax import nnx
 Remat = Literal["none", "dots", "full"]
 
 
-def apply_rope(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def apply_rope(
+    x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, factor: float = 1.0
+) -> jax.Array:
     """Rotary position embedding, halves rotated against each other (as Llama and InternLM2 do).
 
+    Positions are divided by `factor` (Chen et al., "Extending Context Window of Large Language
+    Models via Positional Interpolation", 2023).
     Angles are float32: bfloat16 cannot tell position 256 from 257.
     """
     half = x_BTNH.shape[-1] // 2
     frequency_H = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1H = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_H[None, None, None]
+    positions_BT11 = positions_BT[:, :, None, None].astype(jnp.float32) / factor
+    angle_BT1H = positions_BT11 * frequency_H[None, None, None]
     sin, cos = jnp.sin(angle_BT1H), jnp.cos(angle_BT1H)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

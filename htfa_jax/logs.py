@@ -23,7 +23,7 @@ class _BarHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def _log_to(handler: logging.Handler) -> Iterator[None]:
+def _log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
     ours = logging.getLogger("htfa_jax")
     before = ours.level, ours.propagate
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -31,22 +31,22 @@ def _log_to(handler: logging.Handler) -> Iterator[None]:
     ours.setLevel(logging.INFO)
     ours.propagate = False  # some libraries put a handler of their own on the root
     try:
-        yield
+        yield handler
     finally:
         ours.level, ours.propagate = before
         ours.removeHandler(handler)
         handler.close()
 
 
-def log_to_terminal() -> contextlib.AbstractContextManager[None]:
+def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
     """Shows this package's log lines on the terminal."""
     # Orbax warns through absl of every checkpoint that no evaluation came before.
     logging.getLogger("absl").setLevel(logging.ERROR)
     return _log_to(_BarHandler())
 
 
-def log_to_file(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Appends log lines to a file."""
+def log_to_file(path: Path) -> contextlib.AbstractContextManager[logging.Handler]:
+    """Appends log lines to a file, through the handler that it gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return _log_to(logging.FileHandler(path, encoding="utf-8"))
 

@@ -27,6 +27,8 @@ Metrics = dict[str, jax.Array]
 class Loop:
     """Runs steps, reports them, and leaves saving and evaluation to a callback.
 
+    `state` is the newest one, also after an error.
+
     Attributes:
       name: of the stage, in log lines.
       step_fn: (state, batch) -> (state, metrics); metrics hold "loss" and "finite".
@@ -51,15 +53,17 @@ class Loop:
 
     def run(self, state: State, batches: Iterator[Loaded]) -> tuple[State, bool]:
         """Steps from `state` on. Returns the last state, and whether a signal cut it short."""
-        start, bad_records = int(state["step"]), 0
+        start, self._bad = int(state["step"]), set()
+        self.state = state
         self._window: list[dict[str, float]] = []
         self._window_start = time.perf_counter()
         pending: tuple[int, Metrics, list[str]] | None = None
         with StopSignal() as stop, progress(self.num_steps, self.name, start=start) as bar:
             for step in range(start + 1, self.num_steps + 1):
                 loaded = next(batches)
-                bad_records += self._report_bad(loaded, bad_records)
+                self._report_bad(loaded)
                 state, metrics = self.step_fn(state, jax.device_put(loaded.batch))
+                self.state = state
                 # The step before is read while this one runs.
                 self._report(pending, bar)
                 pending = (step, metrics, loaded.ids)
@@ -79,8 +83,8 @@ class Loop:
         if not metrics.pop("finite") or not math.isfinite(metrics["loss"]):
             raise TrainingError(
                 f"{self.name}: loss or gradient is not finite at step {step} "
-                f"(loss {metrics['loss']}); the weights before it are kept. Records of the "
-                f"batch: {', '.join(ids)}. Try a lower learning rate, a longer warm-up, or "
+                f"(loss {metrics['loss']}); the step left the weights as they were. Records of "
+                f"its batch: {', '.join(ids)}. Try a lower learning rate, a longer warm-up, or "
                 "train.dtype=float32"
             )
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
@@ -115,15 +119,15 @@ class Loop:
         )
         self._window, self._window_start = [], time.perf_counter()
 
-    def _report_bad(self, loaded: Loaded, before: int) -> int:
+    def _report_bad(self, loaded: Loaded) -> None:
         for error in loaded.errors:
             log.warning("skipped: %s", error)
-        if before + len(loaded.errors) > self.max_bad_records:
+        self._bad.update(loaded.errors)  # each names its record, which comes again every epoch
+        if len(self._bad) > self.max_bad_records:
             raise DataError(
                 f"more than data.max_bad_records={self.max_bad_records} records were skipped; "
                 f"the last: {loaded.errors[-1]}"
             )
-        return len(loaded.errors)
 
 
 class StopSignal:

@@ -39,17 +39,23 @@ def text_weights(batch: Batch) -> jax.Array:
 
 
 def code_weights(batch: Batch, config: Config) -> jax.Array:
-    """Weight of each cell [B, M]: 0 in padding, up to `hidden_cell_weight` where it is covered."""
+    """Weight of each cell [B, M]: up to `hidden_cell_weight` where it is covered.
+
+    0 in padding, and in samples that have neither target nor reconstruction: all that is left of
+    them to paint is the original, occluder and all.
+    """
     size, grid = batch.image_orig.shape[1:3], config.code_grid
     inside_BM = cell_means(box_mask(batch.region_orig, size), grid) > 0.5
     covered_BM = cell_means(batch.occluder_mask, grid)
     weight_BM = 1.0 + (config.loss.hidden_cell_weight - 1.0) * covered_BM
-    return inside_BM * weight_BM * batch.weight[:, None]
+    known_B = batch.has_target | batch.has_recon
+    return inside_BM * weight_BM * (batch.weight * known_B)[:, None]
 
 
 def count(batch: Batch, config: Config) -> Counts:
     """What the losses of these samples are divided by."""
-    return Counts(text_weights(batch).sum(), code_weights(batch, config).sum(), batch.weight.sum())
+    codes = code_weights(batch, config).sum() if config.loss.code_weight else jnp.float32(0)
+    return Counts(text_weights(batch).sum(), codes, batch.weight.sum())
 
 
 def at_least_one(total: jax.Array) -> jax.Array:

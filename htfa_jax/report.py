@@ -24,6 +24,9 @@ def table(scores: dict[str, Any]) -> str:
         blocks.append(_pictures(scores["pictures"]))
     aligned = {name: n for name, n in scores["alignment"].items() if n}
     blocks.append("aligned by " + ", ".join(f"{name}: {n}" for name, n in aligned.items()))
+    alpha = scores["fusion"].get("alpha_mean")
+    if alpha is not None:
+        blocks[-1] += f"; alpha {alpha:.3f} on average (1: the fused picture is the original)"
     return "\n\n".join(blocks)
 
 

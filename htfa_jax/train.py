@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 
-from htfa_jax import report
+from htfa_jax import parts, report
 from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import (
     Checkpoints,
     load_frozen,
+    make_workdir,
     new_workdir,
     open_checkpoints,
     save_frozen,
@@ -38,9 +39,9 @@ from htfa_jax.config_io import (
     source_name,
 )
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
-from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
+from htfa_jax.data.splits import SPLITS, cache_folder, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import ConfigError
+from htfa_jax.errors import ConfigError, HTFAError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
 from htfa_jax.logs import MetricWriter, log_to_file
@@ -52,6 +53,9 @@ from htfa_jax.plan import plan, size_table
 from htfa_jax.train_state import Model, build, load_pretrained, new_params, new_state
 from htfa_jax.train_vq import cached_vq
 from htfa_jax.visualize import panel_png, read_png
+
+# Steps between checkpoints or evaluations where the configuration does not say.
+DEFAULT_STEPS = 250
 
 log = logging.getLogger("htfa_jax.train")  # by name: this module is run as __main__ too
 
@@ -131,12 +135,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
       Scores on the test split (on the validation split if there is none, empty without
       both); None if a signal stopped the training.
     """
-    with log_to_file(workdir / "logs" / "train.log"):
+    with log_to_file(workdir / "logs" / "train.log") as failed:
         started = time.time()
         try:
             scores = _train(config, workdir)
         except BaseException as error:
-            log.error("failed after %s: %s", duration(time.time() - started), error)
+            # For the file alone: the command says the sentence too.
+            text = f"failed after {duration(time.time() - started)}: {error}"
+            failed.handle(logging.makeLogRecord({"msg": text}))
             raise
         if scores is None:
             log.info("stopped; everything is saved. Go on with --workdir %s", workdir)
@@ -147,7 +153,13 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
 
 
 def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
-    _write_config(config, workdir)
+    path = workdir / "config.json"
+    before = load_config(path) if path.is_file() else None
+    if before is None:
+        save_config(config, path)
+    for split in SPLITS:  # what is missing should be missed now, not after hours of training
+        if getattr(config.data, split) is not None:
+            open_split(config, split)
     records = open_split(config, "train")
     tokenizer = open_tokenizer(config, workdir, records)
     model = build(config)
@@ -159,9 +171,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
     writer = MetricWriter(workdir / "logs")
     evaluations = _Evaluations(config, workdir, model, tokenizer, writer)
     with open_checkpoints(workdir, config) as checkpoints:
+        if before is not None and checkpoints.latest_step() is not None:
+            _refuse_other_weights(before, config)
         start = _start(config, workdir, model, optimizer, checkpoints)
         if start is None:
             return None
+        if before is not None:
+            _say_changes(before, config)
+            save_config(config, path)
         state, frozen, meta = start
         # Fresh and restored arrays alike, so that both run the same compiled step.
         state, frozen = jax.device_put((state, frozen), jax.devices()[0])
@@ -202,8 +219,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             len(records),
         )
         batches = training_batches(config, records, tokenizer, first, samples)
-        state, stopped = loop.run(state, batches)
-        batches.close()
+        try:
+            state, stopped = loop.run(state, batches)
+        except HTFAError:
+            # What was learned so far is finite, whatever went wrong.
+            checkpoints.save(loop.state, meta)
+            raise
+        finally:
+            batches.close()
         checkpoints.save(state, meta)
         if stopped:
             return None
@@ -312,21 +335,35 @@ class _Evaluations:
         return result.scores
 
 
-def due(when: str, every: int, step: int, steps_per_epoch: int) -> bool:
+def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:
     """Whether something that happens every so many "steps" or "epoch"s is due at a step."""
-    period = {"steps": every, "epoch": every * steps_per_epoch}.get(when)
-    return period is not None and step % period == 0
+    if when == "no":
+        return False
+    every = every or {"steps": DEFAULT_STEPS, "epoch": 1}[when]
+    return step % (every * (steps_per_epoch if when == "epoch" else 1)) == 0
 
 
-def _write_config(config: Config, workdir: Path) -> None:
-    """Writes the resolved configuration, and says what differs from the last one there."""
-    path = workdir / "config.json"
-    if path.is_file():
-        before = dict(leaves(load_config(path)))
-        for name, value in leaves(config):
-            if before[name] != value:
-                log.warning("%s was %s in this workdir and is now %s", name, before[name], value)
-    save_config(config, path)
+def _refuse_other_weights(before: Config, config: Config) -> None:
+    """A run with checkpoints goes on with its weights; asking for others is a mistake."""
+    fixed = ("pretrained", "freeze", "level1.learnable", "data.tokenizer")
+    old = dict(leaves(before))
+    changed = [
+        f"{name} was {old[name]} and is now {value}"
+        for name, value in leaves(config)
+        if name.startswith(fixed) and old[name] != value
+    ]
+    if changed:
+        raise ConfigError(
+            "this workdir's run has checkpoints, which decide these: " + "; ".join(changed) + ". "
+            "Use another --workdir (--init_from starts from this run's weights)"
+        )
+
+
+def _say_changes(before: Config, config: Config) -> None:
+    old = dict(leaves(before))
+    for name, value in leaves(config):
+        if old[name] != value:
+            log.warning("%s was %s in this workdir and is now %s", name, old[name], value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,7 +380,7 @@ class TrainArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse_args(TrainArgs, argv)
+    args = parse_args(TrainArgs, argv, resolve=parts.with_sizes)
     config = args.config
     if args.init_from is not None:
         config = override(config, {"pretrained.run": args.init_from})
@@ -352,8 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
-    workdir = args.workdir or new_workdir(source_name(argv))
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
     scores = train(config, workdir)
     print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
 

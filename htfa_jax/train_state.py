@@ -80,7 +80,8 @@ def new_params(config: Config, model: Model, loaded: Flat) -> tuple[Flat, Flat]:
 
     params = random(jax.random.key(config.seed))
     params |= {p: jnp.asarray(v, dtype_of(p)) for p, v in loaded.items()}
-    if "vq_encoder.conv_in.kernel" in params and "vq.encoder.conv_in.kernel" in loaded:
+    copied = "vq_encoder.conv_in.kernel"
+    if copied in params and copied not in loaded and "vq.encoder.conv_in.kernel" in loaded:
         # The trained encoder starts as the tokenizer's own; copied, since it will be donated.
         for path in paths.split(params, r"vq_encoder\..*")[0]:
             params[path] = jnp.array(loaded[path.replace("vq_encoder", "vq.encoder")], jnp.float32)
@@ -109,9 +110,13 @@ def load_pretrained(config: Config, model: Model) -> Flat:
             _say_random(config, part)
             continue
         shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
-        arrays = parts.load_part(folder, family, sizes, shapes)
+        # Position embeddings are made for one size of pictures.
+        facts = {"image_size": config.image_size} if part == "siglip" else {}
+        arrays = parts.load_part(folder, family, sizes, shapes, **facts)
         loaded |= {f"{part}.{path}": value for path, value in arrays.items()}
         log.info("%s: weights from %s", part, folder)
+    if config.pretrained.htfa is not None:
+        loaded |= parts.load_levels(config, model.shapes)
     return loaded
 
 

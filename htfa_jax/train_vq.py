@@ -25,13 +25,14 @@ from flax import nnx
 
 from htfa_jax import parts, paths
 from htfa_jax.batch import Batch
-from htfa_jax.checkpoint import Checkpoints, new_workdir
+from htfa_jax.checkpoint import Checkpoints, make_workdir, new_workdir
 from htfa_jax.commands import command
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, parse_args, save_config
 from htfa_jax.data.pipeline import evaluation_batches, training_batches
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import EMBEDDED, cache_folder, open_split
+from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter, log_to_file
 from htfa_jax.loop import Loop, State, duration
 from htfa_jax.metrics import psnr, squared_error, to_8bit
@@ -93,20 +94,28 @@ def training_pictures(batch: Batch, key: jax.Array, config: Config) -> jax.Array
     return pictures[choice_B, jnp.arange(B)]
 
 
-def losses(model: VQ, image_BHWC: jax.Array, config: Config) -> tuple[jax.Array, dict[str, Any]]:
+def losses(
+    model: VQ, image_BHWC: jax.Array, weight_B: jax.Array, config: Config
+) -> tuple[jax.Array, dict[str, Any]]:
     """Reconstruction, codebook and commitment loss of a VQ autoencoder.
 
-    van den Oord et al., "Neural Discrete Representation Learning" (2017).
+    van den Oord et al., "Neural Discrete Representation Learning" (2017). Means over the pictures
+    by their weights.
     """
+
+    def mean(x: jax.Array) -> jax.Array:
+        each_B = x.mean(axis=tuple(range(1, x.ndim)))
+        return jnp.sum(each_B * weight_B) / jnp.maximum(weight_B.sum(), 1)
+
     weights = config.vq_train
     z_BME = model.encoder(image_BHWC)
     codes_BM = model.nearest(jax.lax.stop_gradient(z_BME))
     vectors_BME = model.vectors()[codes_BM]
-    codebook = jnp.mean((vectors_BME - jax.lax.stop_gradient(z_BME)) ** 2)
-    commitment = jnp.mean((z_BME - jax.lax.stop_gradient(vectors_BME)) ** 2)
+    codebook = mean((vectors_BME - jax.lax.stop_gradient(z_BME)) ** 2)
+    commitment = mean((z_BME - jax.lax.stop_gradient(vectors_BME)) ** 2)
     painted = model.decoder(z_BME + jax.lax.stop_gradient(vectors_BME - z_BME))
-    l1 = jnp.mean(jnp.abs(painted - image_BHWC))
-    l2 = jnp.mean((painted - image_BHWC) ** 2)
+    l1 = mean(jnp.abs(painted - image_BHWC))
+    l2 = mean((painted - image_BHWC) ** 2)
     total = weights.l1_weight * l1 + weights.l2_weight * l2
     total += codebook + weights.commitment_weight * commitment
     return total, {"l1": l1, "l2": l2, "commitment": commitment, "codes": codes_BM, "z": z_BME}
@@ -142,7 +151,8 @@ def make_step(config: Config, model: Model, optimizer: optax.GradientTransformat
         picture_key, revive_key = jax.random.split(key)
         image_BHWC = training_pictures(batch, picture_key, config)
         grad = jax.value_and_grad(
-            lambda params: losses(model.merge(params), image_BHWC, config), has_aux=True
+            lambda params: losses(model.merge(params), image_BHWC, batch.weight, config),
+            has_aux=True,
         )
         (loss, aux), grads = grad(state["params"])
         opt_state = state["opt_state"]
@@ -177,16 +187,21 @@ def make_step(config: Config, model: Model, optimizer: optax.GradientTransformat
 
 
 def evaluate(config: Config, model: Model, params: Flat, records: RecordFile) -> dict[str, float]:
-    """PSNR of the round trip of a split's targets, and how many codes they use."""
+    """PSNR of the round trip of a split's targets, and how many codes they use.
+
+    A record without a target counts with its original.
+    """
 
     @jax.jit
     def sums(params: Flat, batch: Batch):
         vq = model.merge(params)
-        image_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
+        has_target_B111 = batch.has_target[:, None, None, None]
+        pictures = jnp.where(has_target_B111, batch.image_target, batch.image_orig)
+        image_BHWC = normalize(pictures, batch.region_orig, config.data)
         codes_BM = vq.encode(image_BHWC)
         rgb = [to_8bit(denormalize(x, config.data)) for x in (vq.decode(codes_BM), image_BHWC)]
         inside_BHW = box_mask(batch.region_orig, image_BHWC.shape[1:3])
-        counts_BHW = inside_BHW & (batch.has_target & (batch.weight > 0))[:, None, None]
+        counts_BHW = inside_BHW & (batch.weight > 0)[:, None, None]
         usage_C = jnp.zeros(config.vq.codebook_size).at[codes_BM].add(batch.weight[:, None])
         return jnp.sum(squared_error(*rgb) * counts_BHW), counts_BHW.sum(), usage_C
 
@@ -200,10 +215,13 @@ def evaluate(config: Config, model: Model, params: Flat, records: RecordFile) ->
 def train_vq(config: Config, workdir: Path) -> Path | None:
     """Trains a tokenizer, resuming what `workdir` holds.
 
-    Returns the weight folder, `workdir/weights`; None if a signal stopped the training.
+    Returns the weight folder, `workdir/weights`; None if a signal stopped the training. Raises
+    ConfigError if the workdir holds a stage of other settings or data.
     """
+    if not config.vq.has_decoder:
+        raise ConfigError("vq.has_decoder=False: a tokenizer cannot be trained without a decoder")
     started = time.time()
-    folder, settings = workdir / "weights", config.vq_train
+    folder, settings, key = workdir / "weights", config.vq_train, cache_key(config)
     records = open_split(config, "train")
     model = build(config)
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.05)
@@ -221,6 +239,10 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     with Checkpoints(workdir, keep=1) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
+            if checkpoints.restore(latest)["meta"].get("key") != key:
+                raise ConfigError(
+                    f"{workdir} holds a VQ stage of other settings or data: use another folder"
+                )
             found = checkpoints.restore(
                 latest, params=state["params"], opt_state=state["opt_state"]
             )
@@ -235,7 +257,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
 
         def after_step(step: int, state: State) -> None:
             if step % settings.save_every == 0:
-                checkpoints.save(state, {})
+                checkpoints.save(state, {"key": key})
 
         loop = Loop(
             name="vq",
@@ -250,7 +272,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
         batches = training_batches(config, records, None, int(state["step"]), settings.batch_size)
         state, stopped = loop.run(state, batches)
         batches.close()
-        checkpoints.save(state, {})
+        checkpoints.save(state, {"key": key})
     if stopped:
         return None
     parts.save_part(folder, "vq", config.vq, jax.device_get(state["params"]))
@@ -276,10 +298,11 @@ def cached_vq(config: Config, workdir: Path) -> Path | None:
 
     Returns its weight folder; None if a signal stopped the training.
     """
-    folder = cache_folder(config) / "vq" / cache_key(config)
+    key = cache_key(config)
+    folder = cache_folder(config) / "vq" / key
     if not (folder / parts.WEIGHTS).is_file():
         log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
-        trained = train_vq(config, workdir)
+        trained = train_vq(config, workdir / key)
         if trained is None:
             return None
         sizes = config.vq
@@ -291,14 +314,17 @@ def cache_key(config: Config) -> str:
     """A name for all that the trained tokenizer depends on."""
     held, data = config.held_objects, config.data
     if data.train == EMBEDDED:
-        source: Any = [EMBEDDED, held.seed, held.num_train]
+        from htfa_jax.data.held_objects.scenes import RECIPE
+
+        source: Any = [EMBEDDED, RECIPE, held.seed, held.num_train]
     else:
         path = Path(data.train).expanduser().resolve()
-        source = [str(path), path.stat().st_size, path.stat().st_mtime_ns]
+        source = [str(path), path.stat().st_size, path.stat().st_mtime_ns, data.image_root]
     described = [
         dataclasses.asdict(config.vq),
         dataclasses.asdict(config.vq_train),
-        [config.seed, config.image_size, config.train.dtype, config.level2.alignment],
+        [config.seed, config.image_size, config.train.dtype],
+        [config.level2.alignment, config.level2.intensity_threshold],
         [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
         source,
     ]
@@ -317,8 +343,7 @@ class TrainVQArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_args(TrainVQArgs, argv)
-    workdir = args.workdir or new_workdir("vq")
-    workdir.mkdir(parents=True, exist_ok=True)
+    workdir = make_workdir(args.workdir or new_workdir("vq"))
     save_config(args.config, workdir / "config.json")
     with log_to_file(workdir / "logs" / "train.log"):
         folder = train_vq(args.config, workdir)

@@ -85,7 +85,16 @@ def _write_answers(ax, row: PanelRow) -> None:
     def shown(text: str) -> str:
         return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
-    ax.text(0.0, 0.97, row.name, fontsize=8, va="top", color="0.4", transform=ax.transAxes)
+    ax.text(
+        0.0,
+        0.97,
+        row.name,
+        fontsize=8,
+        va="top",
+        color="0.4",
+        transform=ax.transAxes,
+        parse_math=False,
+    )
     for i, answer in enumerate(row.answers[:5]):
         right = is_right(answer.answer, answer.truth)
         # Sign and colour: either alone tells right from wrong.
@@ -98,4 +107,5 @@ def _write_answers(ax, row: PanelRow) -> None:
             va="top",
             color="#00618a" if right else "#b04a00",
             transform=ax.transAxes,
+            parse_math=False,
         )

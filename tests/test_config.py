@@ -134,6 +134,10 @@ def test_wrong_names_and_types_are_refused(changes, message):
         ({"data.text_buckets": (512, 128)}, "must be rising lengths"),
         ({"data.text_buckets": (128,)}, "must reach data.max_text_length=2048"),
         ({"optim.learning_rate": float("nan")}, "optim.learning_rate=nan must be finite"),
+        (
+            {"pretrained.run": "a", "pretrained.vq": "b"},
+            "pretrained.run=a gives all weights: leave pretrained.vq unset",
+        ),
         ({"image_size": -5}, "image_size=-5 must not be negative"),
         ({"train.batch_size": 0}, "train.batch_size=0 must be above 0"),
         ({"level2.dropout": 1.0}, r"level2.dropout=1.0 must be in \[0, 1\)"),
@@ -161,6 +165,15 @@ def test_missing_and_broken_files(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):
         load_config(tmp_path / "config.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match="holds a list, not a configuration"):
+        load_config(tmp_path / "list.json")
+    (tmp_path / "c.yaml").write_text("a: 1")
+    with pytest.raises(ConfigError, match=r"is a .py file with get_config\(\), or a .json"):
+        load_config(tmp_path / "c.yaml")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(ConfigError, match="has no get_config"):
+        load_config(tmp_path / "empty.py")
     (tmp_path / "c.py").write_text("def get_config():\n    return 3\n")
     with pytest.raises(ConfigError, match="returned int, not a Config"):
         load_config(tmp_path / "c.py")

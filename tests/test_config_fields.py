@@ -20,7 +20,7 @@ from htfa_jax.data import held_objects
 from htfa_jax.data.pipeline import evaluation_batches, num_steps, samples_per_step, training_batches
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
-from htfa_jax.errors import CheckpointError, DataError
+from htfa_jax.errors import CheckpointError, ConfigError, DataError
 from htfa_jax.evaluate import Evaluator, Report
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
@@ -67,6 +67,14 @@ def loss(config):
         return loss_and_metrics(merged, batch, count(batch, config), jax.random.key(0))
 
     return program(total, model.shapes, batch)
+
+
+def refused(config):
+    """Which lengths of text a configuration does not take."""
+    try:
+        override(config, {"data.max_text_length": 80})
+    except ConfigError as error:
+        return str(error)
 
 
 def pixels(config):
@@ -325,6 +333,7 @@ CASES = {
     "vq.codebook_size": (30, shapes),
     "vq.codebook_dim": (8, shapes),
     "vq.normalize_codes": (False, loss),
+    "vq.has_decoder": (False, shapes),
     "decoder.vocab_size": (700, shapes),
     "decoder.embed_dim": (48, shapes),
     "decoder.num_layers": (1, shapes),
@@ -332,6 +341,8 @@ CASES = {
     "decoder.num_kv_heads": (4, shapes),
     "decoder.mlp_dim": (60, shapes),
     "decoder.rope_theta": (1e4, loss),
+    "decoder.rope_factor": (2.0, loss),
+    "decoder.max_positions": (130, refused),
     "decoder.rms_norm_eps": (1e-3, loss),
     "decoder.dropout": (0.1, loss),
     "decoder.tie_head": (True, shapes),
@@ -364,6 +375,7 @@ CASES = {
     "pretrained.vq": ("nowhere", opened),
     "pretrained.decoder": ("nowhere", opened),
     "pretrained.run": ("nowhere", opened),
+    "pretrained.htfa": ("nowhere", opened),
     "pretrained.random_parts": ("train", frozen),
     "data.train": ("nowhere.json", opened),
     "data.validation": ("nowhere.json", opened),

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from skimage.metrics import structural_similarity
-from support import random_batch, tiny
+from support import random_batch, random_weights, tiny
 
 from htfa_jax import evaluate, report, train
 from htfa_jax.config_io import override, save_config
 from htfa_jax.data.records import RecordFile, Turn
 from htfa_jax.data.splits import open_tokenizer
-from htfa_jax.evaluate import Evaluator, hidden_share, questions
+from htfa_jax.evaluate import Evaluator, hidden_share, questions, rules
 from htfa_jax.metrics import to_8bit
 from htfa_jax.picture_metrics import CANDIDATES, flat_fill, region_masks
+from htfa_jax.train_state import build
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,18 @@ def test_picture_scores_are_those_of_the_pictures_shown(evaluated):
     assert tuple(whole.scores["pictures"]["hidden"]) == CANDIDATES
 
 
+def test_a_tokenizer_that_cannot_paint_is_scored_on_codes(dataset, tmp_path):
+    config = tiny(vq__has_decoder=False, eval__max_new_tokens=1, eval__batch_size=7)
+    structure = build(config)
+    records = RecordFile(dataset)
+    tokenizer = open_tokenizer(config, tmp_path, records)
+    result = Evaluator(config, structure, tokenizer)(random_weights(structure), records)
+    assert "pictures" not in result.scores and "completion" not in result.panel[0].pictures
+    assert result.scores["losses"]["code_accuracy"] >= 0
+    report.write(result, tmp_path / "out")
+    assert (tmp_path / "out" / "panel.png").is_file()
+
+
 def test_flat_fill_is_the_mean_of_what_is_visible():
     batch = random_batch(tiny())
     rgb = batch.image_orig / np.float32(255)
@@ -129,6 +142,7 @@ def test_questions_are_user_turns_with_an_answer(dataset):
     roles = ["system", "user", "user", "assistant", "assistant", "user"]
     object.__setattr__(record, "turns", tuple(Turn(r, str(i)) for i, r in enumerate(roles)))
     assert [(q.text, a.text) for q, a in questions(record)] == [("2", "3")]
+    assert [turn.text for turn in rules(record)] == ["0"]
 
 
 def test_table_shows_kinds_buckets_and_candidates(evaluated):

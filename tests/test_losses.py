@@ -112,3 +112,19 @@ def test_text_weights_leave_out_skipped_records():
     np.testing.assert_array_equal(text_weights(batch)[0], 0)
     np.testing.assert_array_equal(text_weights(batch)[1], batch.loss_mask[1])
     assert count(batch, config).samples == 1
+
+
+def test_nothing_to_paint_has_no_code_loss():
+    """Without target and reconstruction only the occluded original is left to copy."""
+    config = tiny()
+    batch = random_batch(config)
+    whole = code_weights(batch, config)
+    batch.has_target[0] = batch.has_recon[0] = batch.has_recon[1] = batch.has_target[2] = False
+    weights = code_weights(batch, config)
+    assert not np.any(weights[0])
+    np.testing.assert_array_equal(weights[1:], whole[1:])
+
+
+def test_models_without_codes_take_pictures_that_no_cells_fill():
+    config = tiny(image_size=60, level3__generation=False, loss__code_weight=0.0)
+    assert float(count(random_batch(config), config).codes) == 0

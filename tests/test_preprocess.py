@@ -113,3 +113,27 @@ def test_a_mask_of_another_shape_is_refused(dataset, tmp_path):
     record = replace(RecordFile(dataset)[0], object_mask=path)
     with pytest.raises(DataError, match="object_mask is 96x48 but must show .* 48x48"):
         load_pictures(record, 48, "letterbox")
+
+
+def test_masks_of_zeros_and_ones_are_masks(dataset, tmp_path):
+    record = RecordFile(dataset)[0]
+    expected = load_pictures(record, 48, "letterbox")["object_mask"]
+    with Image.open(record.object_mask) as image:
+        ones = np.asarray(image) // 255
+    for factor, match in ((1, None), (100, "largest value is 100; a mask is white")):
+        Image.fromarray(ones * np.uint8(factor)).save(tmp_path / "mask.png")
+        changed = replace(record, object_mask=tmp_path / "mask.png")
+        if match is None:
+            np.testing.assert_array_equal(
+                load_pictures(changed, 48, "letterbox")["object_mask"], expected
+            )
+        else:
+            with pytest.raises(DataError, match=match):
+                load_pictures(changed, 48, "letterbox")
+
+
+@pytest.mark.parametrize("box", [(0.1, 0.2, 0.3, 0.4), (50.0, 4, 9, 9), (-20.0, 0, 10, 10)])
+def test_boxes_that_are_not_in_their_picture_are_refused(dataset, box):
+    record = replace(RecordFile(dataset)[0], bbox_recon=box)
+    with pytest.raises(DataError, match=r"bbox_recon=.*48x48: expected x, y, width, height in p"):
+        load_pictures(record, 48, "letterbox")

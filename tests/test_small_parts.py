@@ -173,3 +173,18 @@ def test_scores_without_text_or_pictures_have_a_table():
     assert "no box" not in report.table(scores)
     assert report.scalars(scores) == {"code_loss": 1.0, "loss": 0.3, "alpha_mean": 0.5}
     assert tiny().loss.text_weight  # tables of full evaluations: test_evaluate
+
+
+def test_public_names_are_found_and_others_are_not():
+    import htfa_jax
+
+    for name in htfa_jax.__all__:
+        assert getattr(htfa_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Confg'"):
+        htfa_jax.Confg  # noqa: B018
+
+
+def test_the_panel_writes_what_a_model_says_as_it_is():
+    said = [Answer(0, "color", "?", text, "blue", None) for text in ("$^$", "a $\\foo$ b", "\x11")]
+    row = PanelRow("$_$", {"original": np.zeros((8, 8, 3))}, said)
+    assert panel_png([row])

@@ -13,11 +13,11 @@ from support import random_batch, random_weights, tiny
 import htfa_jax.train as train_module
 from htfa_jax.checkpoint import load_run, open_checkpoints
 from htfa_jax.config_io import load_config, override
-from htfa_jax.errors import CheckpointError, TrainingError
+from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.train import due, make_train_step, train
-from htfa_jax.train_state import build, new_state
+from htfa_jax.train_state import build, new_params, new_state
 
 # A schedule that no number of steps changes: several tests compile the same program.
 STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}
@@ -182,7 +182,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*batch: r\d, r\d"):
         train(config, tmp_path / "a")
     _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
-    assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
+    # The step after it was under way already; the poisoned one changed nothing.
+    assert step == 4 and all(np.all(np.isfinite(v)) for v in params.values())
 
 
 def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path):
@@ -214,8 +215,10 @@ def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"adapter_generate.fc1.bias: \(28,\).*\(30,\)"):
         train(wider, tmp_path / "second")
-    with pytest.raises(CheckpointError, match="does not fit this model"):
+    with pytest.raises(CheckpointError, match=r"fc1.bias: \(28,\) in checkpoint 1 .*\(30,\)"):
         train(override(config, {"level3.adapter_mlp_dim": 30}), tmp_path / "first")
+    assert load_config(tmp_path / "first").level3.adapter_mlp_dim == 28
+    load_run(tmp_path / "first", lambda c: build(c).shapes)  # the refusal has left it whole
 
 
 def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
@@ -244,12 +247,12 @@ def test_random_parts_are_announced(config, tmp_path):
 def test_when_things_are_due():
     assert [s for s in range(1, 10) if due("steps", 3, s, 5)] == [3, 6, 9]
     assert [s for s in range(1, 21) if due("epoch", 2, s, 5)] == [10, 20]
+    assert [s for s in range(1, 11) if due("epoch", None, s, 5)] == [5, 10]
+    assert [s for s in range(1, 600) if due("steps", None, s, 5)] == [250, 500]
     assert not any(due("no", 1, s, 5) for s in range(1, 10))
 
 
 def test_frozen_weights_are_stored_as_configured():
-    from htfa_jax.train_state import new_params
-
     config = tiny(train__frozen_dtype="bfloat16", pretrained__random_parts="as_configured")
     structure = build(config)
     trainable, frozen = jax.eval_shape(lambda: new_params(config, structure, {}))
@@ -259,8 +262,6 @@ def test_frozen_weights_are_stored_as_configured():
 
 
 def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
-    from htfa_jax.train_state import new_params
-
     config = tiny(freeze__vq=False)
     structure = build(config)
     weights = random_weights(structure)
@@ -272,3 +273,87 @@ def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
         np.testing.assert_array_equal(
             trainable[path], frozen[path.replace("vq_encoder", "vq.encoder")]
         )
+
+
+def test_a_trained_vq_encoder_is_kept_when_all_weights_are_given():
+    config = tiny(freeze__vq=False)
+    structure = build(config)
+    weights = random_weights(structure)
+    trainable, _ = new_params(config, structure, weights)
+    for path in trainable:
+        np.testing.assert_array_equal(trainable[path], weights[path], err_msg=path)
+
+
+def test_a_run_is_read_on_another_device_than_it_was_saved_on(config, tmp_path):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    train(config, tmp_path / "a")
+    files = [p for p in (tmp_path / "a/checkpoints").rglob("_sharding")]
+    for file in files:
+        file.write_text(file.read_text().replace("cpu:0", "cuda:0").replace("TFRT_CPU_0", "cuda:0"))
+    _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
+    assert files and step == 1 and all(np.all(np.isfinite(v)) for v in params.values())
+    with pytest.raises(CheckpointError, match="no checkpoint 7 in .*; there are: 1"):
+        load_run(tmp_path / "a/checkpoints/7", lambda c: build(c).shapes)
+
+
+def test_what_a_runs_weights_decide_cannot_change_under_way(config, tmp_path):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    train(config, tmp_path / "a")
+    with pytest.raises(ConfigError, match="freeze.level2 was False and is now True"):
+        train(override(config, {"freeze.level2": True}), tmp_path / "a")
+    assert load_config(tmp_path / "a").freeze.level2 is False
+
+
+def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config, tmp_path):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    for name in ("validation", "test"):
+        with pytest.raises(DataError, match="no dataset at"):
+            train(override(config, {f"data.{name}": "nowhere.jsonl"}), tmp_path / name)
+        assert not (tmp_path / name / "checkpoints").exists()
+    wrong = {"data.validation": config.data.train, "train.best_metric": "accuracy/colour"}
+    with pytest.raises(ConfigError, match="accuracy/colour is not a validation metric .*color"):
+        train(override(config, wrong), tmp_path / "a")
+    with open_checkpoints(tmp_path / "a", config) as checkpoints:
+        assert checkpoints.latest_step() == 1
+
+
+def test_fine_tuning_on_other_words_keeps_the_tokenizer(config, tmp_path, dataset):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    train(config, tmp_path / "first")
+    other = tmp_path / "other.jsonl"
+    other.write_text(dataset.read_text().replace("What color", "Which tint"))
+    train(
+        override(
+            config,
+            {
+                "pretrained.run": str(tmp_path / "first"),
+                "pretrained.vq": None,
+                "data.train": str(other),
+                "data.image_root": str(dataset.parent),
+            },
+        ),
+        tmp_path / "second",
+    )
+    files = [(tmp_path / run / "tokenizer/tokenizer.json") for run in ("first", "second")]
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_broken_records_are_skipped_by_the_tokenizer_too(config, tmp_path, dataset):
+    lines = dataset.read_text().splitlines()
+    lines[3] = "{broken"
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    config = override(
+        config,
+        TEXT_ONLY
+        | {
+            "data.train": str(tmp_path / "data.jsonl"),
+            "data.image_root": str(dataset.parent),
+            "data.on_error": "skip",
+            "train.max_steps": 9,
+            "data.max_bad_records": 1,
+        },
+    )
+    train(config, tmp_path / "a")  # it comes twice in nine steps, and is one record
+    assert "skipped: " in (tmp_path / "a/logs/train.log").read_text()
+    with pytest.raises(DataError, match="record 3: not valid JSON"):
+        train(override(config, {"data.on_error": "raise"}), tmp_path / "b")

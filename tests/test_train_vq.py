@@ -8,6 +8,7 @@ from support import random_batch, random_weights, tiny
 
 from htfa_jax import parts, train_vq
 from htfa_jax.config_io import override
+from htfa_jax.errors import ConfigError
 from htfa_jax.models.registration import register
 from htfa_jax.train_vq import build, cache_key, losses, make_step, revive, training_pictures
 
@@ -23,6 +24,7 @@ def test_losses_and_where_their_gradients_go(tokenizer):
     """Reconstruction passes straight through to the encoder and leaves the codebook alone."""
     config, model, params = tokenizer
     image = jax.random.uniform(jax.random.key(0), (2, 48, 48, 3), minval=-1)
+    ones = jnp.ones(2)
     nothing = {"vq_train.l1_weight": 0.0, "vq_train.l2_weight": 0.0}
     no_picture = override(config, nothing | {"vq_train.commitment_weight": 0.0})
 
@@ -40,15 +42,19 @@ def test_losses_and_where_their_gradients_go(tokenizer):
         }
         of = {
             "painting": lambda p: sum(
-                losses(model.merge(p), image, config)[1][k] for k in ("l1", "l2")
+                losses(model.merge(p), image, ones, config)[1][k] for k in ("l1", "l2")
             ),
-            "commitment": lambda p: losses(model.merge(p), image, config)[1]["commitment"],
-            "codebook": lambda p: losses(model.merge(p), image, no_picture)[0],
+            "commitment": lambda p: losses(model.merge(p), image, ones, config)[1]["commitment"],
+            "codebook": lambda p: losses(model.merge(p), image, ones, no_picture)[0],
         }
         gradients = {name: jax.grad(function)(params) for name, function in of.items()}
-        return expected, losses(model.merge(params), image, config), gradients
+        both = jnp.concatenate([image, jnp.zeros_like(image)])
+        half = jnp.array([1.0, 1, 0, 0])
+        weighted = losses(model.merge(params), both, half, config)[0]
+        return expected, losses(model.merge(params), image, ones, config), gradients, weighted
 
-    expected, (total, found), gradients = look(params)
+    expected, (total, found), gradients, weighted = look(params)
+    assert float(weighted) == pytest.approx(float(total), rel=1e-5)
     difference = np.asarray(expected["painted"] - image)
     distance = float(np.mean((expected["z"] - expected["vectors"]) ** 2))
     np.testing.assert_array_equal(found["codes"], expected["codes"])
@@ -146,6 +152,8 @@ def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_
         patch.setattr(train_vq, "training_batches", cut)
         train_vq.train_vq(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "weights").exists()
+    with pytest.raises(ConfigError, match="VQ stage of other settings"):
+        train_vq.train_vq(override(config, {"vq.z_channels": 24}), tmp_path / "parts")
     again = train_vq.train_vq(config, tmp_path / "parts")
     expected, got = parts.read_weights(whole), parts.read_weights(again)
     for path, value in expected.items():
@@ -167,7 +175,7 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
     first = train_vq.cached_vq(config, tmp_path / "a")
     assert train_vq.cached_vq(override(config, {"train.max_steps": 9}), tmp_path / "b") == first
     assert train_vq.cached_vq(override(config, {"vq.z_channels": 24}), tmp_path / "c") != first
-    assert made == [tmp_path / "a", tmp_path / "c"]
+    assert [folder.parent for folder in made] == [tmp_path / "a", tmp_path / "c"]
     keys = {cache_key(config), cache_key(override(config, {"vq_train.l1_weight": 2.0}))}
     dataset_copy = tmp_path / "data.jsonl"
     dataset_copy.write_text(dataset.read_text())

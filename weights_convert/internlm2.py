@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
+import re
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from htfa_jax import paths
 from htfa_jax.config import DecoderConfig
-from htfa_jax.models.internlm2 import VOCAB_MULTIPLE
-from weights_convert.convert import Rule, Transform, linear, same
+from htfa_jax.errors import CheckpointError
+from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
+from htfa_jax.paths import Flat
+from weights_convert.convert import Layout, Rule, Transform, linear, same
+from weights_convert.siglip import OTHER_PARTS, count_layers
+from weights_convert.source import Source
 
 
 def pad_vocab(x: np.ndarray) -> np.ndarray:
@@ -74,3 +84,130 @@ def internlm2_rules(config: DecoderConfig) -> tuple[Rule, ...]:
 
 
 IGNORED = {r".*rotary_emb\.inv_freq": "computed from rope_theta"}
+
+# Head size of every published InternLM2, for checkpoints that do not say.
+HEAD_DIM = 128
+
+
+def shapes(sizes: DecoderConfig) -> Flat:
+    """`{path: shape}` of the decoder; allocates nothing."""
+    model = nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    return paths.flatten(nnx.split(model)[1])
+
+
+def layout(source: Source, num_layers: int | None = None) -> Layout:
+    """What sort of InternLM2 or Llama decoder a checkpoint holds.
+
+    Args:
+      source: the checkpoint.
+      num_layers: only so many layers from the first on; None for all.
+
+    Raises:
+      CheckpointError: no such decoder in it, or one that computes something else.
+    """
+    endings = {"InternLM2": "model.tok_embeddings.weight", "Llama": "model.embed_tokens.weight"}
+    places = [
+        (naming, key.removesuffix(ending), key)
+        for naming, ending in endings.items()
+        for key in source.keys
+        if key == ending or key.endswith("." + ending)
+    ]
+    if len(places) != 1:
+        raise CheckpointError(
+            f"{source.name} holds no InternLM2 and no Llama: expected one embedding named "
+            f"{' or '.join(endings.values())}; `python -m weights_convert info` shows what is "
+            "inside"
+        )
+    naming, prefix, embedding = places[0]
+    sizes, tied = _sizes(source, naming, prefix, embedding)
+    total = sizes.num_layers
+    if num_layers is not None:
+        if not 0 < num_layers <= total:
+            raise CheckpointError(f"--num_layers {num_layers}: {source.name} has {total} layers")
+        sizes = DecoderConfig(**{**sizes.__dict__, "num_layers": num_layers})
+    inside = re.escape(prefix)
+    ignored = {rf"{inside}.*rotary_emb\.inv_freq": "computed from rope_theta"}
+    if prefix:
+        ignored[rf"(?!{inside}).*"] = OTHER_PARTS
+    if sizes.num_layers < total:
+        above = "|".join(map(str, range(sizes.num_layers, total)))
+        ignored[rf"{inside}model\.layers\.({above})\..*"] = "a layer above --num_layers"
+    if tied:
+        ignored[rf"{inside}(lm_head|output)\.weight"] = "the embedding once more"
+    return Layout(
+        family="internlm2",
+        variant=f"decoder as {naming} names it ({prefix or 'no prefix'}), {sizes.embed_dim} wide, "
+        f"{sizes.num_layers} of {total} layers, {sizes.vocab_size} words",
+        sizes=sizes,
+        shapes=shapes(sizes),
+        rules=internlm2_rules(sizes) if naming == "InternLM2" else llama_rules(),
+        prefix=prefix,
+        ignored=ignored,
+    )
+
+
+def _sizes(source: Source, naming: str, prefix: str, embedding: str) -> tuple[DecoderConfig, bool]:
+    """Sizes, and whether the text head is the embedding."""
+    config = source.config
+    for inner in ("llm_config", "text_config", "language_config"):
+        config = config.get(inner, config)
+    layer = prefix + "model.layers.0."
+    vocab_size, width = source.shape(embedding)
+    if naming == "InternLM2":
+        rows = source.shape(layer + "attention.wqkv.weight")[0]
+        mlp_dim = source.shape(layer + "feed_forward.w1.weight")[0]
+        head = prefix + "output.weight"
+    else:
+        rows = width + 2 * source.shape(layer + "self_attn.k_proj.weight")[0]
+        mlp_dim = source.shape(layer + "mlp.gate_proj.weight")[0]
+        head = prefix + "lm_head.weight"
+    num_heads = config.get("num_attention_heads") or width // HEAD_DIM
+    head_dim = width // num_heads
+    activation = config.get("hidden_act", "silu")
+    if activation not in ("silu", "swish") or config.get("head_dim") not in (None, head_dim):
+        raise CheckpointError(
+            f"{source.name}: hidden_act {activation} and head_dim {config.get('head_dim')} are not "
+            f"those of InternLM2 (silu, {head_dim})"
+        )
+    rope = config.get("rope_parameters") or {}
+    theta = config.get("rope_theta") or rope.get("rope_theta")
+    if theta is None:
+        raise CheckpointError(
+            f"{source.name}: no config.json beside the weights says rope_theta, and no tensor "
+            "tells it"
+        )
+    factor, limit = _scaling(source, config)
+    tied = bool(config.get("tie_word_embeddings")) or head not in source
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        embed_dim=width,
+        num_layers=count_layers(source, re.escape(prefix) + r"model\.layers\.(\d+)\..*"),
+        num_heads=num_heads,
+        num_kv_heads=(rows - width) // (2 * head_dim),
+        mlp_dim=mlp_dim,
+        rope_theta=float(theta),
+        rope_factor=factor,
+        max_positions=limit,
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
+        tie_head=tied,
+    ), tied
+
+
+def _scaling(source: Source, config: dict[str, Any]) -> tuple[float, int | None]:
+    """Factor of linear rope scaling, and the longest sequence.
+
+    Dynamic scaling changes nothing up to the length that the checkpoint was trained with, and
+    everything with every length beyond: it is taken up to there.
+    """
+    length = config.get("max_position_embeddings")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind == "default":
+        return 1.0, length
+    if kind == "linear":
+        return float(scaling["factor"]), length
+    if kind == "dynamic":
+        return 1.0, length
+    raise CheckpointError(
+        f"{source.name}: rope scaling of type {kind}; default, linear and dynamic can be converted"
+    )

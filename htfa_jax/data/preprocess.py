@@ -59,9 +59,19 @@ def load_image(path: Path) -> Image.Image:
 
 
 def load_mask(path: Path) -> Image.Image:
-    """Opens and decodes a mask as 8-bit grey; above 127 is true."""
+    """Opens and decodes a mask as 8-bit grey; above 127 is true.
+
+    Values 0 and 1 are taken for 0 and 255. Raises ValueError if nothing would be true in it
+    although it is not black.
+    """
     with Image.open(path) as image:
-        return image.convert("L")
+        mask = image.convert("L")
+    largest = mask.getextrema()[1]
+    if largest == 1:
+        return mask.point(lambda value: 255 * value)
+    if 1 < largest <= 127:
+        raise ValueError(f"its largest value is {largest}; a mask is white (255, or 1) on black")
+    return mask
 
 
 def fit(image: Image.Image, placement: Placement, image_size: int) -> np.ndarray:
@@ -129,9 +139,22 @@ def load_pictures(
     )
     for field, where in (("bbox_orig", placement), ("bbox_recon", recon_placement)):
         box = getattr(record, field) if where is not None else None
+        if box is not None and not is_inside(box, where.size):
+            raise record.error(
+                f"{field}={list(box)} does not lie in its picture of {where.size[0]}x"
+                f"{where.size[1]}: expected x, y, width, height in pixels"
+            )
         sample["has_" + field] = np.bool_(box is not None)
         sample[field] = no_box if box is None else np.array(where.box(box), np.float32)
     return sample
+
+
+def is_inside(box: Box, size: tuple[int, int]) -> bool:
+    """Whether at least a pixel of a box is a pixel of a picture of `size`."""
+    return all(
+        length >= 1 and start + length >= 1 and start <= limit - 1
+        for start, length, limit in zip(box[:2], box[2:], size, strict=True)
+    )
 
 
 def without_recon(sample: dict[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,7 @@ def parse_record(raw: Any, where: str, root: Path) -> Record:
     image_orig = picture("image_orig")
     if image_orig is None:
         raise fail("image_orig is missing")
-    meta = raw.get("meta", {})
+    meta = {} if raw.get("meta") is None else raw["meta"]
     if not isinstance(meta, Mapping):
         raise fail(f"meta must be an object, it is {meta!r}")
     return Record(

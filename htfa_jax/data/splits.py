@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from htfa_jax.checkpoint import find_run
 from htfa_jax.config import Config
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
@@ -13,6 +15,7 @@ from htfa_jax.errors import ConfigError, DataError
 
 EMBEDDED = "held_objects"
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 log = logging.getLogger(__name__)
 
@@ -51,21 +54,20 @@ def open_split(config: Config, split: Split) -> RecordFile:
 def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatTokenizer:
     """The run's tokenizer, kept in its workdir.
 
-    The first that exists: what the workdir holds, `data.tokenizer`, the pretrained decoder's
-    own, one trained on the text of the training data.
+    The first that exists: what the workdir holds, `data.tokenizer`, that of the run or decoder
+    that weights come from, one trained on the text of the training data.
     """
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         if config.data.tokenizer is not None:
             ChatTokenizer(config.data.tokenizer).save(folder)
+        elif config.pretrained.run is not None:
+            ChatTokenizer(find_run(config.pretrained.run)[0] / "tokenizer").save(folder)
         elif config.pretrained.decoder is not None:
             ChatTokenizer(config.pretrained.decoder).save(folder)
         else:
             log.info("training a tokenizer on the text of %s", train.path)
-            turns = (turn for i in range(len(train)) for turn in train[i].turns)
-            # Role names too: the chat template writes one in every turn.
-            texts = (text for turn in turns for text in (turn.role, turn.text))
-            train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+            train_tokenizer(_texts(config, train), config.data.tokenizer_vocab_size, folder)
     tokenizer = ChatTokenizer(folder)
     if len(tokenizer) > config.decoder.vocab_size:
         raise ConfigError(
@@ -73,3 +75,16 @@ def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatToke
             f"decoder.vocab_size={config.decoder.vocab_size}"
         )
     return tokenizer
+
+
+def _texts(config: Config, records: RecordFile) -> Iterator[str]:
+    for i in range(len(records)):
+        try:
+            turns = records[i].turns
+        except DataError:
+            if config.data.on_error == "raise":
+                raise
+            continue  # counted and logged when it is its turn to be trained on
+        for turn in turns:
+            # Role names too: the chat template writes one in every turn.
+            yield from (turn.role, turn.text)

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.head_dim = config.embed_dim // config.num_heads
-        self.rope_theta = config.rope_theta
+        self.rope = config.rope_theta, config.rope_factor
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
         self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
         self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
@@ -61,8 +61,8 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = apply_rope(self.q_proj(x_BTD).reshape(heads), positions_BT, self.rope_theta)
-        k_BSKH = apply_rope(self.k_proj(x_BTD).reshape(heads), positions_BT, self.rope_theta)
+        q_BTNH = apply_rope(self.q_proj(x_BTD).reshape(heads), positions_BT, *self.rope)
+        k_BSKH = apply_rope(self.k_proj(x_BTD).reshape(heads), positions_BT, *self.rope)
         v_BSKH = self.v_proj(x_BTD).reshape(heads)
         if cache is None:
             out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True)

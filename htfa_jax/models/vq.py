@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from htfa_jax.config import VQConfig
+from htfa_jax.errors import CheckpointError
 from htfa_jax.models.siglip import patches
 
 
@@ -211,17 +212,18 @@ class VQDecoder(nnx.Module):
 
 
 class VQ(nnx.Module):
-    """The tokenizer: encoder, codebook [C, E], decoder."""
+    """The tokenizer: encoder, codebook [C, E], decoder if it has one."""
 
     def __init__(self, config: VQConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.normalize_codes = config.normalize_codes
+        self.normalize_codes, self.has_decoder = config.normalize_codes, config.has_decoder
         self.encoder = VQEncoder(config, dtype=dtype, rngs=rngs)
         self.codebook = nnx.Param(
             nnx.initializers.normal(1.0)(
                 rngs.params(), (config.codebook_size, config.codebook_dim), jnp.float32
             )
         )
-        self.decoder = VQDecoder(config, dtype=dtype, rngs=rngs)
+        if config.has_decoder:
+            self.decoder = VQDecoder(config, dtype=dtype, rngs=rngs)
 
     def vectors(self) -> jax.Array:
         """The code vectors [C, E], as they are compared and decoded."""
@@ -248,7 +250,12 @@ class VQ(nnx.Module):
         return self.nearest(self.encoder(image_BHWC))
 
     def decode(self, codes_BM: jax.Array) -> jax.Array:
-        """Image [B, H, W, 3] of codes."""
+        """Image [B, H, W, 3] of codes. Raises CheckpointError if the tokenizer has no decoder."""
+        if not self.has_decoder:
+            raise CheckpointError(
+                "this VQ tokenizer has no decoder (vq.has_decoder=False): it reads pictures but "
+                "cannot paint. Convert it again with `--decoder_from` a checkpoint that has one"
+            )
         return self.decoder(self.vectors()[codes_BM])
 
 

@@ -1,0 +1,112 @@
+"""Which values of the configuration can work together."""
+
+from __future__ import annotations
+
+import math
+
+from htfa_jax.config import Config, get, leaves
+from htfa_jax.errors import ConfigError
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError naming the fields, what they are and what they must be."""
+    c, problems = config, []
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            problems.append(message)
+
+    def divides(small: str, large: str) -> None:
+        a, b = get(c, small), get(c, large)
+        need(a > 0 and b % a == 0, f"{large}={b} must be a multiple of {small}={a}")
+
+    for name, value in leaves(c):
+        if isinstance(value, float):
+            need(math.isfinite(value), f"{name}={value} must be finite")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            need(value >= 0, f"{name}={value} must not be negative")
+    for name in _POSITIVE:
+        value = get(c, name)
+        need(value is None or value > 0, f"{name}={value} must be above 0")
+    for name in _PROBABILITIES:
+        need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
+
+    divides("siglip.patch_size", "image_size")
+    divides("siglip.num_heads", "siglip.embed_dim")
+    divides("level2.num_heads", "siglip.embed_dim")
+    divides("decoder.num_heads", "decoder.embed_dim")
+    divides("decoder.num_kv_heads", "decoder.num_heads")
+    head_dim = c.decoder.embed_dim // max(c.decoder.num_heads, 1)
+    need(head_dim % 2 == 0, f"decoder head size {head_dim} must be even (rotary embedding)")
+    if c.level3.generation:
+        need(
+            c.image_size % c.vq_downsampling == 0,
+            f"image_size={c.image_size} must be a multiple of the VQ downsampling "
+            f"{c.vq_downsampling} (vq.stem x 2 per level of vq.channel_multipliers)",
+        )
+    need(
+        0 < c.level1.init_alpha < 1,
+        f"level1.init_alpha={c.level1.init_alpha} must be inside (0, 1)",
+    )
+    need(
+        c.level1.num_scales == 1 or c.level1.alpha == "map",
+        "level1.num_scales > 1 works with level1.alpha=map only",
+    )
+    shrink = 2 ** (max(c.level1.num_scales, 1) - 1)
+    need(
+        c.image_size % shrink == 0,
+        f"image_size={c.image_size} must halve {c.level1.num_scales - 1} times (level1.num_scales)",
+    )
+    need(
+        c.loss.text_weight + c.loss.code_weight > 0,
+        "loss.text_weight and loss.code_weight are both 0: nothing to train",
+    )
+    need(
+        c.level3.generation or c.loss.code_weight == 0,
+        f"level3.generation=False has no codes: set loss.code_weight=0 "
+        f"(it is {c.loss.code_weight})",
+    )
+    longest = c.patch_grid**2 + c.data.max_text_length + c.eval.max_new_tokens
+    longest += c.code_grid**2 if c.level3.generation else 0
+    limit = c.decoder.max_positions
+    need(
+        limit is None or longest <= limit,
+        f"sequences of up to {longest} tokens (patches, codes, data.max_text_length, "
+        f"eval.max_new_tokens) are longer than decoder.max_positions={limit}",
+    )
+    pretrained = ("siglip", "vq", "decoder", "htfa")
+    given = [f"pretrained.{p}" for p in pretrained if getattr(c.pretrained, p) is not None]
+    need(
+        c.pretrained.run is None or not given,
+        f"pretrained.run={c.pretrained.run} gives all weights: leave {', '.join(given)} unset",
+    )
+    buckets = c.data.text_buckets
+    need(
+        bool(buckets) and list(buckets) == sorted(set(buckets)) and min(buckets) > 0,
+        f"data.text_buckets={buckets} must be rising lengths",
+    )
+    need(
+        bool(buckets) and buckets[-1] >= c.data.max_text_length,
+        f"the last of data.text_buckets={buckets} must reach "
+        f"data.max_text_length={c.data.max_text_length}",
+    )
+    if problems:
+        raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
+
+_POSITIVE = """
+    image_size siglip.patch_size siglip.num_layers siglip.num_heads siglip.mlp_dim vq.stem
+    vq.base_channels vq.num_res_blocks vq.z_channels vq.codebook_size vq.codebook_dim
+    decoder.vocab_size decoder.num_layers decoder.num_heads decoder.num_kv_heads decoder.mlp_dim
+    decoder.rope_theta decoder.rope_factor decoder.max_positions level1.num_scales
+    level1.head_channels level2.num_heads
+    level3.adapter_mlp_dim loss.text_chunk data.max_text_length data.num_threads optim.clip_norm
+    optim.num_cycles train.batch_size train.accumulation_steps train.epochs train.max_steps
+    train.log_every train.save_every train.keep_checkpoints eval.every eval.batch_size
+    eval.max_samples eval.max_new_tokens vq_train.num_steps vq_train.batch_size
+    vq_train.revive_after vq_train.save_every
+""".split()
+_PROBABILITIES = """
+    decoder.dropout level2.dropout level3.adapter_dropout loss.label_smoothing optim.b1 optim.b2
+    optim.warmup_ratio
+""".split()

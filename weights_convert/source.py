@@ -1,0 +1,293 @@
+"""Where weights come from: a folder, a single file or a repository of the Hugging Face hub.
+
+Tensors are read one at a time, a file is downloaded when something in it is needed, and nothing
+that a checkpoint brings along is ever run: safetensors hold no code, pickles go through
+`torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from htfa_jax.errors import CheckpointError
+
+SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+FLOATS = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Files(Protocol):
+    """A folder's files by name."""
+
+    names: list[str]
+
+    def get(self, name: str) -> Path:
+        """A local path of a file."""
+
+
+class LocalFiles:
+    """Files of a folder, or one file and what stands beside it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.names = sorted(p.name for p in folder.iterdir() if p.is_file())
+
+    def get(self, name: str) -> Path:
+        """A local path of a file."""
+        return self.folder / name
+
+
+class HubFiles:
+    """Files of a repository on the hub, at one commit, downloaded when asked for."""
+
+    def __init__(self, repository: str, revision: str | None):
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().model_info(repository, revision=revision)
+        except Exception as error:  # each release raises the errors of another HTTP library
+            raise CheckpointError(
+                f"{repository} is neither a file or folder here nor a repository that the hub "
+                f"gives out: {error}"
+            ) from error
+        self.repository, self.revision = repository, info.sha
+        self.names = sorted(s.rfilename for s in info.siblings if "/" not in s.rfilename)
+
+    def get(self, name: str) -> Path:
+        """A local path of a file."""
+        from huggingface_hub import hf_hub_download
+
+        try:
+            return Path(hf_hub_download(self.repository, name, revision=self.revision))
+        except Exception as error:  # as above
+            raise CheckpointError(f"{self.repository}/{name} cannot be fetched: {error}") from error
+
+
+class Source:
+    """A checkpoint's configuration and tensors.
+
+    Args:
+      name: a folder, a `.safetensors`, `.bin`, `.pt`, `.pth` or `.ckpt` file, or a hub id.
+      revision: of a hub repository: branch, tag or commit.
+
+    Attributes:
+      name: as given.
+      revision: the hub's commit, None for local files.
+      config: `config.json`, {} without one.
+      files: all files by name.
+
+    Raises:
+      CheckpointError: nothing there, no weights, a missing shard, an unreadable file.
+    """
+
+    def __init__(self, name: str | Path, revision: str | None = None):
+        self.name, self.revision = str(name), None
+        path = Path(name).expanduser()
+        weights: list[str] | None = None
+        if path.is_file():
+            if path.suffix not in SAFETENSORS + PICKLES:
+                raise CheckpointError(
+                    f"{path} is no weight file: expected {', '.join(SAFETENSORS + PICKLES)}"
+                )
+            self.files: Files = LocalFiles(path.parent)
+            weights = [path.name]
+        elif path.is_dir():
+            self.files = LocalFiles(path)
+        elif HUB_ID.fullmatch(self.name) and not path.parent.is_dir():
+            self.files = HubFiles(self.name, revision)
+            self.revision = self.files.revision
+        else:
+            raise CheckpointError(f"no file or folder {path}")
+        self.config = self._json("config.json") if "config.json" in self.files.names else {}
+        self._reader: tuple[str, Mapping[str, Any]] | None = None
+        self._where = self._index(weights)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.files.get(name)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+
+    def _index(self, weights: list[str] | None) -> dict[str, str]:
+        """{key: file that holds it}."""
+        if weights is None:
+            for endings in (SAFETENSORS, PICKLES):
+                indexes = [
+                    n for e in endings for n in fnmatch.filter(self.files.names, f"*{e}.index.json")
+                ]
+                if indexes:
+                    return self._checked(indexes[0], self._json(indexes[0]))
+                weights = [n for n in self.files.names if n.endswith(endings)]
+                if weights:
+                    break
+            else:
+                raise CheckpointError(
+                    f"no weights in {self.name}: expected {', '.join(SAFETENSORS + PICKLES)}"
+                )
+        where: dict[str, str] = {}
+        for file in weights:
+            for key in self._open(file):
+                if key in where:
+                    raise CheckpointError(
+                        f"{self.name}: {where[key]} and {file} both hold {key}; name one file"
+                    )
+                where[key] = file
+        return where
+
+    def _checked(self, index: str, content: dict[str, Any]) -> dict[str, str]:
+        where = content.get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise CheckpointError(f"{self.name}/{index} has no weight_map")
+        missing = sorted(set(where.values()) - set(self.files.names))
+        if missing:
+            raise CheckpointError(
+                f"{self.name}: {index} names {', '.join(missing)}, which is not there; "
+                "the checkpoint is incomplete"
+            )
+        return where
+
+    def _open(self, file: str) -> Mapping[str, Any]:
+        """{key: handle} of a file. One file is open at a time: memory maps count as memory."""
+        if self._reader is None or self._reader[0] != file:
+            self._reader = None
+            path = self.files.get(file)
+            read = safetensors_file if path.suffix in SAFETENSORS else pickle_file
+            self._reader = file, read(path)
+        return self._reader[1]
+
+    def handle(self, key: str) -> Handle:
+        """A tensor that is not read yet: shape, dtype_name, read()."""
+        file = self._where[key]
+        try:
+            return self._open(file)[key]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.name}/{file} lacks {key}, which the index places there; the file is "
+                "incomplete or altered"
+            ) from None
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of all tensors, file by file."""
+        return sorted(self._where, key=lambda key: (self._where[key], key))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return tuple(self.handle(key).shape)
+
+    def dtype(self, key: str) -> np.dtype:
+        """Type of a tensor; raises CheckpointError unless it is a floating-point one."""
+        name = self.handle(key).dtype_name
+        if name not in FLOATS:
+            raise CheckpointError(
+                f"{self.name}: {key} is of type {name}; only {', '.join(FLOATS)} can be "
+                "converted (quantised checkpoints cannot)"
+            )
+        return FLOATS[name]
+
+    def read(self, key: str) -> np.ndarray:
+        """A tensor."""
+        return self.handle(key).read()
+
+    def hashes(self, keys: list[str]) -> list[dict[str, str]]:
+        """Name and SHA-256 of the files that hold some tensors."""
+        names = sorted({self._where[key] for key in keys})
+        return [{"name": name, "sha256": sha256(self.files.get(name))} for name in names]
+
+
+class Handle:
+    """A tensor that is read on demand."""
+
+    def __init__(self, shape: tuple[int, ...], dtype_name: str, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype_name, self.read = tuple(shape), dtype_name, read
+
+
+def safetensors_file(path: Path) -> dict[str, Handle]:
+    """{key: handle} of a safetensors file. Raises CheckpointError if it is damaged."""
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
+    handles = {}
+    for key in file.keys():  # noqa: SIM118
+        part = file.get_slice(key)
+        handles[key] = Handle(
+            part.get_shape(), part.get_dtype(), lambda key=key: file.get_tensor(key)
+        )
+    return handles
+
+
+def pickle_file(path: Path) -> dict[str, Handle]:
+    """{key: handle} of a PyTorch file; tensors only, nothing in it is run."""
+    try:
+        import torch
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} needs PyTorch to be read: pip install 'htfa-jax[convert]'"
+        ) from error
+    import pickle
+
+    def load(**options: Any) -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+
+    try:
+        try:
+            content = load(mmap=True)
+        except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
+            content = load()
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as tensors (nothing else in it is loaded): {error}"
+        ) from error
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
+    names[torch.bfloat16] = "BF16"
+
+    def reader(tensor: Any) -> Callable[[], np.ndarray]:
+        def read() -> np.ndarray:
+            if tensor.dtype == torch.bfloat16:
+                return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            return tensor.contiguous().numpy()
+
+        return read
+
+    return {
+        key: Handle(tuple(t.shape), names.get(t.dtype, str(t.dtype)), reader(t))
+        for key, t in state_dict(content, path).items()
+        if isinstance(t, torch.Tensor)
+    }
+
+
+def state_dict(content: Any, path: Path) -> Mapping[str, Any]:
+    """The tensors of what training scripts save, inside the usual wrappings."""
+    for wrapping in ("state_dict", "model_state_dict", "model", "module"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
+            content = content[wrapping]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

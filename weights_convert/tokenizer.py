@@ -1,0 +1,361 @@
+"""Tokenizers of published language models as folders that `ChatTokenizer` reads.
+
+A checkpoint with tokenizer.json keeps it. InternLM2, InternVL2 and older Llamas have a
+SentencePiece model instead, and some bring Python code to read it. Here the model's file is read
+directly, so that no downloaded code runs and neither `transformers` nor `sentencepiece` is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, Unigram
+
+from htfa_jax.data.tokenizer import CHAT_TEMPLATE, ChatTokenizer
+from htfa_jax.errors import CheckpointError, DataError
+
+log = logging.getLogger(__name__)
+
+# sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
+SPACE = "▁"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a SentencePiece model: its text, its score and its type's number."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a tokenizer.model says.
+
+    Attributes:
+      pieces: by id.
+      model_type: a value of MODEL_TYPES.
+      byte_fallback: characters without a piece become UTF-8 bytes, not the unknown token.
+      bos_id, eos_id: out of range where there is no such token.
+      charsmap: SentencePiece's compiled character normalisation, empty for none.
+      add_dummy_prefix: a space goes before the text.
+      trim: outer spaces are removed and inner runs become one.
+    """
+
+    pieces: list[Piece]
+    model_type: str
+    byte_fallback: bool
+    bos_id: int
+    eos_id: int
+    charsmap: bytes
+    add_dummy_prefix: bool
+    trim: bool
+
+
+def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json of a checkpoint's tokenizer.
+
+    Without a chat template of its own it gets InternLM2's, and a warning is logged.
+
+    Args:
+      files: {name: local path} of what the checkpoint has among tokenizer.json (kept byte for
+        byte), tokenizer.model, tokenizer_config.json, special_tokens_map.json,
+        added_tokens.json and chat_template.jinja. Other names are not read.
+      out: the folder to write, made if missing.
+
+    Raises:
+      CheckpointError: no tokenizer, a damaged file, a SentencePiece model of an unsupported
+        kind, or tokens whose ids contradict each other.
+    """
+    config = _read_json(files, "tokenizer_config.json")
+    settings = _read_json(files, "special_tokens_map.json") | config
+    added = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
+    for content, i in _read_json(files, "added_tokens.json").items():
+        added.setdefault(i, {"content": content, "special": content in _special(settings)})
+
+    if "tokenizer.json" in files:
+        path = files["tokenizer.json"]
+        data = path.read_bytes()
+        try:
+            tokenizer = Tokenizer.from_buffer(data)
+        except ValueError as error:
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+    elif "tokenizer.model" in files:
+        path = files["tokenizer.model"]
+        model = read_sentencepiece(path)
+        # As in transformers, a Llama without "legacy": false has the prefix everywhere.
+        tokenizer = _build(path, model, added, everywhere=settings.get("legacy") is not False)
+        data = tokenizer.to_str(pretty=True).encode()
+        if not config:
+            for name, i in (("bos_token", model.bos_id), ("eos_token", model.eos_id)):
+                if i < len(model.pieces):
+                    settings.setdefault(name, model.pieces[i].text)
+    else:
+        raise CheckpointError("the checkpoint has neither tokenizer.json nor tokenizer.model")
+
+    _check_tokens(path, tokenizer, added, settings)
+    settings["chat_template"] = _chat_template(files, tokenizer, settings)
+    # The checkpoint's own class may be downloaded code, which tokenizer.json replaces.
+    settings.pop("auto_map", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    # The settings first: a folder with tokenizer.json is complete.
+    (out / "tokenizer.json").write_bytes(data)
+    try:
+        ChatTokenizer(out)
+    except (DataError, TemplateError) as error:
+        raise CheckpointError(f"the tokenizer cannot be used: {error}") from error
+
+
+def read_sentencepiece(path: Path) -> SentencePieceModel:
+    """Reads a tokenizer.model.
+
+    The numbers of the fields are those of google/sentencepiece, sentencepiece_model.proto.
+
+    Raises:
+      CheckpointError: the file is damaged, cut short or something else.
+    """
+    pieces, specs = [], {}
+    try:
+        for number, value in _fields(path.read_bytes()):
+            if number == 1:
+                piece = dict(_fields(value))
+                score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+                pieces.append(Piece(str(piece.get(1, b""), "utf-8"), score, piece.get(3, NORMAL)))
+            elif number in (2, 3):
+                specs[number] = dict(_fields(value))
+    except (ValueError, TypeError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a whole SentencePiece model: {error}") from error
+    # They stand behind the pieces, so that a file cut between two pieces lacks them.
+    if specs.keys() != {2, 3} or [p.kind for p in pieces].count(UNKNOWN) != 1:
+        raise CheckpointError(
+            f"{path} is not a whole SentencePiece model: it lacks its settings or unknown token"
+        )
+    trainer, normalizer = specs[2], specs[3]
+    if trainer.get(24, False):
+        raise CheckpointError(f"{path} has treat_whitespace_as_suffix, which is not supported")
+    return SentencePieceModel(
+        pieces=pieces,
+        model_type=MODEL_TYPES.get(trainer.get(3, 1), str(trainer.get(3))),
+        byte_fallback=bool(trainer.get(35, False)),
+        bos_id=trainer.get(41, 1),
+        eos_id=trainer.get(42, 2),
+        charsmap=normalizer.get(2, b""),
+        add_dummy_prefix=bool(normalizer.get(3, True)),
+        trim=bool(normalizer.get(4, True)),
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of a protobuf message's fields; ValueError where it is damaged.
+
+    Values are integers, or bytes where the message does not say what they mean
+    (protobuf.dev/programming-guides/encoding).
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            if at >= len(message) or shift > 63:
+                raise ValueError(f"no number at byte {at}")
+            byte = message[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        key = varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, varint()
+            continue
+        if kind not in (1, 2, 5):
+            raise ValueError(f"unknown field type {kind} at byte {at}")
+        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+        if at + size > len(message):
+            raise ValueError(f"{size} bytes are expected at byte {at} of {len(message)}")
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+def _build(
+    path: Path, model: SentencePieceModel, added: Mapping[int, dict], everywhere: bool
+) -> Tokenizer:
+    """The fast tokenizer of a SentencePiece model and of the checkpoint's added tokens by id.
+
+    With `everywhere` the dummy prefix goes behind every added token too, not only before the
+    whole text.
+    """
+    tokens = _added_tokens(model.pieces, added)
+    pieces = list(model.pieces)
+    for i, token in sorted(tokens.items()):
+        if i > len(pieces):
+            raise CheckpointError(
+                f"added token {token.content!r} of {path} has id {i}, but {len(pieces)} is missing"
+            )
+        # InternLM2 gives pieces like [UNUSED_TOKEN_146] new names; other tokens come behind.
+        pieces[i : i + 1] = [Piece(token.content, 0.0, USER_DEFINED)]
+    vocab = {piece.text: i for i, piece in enumerate(pieces)}
+    for i, piece in enumerate(pieces):
+        if vocab[piece.text] != i:
+            raise CheckpointError(f"{piece.text!r} of {path} is token {i} and {vocab[piece.text]}")
+
+    # Bytes and tokens that stand for no text are never spelled.
+    scores = {
+        piece.text: piece.score
+        for i, piece in enumerate(pieces)
+        if i not in tokens and piece.kind in (NORMAL, USER_DEFINED)
+    }
+    unknown = next(i for i, piece in enumerate(model.pieces) if piece.kind == UNKNOWN)
+    if model.model_type == "bpe":
+        core = BPE(
+            vocab,
+            _merges(scores),
+            unk_token=pieces[unknown].text,
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    elif model.model_type == "unigram":
+        # Unigram has no types: what must not be spelled is made dearer than its characters.
+        rows = [(piece.text, scores.get(piece.text, -1e4)) for piece in pieces]
+        core = Unigram(rows, unknown, model.byte_fallback)
+    else:
+        raise CheckpointError(
+            f"{path} is a SentencePiece model of type {model.model_type}; bpe and unigram are "
+            "supported"
+        )
+
+    tokenizer = Tokenizer(core)
+    tokenizer.normalizer = normalizers.Sequence(_normalizers(model, everywhere))
+    if model.add_dummy_prefix and not everywhere:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.add_dummy_prefix or model.trim:
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_tokens([token for _, token in sorted(tokens.items())])
+    return tokenizer
+
+
+def _added_tokens(pieces: list[Piece], added: Mapping[int, dict]) -> dict[int, AddedToken]:
+    """{id: token} of what is found in a text before anything else happens to it."""
+    found = {}
+    for i, piece in enumerate(pieces):
+        # A user's piece with a space in it can only be found after spaces are replaced. It is
+        # left to the merges, where its score 0 makes it come first.
+        raw = piece.kind == USER_DEFINED and SPACE not in piece.text
+        if raw or piece.kind in (UNKNOWN, CONTROL):
+            found[i] = {"content": piece.text, "special": not raw}
+    return {
+        i: AddedToken(
+            token["content"],
+            single_word=token.get("single_word", False),
+            lstrip=token.get("lstrip", False),
+            rstrip=token.get("rstrip", False),
+            # The original looks for them in the raw text, whatever the field says.
+            normalized=False,
+            special=token.get("special", False),
+        )
+        for i, token in (found | added).items()
+    }
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece out of two others, the best piece first.
+
+    SentencePiece has no list of merges: it joins the neighbours whose union scores best. Of
+    several ways to make the same piece the longer left half comes first, since runs of a
+    character grow from the left.
+    """
+    found = []
+    for text, score in scores.items():
+        for cut in range(1, len(text)):
+            left, right = text[:cut], text[cut:]
+            if left in scores and right in scores:
+                found.append((-score, -cut, left, right))
+    return [(left, right) for _, _, left, right in sorted(found)]
+
+
+def _normalizers(model: SentencePieceModel, everywhere: bool) -> list[normalizers.Normalizer]:
+    steps = []
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.trim:
+        steps.append(normalizers.Replace(Regex(r"\A +| +\z"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if model.add_dummy_prefix and everywhere:
+        steps.append(normalizers.Prepend(" "))
+    return [*steps, normalizers.Replace(" ", SPACE)]
+
+
+def _check_tokens(
+    path: Path, tokenizer: Tokenizer, added: Mapping[int, dict], settings: Mapping
+) -> None:
+    """Raises CheckpointError unless `tokenizer` has the tokens that the settings name."""
+    for i, token in added.items():
+        found = tokenizer.token_to_id(token["content"])
+        if found != i:
+            raise CheckpointError(
+                f"{token['content']!r} should be token {i}, but in {path} it is {found}"
+            )
+    for name in ("bos_token", "eos_token"):
+        content = _content(settings.get(name))
+        if content is not None and tokenizer.token_to_id(content) is None:
+            raise CheckpointError(f"{name} is {content!r}, which is not a token of {path}")
+
+
+def _chat_template(files: Mapping[str, Path], tokenizer: Tokenizer, settings: Mapping):
+    """The checkpoint's template, in its own file or in the settings, else InternLM2's."""
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"].read_text(encoding="utf-8")
+    if settings.get("chat_template"):
+        return settings["chat_template"]
+    split = [t for t in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]
+    log.warning(
+        "the checkpoint has no chat template: InternLM2's is used%s",
+        f", although {' and '.join(split)} are not tokens of it" if split else "",
+    )
+    return CHAT_TEMPLATE
+
+
+def _read_json(files: Mapping[str, Path], name: str) -> dict:
+    """A settings file without its nulls; empty where the checkpoint has none."""
+    if name not in files:
+        return {}
+    try:
+        settings = json.loads(files[name].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{files[name]} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{files[name]} is not a JSON object")
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def _special(settings: Mapping) -> set[str]:
+    """Contents of all tokens that a checkpoint's settings name."""
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    named += settings.get("additional_special_tokens", [])
+    return {content for value in named if (content := _content(value)) is not None}
+
+
+def _content(token) -> str | None:
+    """A token's text, of which settings write the text or an object with the text."""
+    if isinstance(token, dict):
+        return token.get("content")
+    return token if isinstance(token, str) else None
