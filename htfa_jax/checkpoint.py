@@ -26,10 +26,14 @@ from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
 from htfa_jax.errors import CheckpointError
 from htfa_jax.paths import Flat
+from htfa_jax.processes import is_first
+from htfa_jax.sharding import to_host
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS, FROZEN = "checkpoints", "frozen"
+# What a training state holds besides its step; `loss_scale` is there in float16 only.
+STATE = ("params", "opt_state", "loss_scale")
 
 
 def new_workdir(name: str) -> Path:
@@ -89,8 +93,7 @@ class Checkpoints:
                 **best,
             ),
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "opt_state": ocp.StandardCheckpointHandler(),
+                **{name: ocp.StandardCheckpointHandler() for name in STATE},
                 "meta": ocp.JsonCheckpointHandler(),
             },
         )
@@ -106,8 +109,7 @@ class Checkpoints:
         if metrics is not None:
             metrics = {self.metric: metrics[self.metric]} if self.metric in metrics else None
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state["params"]),
-            opt_state=ocp.args.StandardSave(state["opt_state"]),
+            **{name: ocp.args.StandardSave(state[name]) for name in STATE if name in state},
             meta=ocp.args.JsonSave({**meta, "step": step}),
         )
         if step not in self._manager.all_steps() and not self._manager.save(
@@ -128,7 +130,7 @@ class Checkpoints:
 
         Args:
           step: of a complete checkpoint.
-          **like: `params` and `opt_state`, or one of them; shapes, types and shardings.
+          **like: some of `STATE`; shapes, types and shardings.
         """
         steps = self._manager.all_steps()
         if step not in steps:
@@ -143,7 +145,7 @@ class Checkpoints:
             sharding = getattr(leaf, "sharding", None) or here
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         items = {
             name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
@@ -184,10 +186,10 @@ def save_frozen(workdir: Path, config: Config, frozen: Flat) -> dict[str, str]:
     names = {}
     for part in dict.fromkeys(path.split(".")[0] for path in frozen):
         inside, _ = paths.split(frozen, rf"{part}\..*")
-        arrays = {p.removeprefix(part + "."): jax.device_get(v) for p, v in inside.items()}
+        arrays = {p.removeprefix(part + "."): to_host(v) for p, v in inside.items()}
         names[part] = f"{part}-{parts.digest(arrays)[:12]}"
         folder = workdir / FROZEN / names[part]
-        if not (folder / parts.WEIGHTS).is_file():
+        if is_first() and not (folder / parts.WEIGHTS).is_file():
             sizes = getattr(config, part)
             parts.save_part(folder, parts.FAMILIES.get(part, part), sizes, arrays)
     return names

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-DType = Literal["bfloat16", "float32"]
+DType = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -187,14 +187,25 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class ShardingConfig:
+    """How a run spreads over devices: a mesh (data, fsdp, tensor); -1 takes what is left."""
+
+    mode: Literal["replicated", "zero2", "fsdp"] = "zero2"  # what the fsdp axis cuts
+    data: int | None = None  # whole copies of the rest (None: 1, or what leaves 16 for fsdp)
+    fsdp: int = -1  # parts that weights, moments and gradients are cut into
+    tensor: int = 1  # parts that heads and hidden units are cut into
+    reduce_dtype: Literal["compute", "float32"] = "compute"  # type that gradients are added up in
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
 
-    batch_size: int = 2  # samples per micro-step
+    batch_size: int = 2  # samples per micro-step and part of the batch (a device, without tensor)
     accumulation_steps: int = 4  # micro-steps per update
     epochs: int = 4  # passes over the training data
     max_steps: int | None = None  # updates, instead of epochs
-    dtype: DType = "bfloat16"  # of the computation; trained weights are float32
+    dtype: DType = "bfloat16"  # of the computation (float16 scales its loss); weights are float32
     frozen_dtype: DType = "bfloat16"  # of frozen weights
     remat: Literal["none", "dots", "full"] = "full"  # what blocks recompute in the backward pass
     log_every: int = 10  # steps between lines of metrics
@@ -211,7 +222,7 @@ class EvalConfig:
 
     during_training: Literal["steps", "epoch", "no"] = "epoch"  # when to evaluate
     every: int | None = None  # steps or epochs between evaluations (None: 250 or 1)
-    batch_size: int = 8  # samples per step
+    batch_size: int = 8  # samples per step and part of the batch (a device, without tensor)
     max_samples: int | None = None  # of the validation split, during training (None: all)
     max_new_tokens: int = 64  # longest answer
     panel_samples: int = 8  # rows of the picture panel
@@ -249,6 +260,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     held_objects: HeldObjectsConfig = field(default_factory=HeldObjectsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     vq_train: VQTrainConfig = field(default_factory=VQTrainConfig)

@@ -24,10 +24,11 @@ def validate(config: Config) -> None:
         if isinstance(value, float):
             need(math.isfinite(value), f"{name}={value} must be finite")
         if isinstance(value, int | float) and not isinstance(value, bool):
-            need(value >= 0, f"{name}={value} must not be negative")
+            rest = name in _MESH and value == -1
+            need(value >= 0 or rest, f"{name}={value} must not be negative")
     for name in _POSITIVE:
         value = get(c, name)
-        need(value is None or value > 0, f"{name}={value} must be above 0")
+        need(value is None or value != 0, f"{name}={value} must be above 0")
     for name in _PROBABILITIES:
         need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
 
@@ -90,11 +91,15 @@ def validate(config: Config) -> None:
         f"the last of data.text_buckets={buckets} must reach "
         f"data.max_text_length={c.data.max_text_length}",
     )
+    rest = [name for name in _MESH if get(c, name) == -1]
+    need(len(rest) <= 1, f"{' and '.join(rest)} are both -1: one of them can take what is left")
     if problems:
         raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
 
 
+_MESH = ("sharding.data", "sharding.fsdp", "sharding.tensor")
 _POSITIVE = """
+    sharding.data sharding.fsdp sharding.tensor
     image_size siglip.patch_size siglip.num_layers siglip.num_heads siglip.mlp_dim vq.stem
     vq.base_channels vq.num_res_blocks vq.z_channels vq.codebook_size vq.codebook_dim
     decoder.vocab_size decoder.num_layers decoder.num_heads decoder.num_kv_heads decoder.mlp_dim

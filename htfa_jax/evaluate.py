@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from htfa_jax.checkpoint import find_run, load_run
 from htfa_jax.commands import command
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, load_config, parse_args
-from htfa_jax.data.pipeline import evaluation_batches
+from htfa_jax.data.pipeline import Loaded, evaluation_batches
 from htfa_jax.data.records import Record, RecordFile, Turn
 from htfa_jax.data.splits import Split, open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
@@ -38,6 +38,7 @@ from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.pictures import denormalize, normalize
 from htfa_jax.paths import Flat
 from htfa_jax.picture_metrics import flat_fill, picture_scores, picture_sums
+from htfa_jax.sharding import Layout, to_host
 from htfa_jax.train_state import Model, build
 from htfa_jax.visualize import PanelRow
 
@@ -70,15 +71,23 @@ class Evaluator:
       config: of the run.
       model: its structure.
       tokenizer: of the run.
+      layout: where its weights are.
     """
 
-    def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer):
+    def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer, layout: Layout):
         self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.layout = layout
         if config.level3.generation and not config.vq.has_decoder:
             log.warning("this VQ tokenizer has no decoder: codes are scored, pictures are not")
-        self._losses = jax.jit(self._loss_sums)
-        self._look = jax.jit(self._look_at, static_argnames="text_length")
-        self._greedy = jax.jit(self._decode)
+        everywhere = layout.replicated
+        self._losses = jax.jit(layout.inside(self._loss_sums), out_shardings=everywhere)
+        self._look = jax.jit(
+            layout.inside(self._look_at),
+            static_argnums=2,
+            # Each device keeps the keys and values of its own samples.
+            out_shardings=(layout.stacked_batch, everywhere, everywhere),
+        )
+        self._greedy = jax.jit(layout.inside(self._decode), out_shardings=everywhere)
 
     def __call__(self, params: Flat, records: RecordFile, max_samples: int | None = None) -> Report:
         """Evaluates weights on a dataset.
@@ -93,25 +102,32 @@ class Evaluator:
         panel: list[PanelRow] = []
         num = len(records) if max_samples is None else min(max_samples, len(records))
         with progress(num, "evaluation", unit="scene") as bar:
-            for loaded in evaluation_batches(self.config, records, self.tokenizer, max_samples):
+            for loaded in self._batches(records, max_samples):
                 for error in loaded.errors:
                     log.warning("skipped: %s", error)
-                found = [records[i] if i >= 0 else None for i in loaded.batch.index]
+                batch = self.layout.put(loaded.batch)
+                found = [records[i] if i >= 0 else None for i in to_host(batch.index)]
                 prompts = self._prompts(found)
                 room = max((len(p) for group in prompts for p in group), default=0)
                 room = -(-room // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
                 cache, sums, seen = self._look(
-                    params, loaded.batch, room + self.config.eval.max_new_tokens
+                    params, batch, room + self.config.eval.max_new_tokens
                 )
                 said = [self._ask(params, cache, group, room) for group in prompts]
-                rows = _answers(found, said, loaded.batch)
+                shares = jax.device_get(seen.pop("hidden_share"))
+                rows = _answers(found, said, to_host(batch.index), shares)
                 answers += [answer for row in rows for answer in row]
-                totals.update(jax.device_get(self._losses(params, loaded.batch)))
+                totals.update(jax.device_get(self._losses(params, batch)))
                 totals.update(jax.device_get(sums))
                 if wanted := self.config.eval.panel_samples - len(panel):
                     panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
                 bar.update(sum(record is not None for record in found))
         return Report(_scores(totals, answers, self.config), answers, panel)
+
+    def _batches(self, records: RecordFile, max_samples: int | None) -> Iterator[Loaded]:
+        layout = self.layout
+        shards, share = layout.num_shards, layout.process_share
+        return evaluation_batches(self.config, records, self.tokenizer, max_samples, shards, share)
 
     def _loss_sums(self, params: Flat, batch: Batch) -> dict[str, jax.Array]:
         """Sums of the losses over tokens, and the tokens' number."""
@@ -134,6 +150,7 @@ class Evaluator:
             "fused": rgb(prefix.fusion.fused_BHWC),
             "alpha": prefix.fusion.alpha_BHW,
             "target": rgb(normalize(batch.image_target, batch.region_orig, self.config.data)),
+            "hidden_share": hidden_share(batch),
         }
         source_BX = jax.nn.one_hot(pair.source_B, len(SOURCES))
         aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
@@ -199,18 +216,25 @@ def rules(record: Record) -> list[Turn]:
     return list(itertools.takewhile(lambda turn: turn.role == "system", record.turns))
 
 
-def hidden_share(batch: Batch, row: int, record: Record) -> float | None:
-    """Covered part of the object, from the masks, or as the record states it, if it does."""
-    if batch.has_object_mask[row] and batch.has_occluder_mask[row]:
-        mask = batch.object_mask[row]
-        if mask.any():
-            return float((mask & batch.occluder_mask[row]).sum() / mask.sum())
+def hidden_share(batch: Batch) -> jax.Array:
+    """Covered part of the object [B], from the masks; not a number where one is missing."""
+    object_B = batch.object_mask.sum(axis=(1, 2))
+    hidden_B = (batch.object_mask & batch.occluder_mask).sum(axis=(1, 2))
+    known_B = batch.has_object_mask & batch.has_occluder_mask & (object_B > 0)
+    return jnp.where(known_B, hidden_B / jnp.maximum(object_B, 1), jnp.nan)
+
+
+def stated_share(record: Record) -> float | None:
+    """Hidden part of the object, as the record states it, if it does."""
     stated = record.meta.get("occlusion")
     return float(stated) if isinstance(stated, int | float) else None
 
 
 def _answers(
-    found: Sequence[Record | None], said: list[list[str]], batch: Batch
+    found: Sequence[Record | None],
+    said: list[list[str]],
+    index_B: np.ndarray,
+    share_B: np.ndarray,
 ) -> list[list[Answer]]:
     rows = []
     for i, record in enumerate(found):
@@ -218,12 +242,12 @@ def _answers(
         rows.append(
             [
                 Answer(
-                    scene=int(batch.index[i]),
+                    scene=int(index_B[i]),
                     kind=question.kind or "answer",
                     question=question.text,
                     answer=said[k][i],
                     truth=truth.text,
-                    hidden=hidden_share(batch, i, record),
+                    hidden=stated_share(record) if np.isnan(share_B[i]) else float(share_B[i]),
                 )
                 for k, (question, truth) in enumerate(asked)
             ]
@@ -287,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, params, step, _ = load_run(args.checkpoint, lambda c: build(c).shapes)
     log.info("%s, step %d, on split %s", workdir, step, args.split)
     tokenizer = ChatTokenizer(workdir / "tokenizer")
-    evaluator = Evaluator(args.config, build(args.config), tokenizer)
+    layout = Layout(args.config)
+    params = layout.put_parameters(params)
+    evaluator = Evaluator(args.config, build(args.config), tokenizer, layout)
     result = evaluator(params, open_split(args.config, args.split))
     result.scores["step"] = step
     folder = args.output_dir or workdir / "evaluation" / args.split

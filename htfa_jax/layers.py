@@ -19,6 +19,22 @@ from flax import nnx
 
 Remat = Literal["none", "dots", "full"]
 
+# Mesh axes that cut a batch.
+BATCH_AXES = ("data", "fsdp")
+
+
+def ambient_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh of the program that is being traced; None if there is none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def keep_batch_cut(x: jax.Array) -> jax.Array:
+    """Keeps activations [B, ...] cut along the batch, so that weights travel and they do not."""
+    if ambient_mesh() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(BATCH_AXES))
+
 
 def apply_rope(
     x_BTNH: jax.Array, positions_BT: jax.Array, theta: float, factor: float = 1.0
@@ -88,7 +104,8 @@ def run_layers(
 
     def body(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, Any]:
         layer_state, extra = inputs
-        return apply(nnx.merge(graphdef, layer_state), x, extra)
+        x, collected = apply(nnx.merge(graphdef, layer_state), keep_batch_cut(x), extra)
+        return keep_batch_cut(x), collected
 
     return jax.lax.scan(rematerialize(body, remat), x, (state, per_layer))
 
@@ -103,6 +120,42 @@ def rematerialize(function: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
+@jax.custom_vjp
+def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return x @ kernel.astype(x.dtype)
+
+
+def _dot_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _dot(x, kernel), (x, kernel)
+
+
+def _dot_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+    x, kernel = residuals
+    every = tuple(range(x.ndim - 1))
+    dims = ((every, every), ((), ()))
+    grad = jax.lax.dot_general(x, g.astype(x.dtype), dims, preferred_element_type=kernel.dtype)
+    return g.astype(x.dtype) @ kernel.astype(x.dtype).T, grad
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`dot` with a float32 result."""
+    dims = (((x.ndim - 1,), (0,)), ((), ()))
+    kernel = kernel.astype(x.dtype)
+    return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
+
+
+def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] times kernel [in, out], computed in the type of `x`.
+
+    The kernel's gradient has the kernel's type from the product on, so that devices whose kernels
+    are float32 also add up float32 (`sharding.reduce_dtype`).
+    """
+    return x @ kernel if x.dtype == kernel.dtype else _dot(x, kernel)
+
+
 XAVIER = nnx.initializers.xavier_uniform()
 
 
@@ -115,7 +168,7 @@ def linear(
     bias: bool = True,
     kernel_init: nnx.Initializer = XAVIER,
 ) -> nnx.Linear:
-    """A linear layer with float32 weights that computes in `dtype`."""
+    """A linear layer with float32 weights that computes in `dtype`; see `dot`."""
     return nnx.Linear(
         in_features,
         out_features,
@@ -123,8 +176,20 @@ def linear(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=kernel_init,
+        promote_dtype=_promote,
+        dot_general=_nnx_dot,
         rngs=rngs,
     )
+
+
+def _promote(arrays: tuple[Any, ...], *, dtype: jnp.dtype) -> tuple[Any, ...]:
+    """Casts input and bias; the kernel is for `dot` to cast."""
+    x, kernel, bias = arrays
+    return x.astype(dtype), kernel, None if bias is None else bias.astype(dtype)
+
+
+def _nnx_dot(x: jax.Array, kernel: jax.Array, dims: Any, **options: Any) -> jax.Array:
+    return dot(x, kernel)
 
 
 def layer_norm(size: int, epsilon: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -45,6 +46,13 @@ def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
     return _log_to(_BarHandler())
 
 
+def only_warnings_to_terminal() -> None:
+    """For all processes of a run but the first, which talks for all."""
+    for handler in logging.getLogger("htfa_jax").handlers:
+        if isinstance(handler, _BarHandler):
+            handler.setLevel(logging.WARNING)
+
+
 def log_to_file(path: Path) -> contextlib.AbstractContextManager[logging.Handler]:
     """Appends log lines to a file, through the handler that it gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +66,7 @@ def progress(total: int, description: str, *, start: int = 0, unit: str = "step"
         initial=start,
         desc=description,
         unit=unit,
-        disable=not sys.stderr.isatty(),
+        disable=not sys.stderr.isatty() or jax.process_index() > 0,
         dynamic_ncols=True,
     )
 
@@ -67,10 +75,13 @@ class MetricWriter:
     """Scalars to `metrics.jsonl` and TensorBoard, pictures and text to TensorBoard.
 
     The methods are those of `clu.metric_writers.MetricWriter`, whose own writers need
-    TensorFlow; this one does not.
+    TensorFlow; this one does not. A silent one, for all processes but the first, writes nothing.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, *, silent: bool = False):
+        self.silent = silent
+        if silent:
+            return
         from tensorboardX import SummaryWriter  # half a second that only runs need
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +90,8 @@ class MetricWriter:
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of numbers."""
+        if self.silent:
+            return
         values = {name: float(value) for name, value in scalars.items()}
         self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
         self._lines.flush()
@@ -87,20 +100,28 @@ class MetricWriter:
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Pictures [N, H, W, 3], uint8 or in [0, 1]."""
+        if self.silent:
+            return
         for name, batch in images.items():
             self._board.add_images(name, np.asarray(batch), step, dataformats="NHWC")
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Text, shown as Markdown."""
+        if self.silent:
+            return
         for name, text in texts.items():
             self._board.add_text(name, text, step)
 
     def flush(self) -> None:
         """Makes what was written readable."""
+        if self.silent:
+            return
         self._lines.flush()
         self._board.flush()
 
     def close(self) -> None:
         """Flushes and closes."""
+        if self.silent:
+            return
         self._lines.close()
         self._board.close()

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import DataError, TrainingError
 from htfa_jax.logs import MetricWriter, progress
+from htfa_jax.train_state import State
 
 log = logging.getLogger(__name__)
 
-State = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
@@ -32,6 +33,7 @@ class Loop:
     Attributes:
       name: of the stage, in log lines.
       step_fn: (state, batch) -> (state, metrics); metrics hold "loss" and "finite".
+      put: host batch -> batch on devices.
       num_steps: step at which the stage is complete.
       log_every: steps between lines of metrics.
       writer: takes the metrics.
@@ -43,6 +45,7 @@ class Loop:
 
     name: str
     step_fn: Callable[[State, Any], tuple[State, Metrics]]
+    put: Callable[[Any], Any]
     num_steps: int
     log_every: int
     writer: MetricWriter
@@ -53,7 +56,7 @@ class Loop:
 
     def run(self, state: State, batches: Iterator[Loaded]) -> tuple[State, bool]:
         """Steps from `state` on. Returns the last state, and whether a signal cut it short."""
-        start, self._bad = int(state["step"]), set()
+        start, stopped, self._bad = int(state["step"]), False, set()
         self.state = state
         self._window: list[dict[str, float]] = []
         self._window_start = time.perf_counter()
@@ -62,7 +65,7 @@ class Loop:
             for step in range(start + 1, self.num_steps + 1):
                 loaded = next(batches)
                 self._report_bad(loaded)
-                state, metrics = self.step_fn(state, jax.device_put(loaded.batch))
+                state, metrics = self.step_fn(state, self.put(loaded.batch))
                 self.state = state
                 # The step before is read while this one runs.
                 self._report(pending, bar)
@@ -70,10 +73,10 @@ class Loop:
                 before = time.perf_counter()
                 self.after_step(step, state)
                 self._window_start += time.perf_counter() - before  # the rate is of steps alone
-                if stop.requested:
+                if stopped := stop.agreed(step):
                     break
             self._report(pending, bar)
-        return state, stop.requested
+        return state, stopped
 
     def _report(self, pending: tuple[int, Metrics, list[str]] | None, bar: Any) -> None:
         if pending is None:
@@ -131,11 +134,16 @@ class Loop:
 
 
 class StopSignal:
-    """While active, the first SIGTERM or SIGINT asks the loop to stop; the second kills."""
+    """While active, the first SIGTERM or SIGINT asks the loop to stop; the second kills.
+
+    Several processes must stop after the same step: JAX, which takes their SIGTERM, chooses it.
+    """
 
     def __enter__(self) -> StopSignal:
         self.requested = False
         self._before = {}
+        if jax.process_count() > 1:
+            return self
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._handle)
@@ -144,6 +152,12 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def agreed(self, step: int) -> bool:
+        """Whether all processes are to stop after this step."""
+        if jax.process_count() == 1:
+            return self.requested
+        return multihost_utils.reached_preemption_sync_point(step)
 
     def _handle(self, number: int, frame: object) -> None:
         self.requested = True

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.layers import BATCH_AXES, ambient_mesh
 from htfa_jax.models.alignment import NO_BOX, box_mask
 from htfa_jax.models.htfa import HTFA
 from htfa_jax.models.pictures import cell_means
@@ -83,7 +84,8 @@ def cross_entropy(
 
 
 def chunked_cross_entropy(
-    logits_of: Callable[[jax.Array], jax.Array],
+    logits_by: Callable[[jax.Array, jax.Array], jax.Array],
+    kernel_DV: jax.Array,
     hidden_BLD: jax.Array,
     labels_BL: jax.Array,
     weights_BL: jax.Array,
@@ -94,27 +96,60 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Weighted sum of the cross-entropy, with the logits of `chunk` positions at a time.
 
-    The backward pass computes the logits again, so that they never exist for all positions.
+    The backward pass computes the logits again, so that they never exist for all positions. On a
+    mesh each part of the batch has chunks of its own, and devices add up the matrix's gradient
+    once, not once per chunk.
+
+    Args:
+      logits_by: (matrix, hidden states) -> logits.
+      kernel_DV: the matrix.
+      hidden_BLD: hidden states.
+      labels_BL: words to find.
+      weights_BL: of the positions.
+      num_classes, smoothing: as in `cross_entropy`.
+      chunk: positions.
     """
 
     @jax.checkpoint
-    def one(hidden, labels, weights):
-        loss = cross_entropy(logits_of(hidden), labels, num_classes, smoothing)
+    def one(kernel, hidden, labels, weights):
+        loss = cross_entropy(logits_by(kernel, hidden), labels, num_classes, smoothing)
         return jnp.sum(loss * weights)
 
-    L = hidden_BLD.shape[1]
-    chunk = min(chunk, L)
-    padding = -L % chunk
+    def total(kernel, hidden, labels, weights):
+        L = hidden.shape[1]
+        size = min(chunk, L)
+        padding = -L % size
 
-    def chunks(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+        def chunks(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2))
+            return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
 
-    inputs = (chunks(hidden_BLD), chunks(labels_BL), chunks(weights_BL))
-    if chunk >= L:
-        return one(*(x[0] for x in inputs))
-    total, _ = jax.lax.scan(lambda sum_, x: (sum_ + one(*x), None), jnp.float32(0), inputs)
-    return total
+        first, *rest = (chunks(x) for x in (hidden, labels, weights))
+        if size == L:
+            return one(kernel, first[0], *(x[0] for x in rest))
+        # Of the kind that `one` gives: inside a mesh each device has a sum of its own.
+        zero = 0 * weights[0, 0]
+        total_, _ = jax.lax.scan(
+            lambda sum_, x: (sum_ + one(kernel, *x), None), zero, (first, *rest)
+        )
+        return total_
+
+    # In this type the chunks' gradients of the matrix add up; logits are computed as before.
+    kernel_DV = kernel_DV.astype(jnp.float32)
+    if ambient_mesh() is None:
+        return total(kernel_DV, hidden_BLD, labels_BL, weights_BL)
+
+    def local_total(kernel, *cut):
+        kernel = jax.lax.pcast(kernel, BATCH_AXES, to="varying")
+        return jax.lax.psum(total(kernel, *cut), BATCH_AXES)
+
+    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        local_total,
+        in_specs=(whole, cut, cut, cut),
+        out_specs=whole,
+        axis_names=set(BATCH_AXES),
+    )(kernel_DV, hidden_BLD, labels_BL, weights_BL)
 
 
 def loss_and_metrics(
@@ -133,7 +168,8 @@ def loss_and_metrics(
     metrics, total = {}, jnp.float32(0)
     if output.text_BLD is not None:
         text = chunked_cross_entropy(
-            model.decoder.logits,
+            model.decoder.logits_by,
+            model.decoder.head_kernel(),
             output.text_BLD,
             batch.labels,
             text_weights(batch),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,10 @@ from htfa_jax import flops, paths
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
-from htfa_jax.train_state import build, frozen_dtype
+from htfa_jax.paths import Flat
+from htfa_jax.sharding import Layout
+from htfa_jax.train_state import State, build, frozen_dtype, new_state
+from htfa_jax.train_step import compile_train_step
 
 
 def size_table(shapes: Mapping[str, Any], config: Config) -> str:
@@ -53,11 +57,55 @@ def abstract_batch(config: Config, samples: int, text_length: int) -> Batch:
     return Batch(**{name: jax.ShapeDtypeStruct(*kind) for name, kind in kinds.items()})
 
 
-def plan(config: Config) -> str:
-    """The plan as text. Compiles the training step, which takes a minute for a large model."""
-    from htfa_jax.train import make_train_step  # train itself offers this plan
+@dataclasses.dataclass(frozen=True)
+class Abstract:
+    """A run's training step and the shapes of what it takes; nothing is allocated.
 
-    model = build(config)
+    Attributes:
+      step: as `compile_train_step` makes it.
+      state, frozen, batch: shapes and types.
+      layout: where they would be.
+      shapes: of all parameters, by path.
+    """
+
+    step: jax.stages.Wrapped
+    state: State
+    frozen: Flat
+    batch: Batch
+    layout: Layout
+    shapes: Flat
+
+    def lower(self) -> jax.stages.Lowered:
+        """The step's program, for the devices of the layout."""
+        return self.step.lower(self.state, self.frozen, self.batch)
+
+    def device_bytes(self) -> dict[str, int]:
+        """Bytes on each device, by kind."""
+
+        def total(tree: Any, places: Any) -> int:
+            sizes = jax.tree.map(
+                lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize,
+                tree,
+                places,
+            )
+            return sum(jax.tree.leaves(sizes))
+
+        places = self.layout.state(self.state)
+        return {
+            "trained weights": total(self.state["params"], places["params"]),
+            "optimizer state": total(self.state["opt_state"], places["opt_state"]),
+            "frozen weights": total(self.frozen, self.layout.frozen(self.frozen)),
+        }
+
+
+def abstract_step(config: Config, devices: Sequence[Any] | None = None) -> Abstract:
+    """The training step of a configuration, without its arrays.
+
+    Args:
+      config: of the run.
+      devices: that it would run on, which need not be here; None for those that are.
+    """
+    layout, model = Layout(config, devices), build(config)
     frozen, trainable = paths.split(model.shapes, frozen_pattern(config))
     frozen = {
         path: jax.ShapeDtypeStruct(s.shape, frozen_dtype(path, config))
@@ -65,40 +113,40 @@ def plan(config: Config) -> str:
     }
     schedule = learning_rate(config.optim, 100)
     optimizer = make_optimizer(config.optim, schedule)
-    state = {
-        "step": jax.ShapeDtypeStruct((), jnp.int32),
-        "params": trainable,
-        "opt_state": jax.eval_shape(optimizer.init, trainable),
-    }
+    state = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
+    steps = config.train.accumulation_steps
+    batch = abstract_batch(
+        config, config.train.batch_size * layout.num_shards, config.data.text_buckets[0]
+    )
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch)
+    step = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
+    return Abstract(step, state, frozen, batch, layout, model.shapes)
+
+
+def plan(config: Config) -> str:
+    """The plan as text. Compiles the training step, which takes a minute for a large model."""
+    abstract = abstract_step(config)
     length, train = config.data.text_buckets[0], config.train
-    batch = abstract_batch(config, train.batch_size * train.accumulation_steps, length)
-    step = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
-    memory = step.lower(state, frozen, batch).compile().memory_analysis()
+    memory = abstract.lower().compile().memory_analysis()
     operations = flops.training_step(config, length)
-    device = jax.devices()[0]
+    device, mesh = jax.devices()[0], abstract.layout.mesh
     patches, codes = config.patch_grid**2, flops.code_tokens(config)
-
-    def size(tree: Any) -> str:
-        total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-        return f"{total / 2**20:>10,.0f} MiB"
-
+    kinds = abstract.device_bytes()
+    kinds["gradients, activations"] = memory.temp_size_in_bytes
     return "\n".join(
         [
-            f"devices      {jax.device_count()} x {device.device_kind} ({device.platform})",
-            size_table(model.shapes, config),
+            f"devices      {jax.device_count()} x {device.device_kind} ({device.platform}); "
+            f"mesh {dict(mesh.shape)}, {config.sharding.mode}",
+            size_table(abstract.shapes, config),
             f"tokens       {flops.sequence_length(config, length)} per sample: "
             f"{patches} understanding, {codes} generation, up to {length} text "
             "(first bucket)",
             f"operations   {sum(operations.values()) / 1e9:,.1f} GFLOP per sample and step ("
             + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in operations.items())
             + ")",
-            f"samples      {train.batch_size} per micro-step, "
-            f"{train.accumulation_steps} micro-steps per update",
-            "memory",
-            f"  trained weights (float32)   {size(state['params'])}",
-            f"  optimizer state             {size(state['opt_state'])}",
-            f"  frozen weights              {size(frozen)}",
-            f"  gradients, activations      {memory.temp_size_in_bytes / 2**20:>10,.0f} MiB "
-            "(the compiler's temporaries)",
+            f"samples      {train.batch_size} x {abstract.layout.num_shards} parts of the batch "
+            f"per micro-step, {train.accumulation_steps} micro-steps per update",
+            "memory of a device (gradients, activations: the compiler's temporaries)",
+            *(f"  {kind:<26}{size / 2**20:>10,.0f} MiB" for kind, size in kinds.items()),
         ]
     )

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,27 @@ from htfa_jax.config_io import (
     save_config,
     source_name,
 )
-from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
+from htfa_jax.data.pipeline import (
+    in_micro_batches,
+    num_steps,
+    samples_per_step,
+    training_batches,
+)
 from htfa_jax.data.splits import SPLITS, cache_folder, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError, HTFAError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
-from htfa_jax.logs import MetricWriter, log_to_file
-from htfa_jax.loop import Loop, State, duration
-from htfa_jax.losses import count, loss_and_metrics
+from htfa_jax.logs import MetricWriter, log_to_file, only_warnings_to_terminal
+from htfa_jax.loop import Loop, duration
 from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.paths import Flat
 from htfa_jax.plan import plan, size_table
-from htfa_jax.train_state import Model, build, load_pretrained, new_params, new_state
+from htfa_jax.pretrained import load_pretrained
+from htfa_jax.processes import Distributed, first_goes_ahead, is_first
+from htfa_jax.sharding import Layout
+from htfa_jax.train_state import Model, State, build, new_params, new_state
+from htfa_jax.train_step import compile_train_step, compute_copy
 from htfa_jax.train_vq import cached_vq
 from htfa_jax.visualize import panel_png, read_png
 
@@ -58,70 +66,6 @@ from htfa_jax.visualize import panel_png, read_png
 DEFAULT_STEPS = 250
 
 log = logging.getLogger("htfa_jax.train")  # by name: this module is run as __main__ too
-
-
-def make_train_step(
-    config: Config,
-    model: Model,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-) -> Callable[[State, Flat, Batch], tuple[State, dict[str, jax.Array]]]:
-    """(state, frozen weights, samples of one update) -> (state, metrics); pure.
-
-    The samples are cut into `train.accumulation_steps` micro-steps. If the loss or the gradient
-    is not finite, parameters and moments stay as they were, and `metrics["finite"]` is false.
-    """
-    steps = config.train.accumulation_steps
-
-    def train_step(state: State, frozen: Flat, batch: Batch):
-        counts = count(batch, config)
-        step_key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-
-        def loss_fn(params: Flat, micro: Batch, key: jax.Array):
-            return loss_and_metrics(model.merge(params, frozen), micro, counts, key)
-
-        def micro_step(micro: Batch, key: jax.Array) -> tuple[Flat, dict[str, jax.Array]]:
-            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state["params"], micro, key
-            )
-            return grads, metrics
-
-        grads, metrics = sum_over(micro_step, steps, batch, step_key)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state["params"], state["opt_state"]),
-        )
-        metrics |= {
-            "grad_norm": norm,
-            "learning_rate": schedule(state["step"]),
-            "finite": finite,
-        }
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
-
-    return train_step
-
-
-def sum_over(
-    micro_step: Callable[[Batch, jax.Array], Any], steps: int, batch: Batch, key: jax.Array
-) -> Any:
-    """The sum of `micro_step`'s results over equal parts of a batch, each with its own key."""
-    if steps == 1:
-        # Not a loop of one: XLA's convolutions are several times slower in loops on CPUs.
-        return micro_step(batch, key)
-    inputs = (
-        jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch),
-        jax.random.split(key, steps),
-    )
-    shapes = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(
-        lambda total, x: (jax.tree.map(jnp.add, total, micro_step(*x)), None), zeros, inputs
-    )[0]
 
 
 def train(config: Config, workdir: Path) -> dict[str, Any] | None:
@@ -135,7 +79,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
       Scores on the test split (on the validation split if there is none, empty without
       both); None if a signal stopped the training.
     """
-    with log_to_file(workdir / "logs" / "train.log") as failed:
+    first = is_first()
+    name = "train.log" if first else f"train_process_{jax.process_index()}.log"
+    with log_to_file(workdir / "logs" / name) as failed:
         started = time.time()
         try:
             scores = _train(config, workdir)
@@ -153,55 +99,69 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
 
 
 def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "config.json"
-    before = load_config(path) if path.is_file() else None
-    if before is None:
-        save_config(config, path)
-    for split in SPLITS:  # what is missing should be missed now, not after hours of training
-        if getattr(config.data, split) is not None:
-            open_split(config, split)
-    records = open_split(config, "train")
-    tokenizer = open_tokenizer(config, workdir, records)
-    model = build(config)
-    samples = samples_per_step(config)
-    steps, steps_per_epoch = num_steps(config, len(records)), max(1, len(records) // samples)
-    schedule = learning_rate(config.optim, steps)
-    optimizer = make_optimizer(config.optim, schedule)
-    step_fn = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
-    writer = MetricWriter(workdir / "logs")
-    evaluations = _Evaluations(config, workdir, model, tokenizer, writer)
-    with open_checkpoints(workdir, config) as checkpoints:
-        if before is not None and checkpoints.latest_step() is not None:
-            _refuse_other_weights(before, config)
-        start = _start(config, workdir, model, optimizer, checkpoints)
-        if start is None:
-            return None
-        if before is not None:
-            _say_changes(before, config)
+    path, layout = workdir / "config.json", Layout(config)
+    with first_goes_ahead("config"):
+        before = load_config(path) if path.is_file() else None
+        if before is None and is_first():
             save_config(config, path)
-        state, frozen, meta = start
-        # Fresh and restored arrays alike, so that both run the same compiled step.
-        state, frozen = jax.device_put((state, frozen), jax.devices()[0])
-        for line in size_table(model.shapes, config).splitlines():
-            log.info("%s", line)
-        overview = parameter_overview.get_parameter_overview(
-            {**state["params"], **frozen}, include_stats=False
-        )
-        (workdir / "logs" / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
+    with first_goes_ahead("data"):
+        for split in SPLITS:  # what is missing should be missed now, not after hours of training
+            if getattr(config.data, split) is not None:
+                open_split(config, split)
+        records = open_split(config, "train")
+        tokenizer = open_tokenizer(config, workdir, records)
+    model = build(config)
+    writer = MetricWriter(workdir / "logs", silent=not is_first())
+    evaluations = _Evaluations(config, workdir, model, tokenizer, layout, writer)
+    with open_checkpoints(workdir, config) as checkpoints:
+        latest, meta = checkpoints.latest_step(), None
+        if latest is not None:
+            _refuse_other_weights(before or config, config)
+            meta = checkpoints.restore(latest)["meta"]
+        samples = samples_per_step(config, layout.num_shards)
+        first, seen = (latest, meta["samples"]) if meta else (0, 0)
+        steps = num_steps(config, len(records), samples, first, seen)
+        schedule = learning_rate(config.optim, steps)
+        optimizer = make_optimizer(config.optim, schedule)
+        if meta is None:
+            begun = _begin(config, workdir, model, optimizer, layout)
+            if begun is None:
+                return None
+            state, frozen, names = begun
+        else:
+            state, frozen = _resume(config, workdir, model, optimizer, layout, checkpoints, meta)
+            names = meta["frozen"]
+        if is_first():
+            _write_overview(workdir, config, model, {**state["params"], **frozen}, layout)
+            if before is not None:
+                _say_changes(before, config)
+                save_config(config, path)
+        step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
+        copy = jax.jit(lambda params: compute_copy(config, layout, params))
+        steps_per_epoch = max(1, len(records) // samples)
+
+        def save(state: State, metrics: dict[str, float] | None = None) -> None:
+            so_far = seen + (int(state["step"]) - first) * samples
+            checkpoints.save(state, {"frozen": names, "samples": so_far}, metrics)
 
         def after_step(step: int, state: State) -> None:
             train, evaluation, metrics = config.train, config.eval, None
             evaluates = due(evaluation.during_training, evaluation.every, step, steps_per_epoch)
             if evaluates or (step == steps and evaluation.during_training != "no"):
-                metrics = evaluations.during(step, {**state["params"], **frozen})
+                metrics = evaluations.during(step, {**copy(state["params"]), **frozen})
             # An evaluated step is kept too: it may be the best.
             saves = due(train.save, train.save_every, step, steps_per_epoch)
             if saves or (metrics and train.save != "no"):
-                checkpoints.save(state, meta, metrics)
+                save(state, metrics)
+
+        def put(batch: Batch) -> Batch:
+            batch = in_micro_batches(batch, config.train.accumulation_steps)
+            return layout.put(batch, layout.stacked_batch)
 
         loop = Loop(
             name="train",
             step_fn=lambda state, batch: step_fn(state, frozen, batch),
+            put=put,
             num_steps=steps,
             log_every=config.train.log_every,
             writer=writer,
@@ -210,7 +170,6 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             max_bad_records=config.data.max_bad_records,
             flops_per_sample=sum(training_step(config, config.data.text_buckets[0]).values()),
         )
-        first = int(state["step"])
         log.info(
             "training: steps %d to %d of %d samples, %d records",
             first + 1,
@@ -218,52 +177,38 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             samples,
             len(records),
         )
-        batches = training_batches(config, records, tokenizer, first, samples)
+        batches = training_batches(config, records, tokenizer, seen, samples, layout.process_share)
         try:
             state, stopped = loop.run(state, batches)
         except HTFAError:
             # What was learned so far is finite, whatever went wrong.
-            checkpoints.save(loop.state, meta)
+            save(loop.state)
             raise
         finally:
             batches.close()
-        checkpoints.save(state, meta)
+        save(state)
         if stopped:
             return None
         best = checkpoints.best_step()
         if best != int(state["step"]):
             log.info("step %d is the best by validation %s", best, config.train.best_metric)
             state["params"] = checkpoints.restore(best, params=state["params"])["params"]
-    scores = evaluations.final(best, {**state["params"], **frozen})
+        scores = evaluations.final(best, {**copy(state["params"]), **frozen})
     writer.close()
     return scores
 
 
-def _start(
+def _begin(
     config: Config,
     workdir: Path,
     model: Model,
     optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
-) -> tuple[State, Flat, dict[str, Any]] | None:
-    """State, frozen weights and checkpoint meta, of the newest checkpoint or of a new run.
+    layout: Layout,
+) -> tuple[State, Flat, dict[str, str]] | None:
+    """State and frozen weights of a new run, and where the frozen ones were stored.
 
     None if a signal stopped the VQ stage.
     """
-    latest = checkpoints.latest_step()
-    if latest is not None:
-        meta = checkpoints.restore(latest)["meta"]
-        frozen = jax.device_put(load_frozen(workdir, meta["frozen"]))
-        trainable = {path: v for path, v in model.shapes.items() if path not in frozen}
-        opt_state = jax.eval_shape(optimizer.init, trainable)
-        found = checkpoints.restore(latest, params=trainable, opt_state=opt_state)
-        log.info("going on from step %d", latest)
-        state = {
-            "step": jnp.int32(latest),
-            "params": found["params"],
-            "opt_state": found["opt_state"],
-        }
-        return state, frozen, meta
     source, pretrained = config, config.pretrained
     needs_vq = config.level3.generation and not (pretrained.vq or pretrained.run)
     if needs_vq and pretrained.random_parts == "train":
@@ -271,9 +216,51 @@ def _start(
         if folder is None:
             return None
         source = override(config, {"pretrained.vq": str(folder)})
-    trainable, frozen = new_params(source, model, load_pretrained(source, model))
-    meta = {"frozen": save_frozen(workdir, config, frozen)}
-    return new_state(trainable, optimizer), frozen, meta
+    loaded = load_pretrained(source, model)
+    trainable, frozen = new_params(source, model, loaded, layout)
+    return (
+        new_state(config, trainable, optimizer, layout),
+        frozen,
+        save_frozen(workdir, config, frozen),
+    )
+
+
+def _resume(
+    config: Config,
+    workdir: Path,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+) -> tuple[State, Flat]:
+    """State and frozen weights of the newest checkpoint, laid out for these devices."""
+    frozen = layout.put_parameters(load_frozen(workdir, meta["frozen"]))
+    trainable = {path: shape for path, shape in model.shapes.items() if path not in frozen}
+    wanted = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
+    like = jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        wanted,
+        layout.state(wanted),
+    )
+    step = like.pop("step")
+    found = checkpoints.restore(meta["step"], **like)
+    log.info("going on from step %d", meta["step"])
+    return {
+        "step": jax.device_put(jnp.int32(meta["step"]), step.sharding),
+        **{name: found[name] for name in like},
+    }, frozen
+
+
+def _write_overview(
+    workdir: Path, config: Config, model: Model, params: Flat, layout: Layout
+) -> None:
+    """Parameters by part to the log, one by one to a file."""
+    log.info("mesh: %s, %s", dict(layout.mesh.shape), layout.mode)
+    for line in size_table(model.shapes, config).splitlines():
+        log.info("%s", line)
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    (workdir / "logs" / "parameters.txt").write_text(overview + "\n", encoding="utf-8")
 
 
 class _Evaluations:
@@ -285,10 +272,11 @@ class _Evaluations:
         workdir: Path,
         model: Model,
         tokenizer: ChatTokenizer,
+        layout: Layout,
         writer: MetricWriter,
     ):
         self.config, self.workdir, self.writer = config, workdir, writer
-        self.evaluator = Evaluator(config, model, tokenizer)
+        self.evaluator = Evaluator(config, model, tokenizer, layout)
 
     def during(self, step: int, params: Flat) -> dict[str, float] | None:
         """Scores on the validation split by short names; None if there is none."""
@@ -304,7 +292,7 @@ class _Evaluations:
                 f"{', '.join(scalars)}"
             )
         self.writer.write_scalars(step, {f"validation/{k}": v for k, v in scalars.items()})
-        if result.panel:
+        if result.panel and is_first():
             path = self.workdir / "logs" / "panels" / f"step_{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(panel_png(result.panel))
@@ -328,7 +316,8 @@ class _Evaluations:
         result = self.evaluator(params, open_split(self.config, name))
         result.scores["step"] = step
         folder = self.workdir / "evaluation" / name
-        report.write(result, folder)
+        if is_first():
+            report.write(result, folder)
         log.info("step %d on split %s (%s):", step, name, folder / "panel.png")
         for line in report.table(result.scores).splitlines():
             log.info("%s", line)
@@ -374,6 +363,7 @@ class TrainArgs:
     workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/...)
     init_from: str | None = None  # start at step 0 with the weights of this run (or checkpoint)
     dry_run: bool = False  # print devices, parameters, memory and FLOPs, and stop
+    distributed: Distributed = Distributed()  # processes on several hosts
 
 
 @command
@@ -382,6 +372,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_args(TrainArgs, argv, resolve=parts.with_sizes)
     config = args.config
+    args.distributed.connect()
+    if not is_first():
+        only_warnings_to_terminal()
     if args.init_from is not None:
         config = override(config, {"pretrained.run": args.init_from})
     if args.dry_run:
@@ -389,9 +382,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
+    if jax.process_count() > 1 and args.workdir is None:
+        raise ConfigError("several processes need one --workdir that all of them can write to")
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
     scores = train(config, workdir)
-    print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
+    if is_first():
+        print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import EMBEDDED, cache_folder, open_split
 from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter, log_to_file
-from htfa_jax.loop import Loop, State, duration
+from htfa_jax.loop import Loop, duration
 from htfa_jax.metrics import psnr, squared_error, to_8bit
 from htfa_jax.models.alignment import box_mask
 from htfa_jax.models.level1_adaptive_fusion import blend
@@ -42,7 +42,9 @@ from htfa_jax.models.pictures import denormalize, normalize, resize
 from htfa_jax.models.registration import register
 from htfa_jax.models.vq import VQ
 from htfa_jax.paths import Flat
-from htfa_jax.train_state import Model
+from htfa_jax.processes import first_goes_ahead, is_first
+from htfa_jax.sharding import Layout, to_host
+from htfa_jax.train_state import Model, State
 
 log = logging.getLogger("htfa_jax.train_vq")  # by name: this module is run as __main__ too
 
@@ -142,10 +144,19 @@ def revive(
     return codebook_CE, jnp.where(dead_C, 0, unused_C)
 
 
-def make_step(config: Config, model: Model, optimizer: optax.GradientTransformation):
-    """(state, batch) -> (state, metrics), compiled."""
+def make_step(
+    config: Config, model: Model, optimizer: optax.GradientTransformation, layout: Layout
+):
+    """(state, batch) -> (state, metrics), compiled. Every device has the whole state."""
+    everywhere = layout.replicated
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(
+        jax.jit,
+        donate_argnums=0,
+        in_shardings=(everywhere, layout.batch),
+        out_shardings=everywhere,
+    )
+    @layout.inside
     def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         picture_key, revive_key = jax.random.split(key)
@@ -186,13 +197,16 @@ def make_step(config: Config, model: Model, optimizer: optax.GradientTransformat
     return step
 
 
-def evaluate(config: Config, model: Model, params: Flat, records: RecordFile) -> dict[str, float]:
+def evaluate(
+    config: Config, model: Model, params: Flat, records: RecordFile, layout: Layout
+) -> dict[str, float]:
     """PSNR of the round trip of a split's targets, and how many codes they use.
 
     A record without a target counts with its original.
     """
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=layout.replicated)
+    @layout.inside
     def sums(params: Flat, batch: Batch):
         vq = model.merge(params)
         has_target_B111 = batch.has_target[:, None, None, None]
@@ -206,8 +220,9 @@ def evaluate(config: Config, model: Model, params: Flat, records: RecordFile) ->
         return jnp.sum(squared_error(*rgb) * counts_BHW), counts_BHW.sum(), usage_C
 
     error, pixels, usage = 0.0, 0, np.zeros(config.vq.codebook_size)
-    for loaded in evaluation_batches(config, records, None):
-        more = jax.device_get(sums(params, loaded.batch))
+    shards, share = layout.num_shards, layout.process_share
+    for loaded in evaluation_batches(config, records, None, num_shards=shards, share=share):
+        more = jax.device_get(sums(params, layout.put(loaded.batch)))
         error, pixels, usage = error + more[0], pixels + more[1], usage + more[2]
     return {"psnr": psnr(error / max(pixels, 1)), "codes_used": float((usage > 0).sum())}
 
@@ -220,8 +235,13 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     """
     if not config.vq.has_decoder:
         raise ConfigError("vq.has_decoder=False: a tokenizer cannot be trained without a decoder")
-    started = time.time()
+    started, layout = time.time(), Layout(config)
     folder, settings, key = workdir / "weights", config.vq_train, cache_key(config)
+    if settings.batch_size % layout.num_shards:
+        raise ConfigError(
+            f"vq_train.batch_size={settings.batch_size} must be a multiple of the "
+            f"{layout.num_shards} parts that the devices cut a batch into"
+        )
     records = open_split(config, "train")
     model = build(config)
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.05)
@@ -235,7 +255,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
             "unused": jnp.zeros(config.vq.codebook_size, jnp.int32),
         },
     }
-    writer = MetricWriter(workdir / "logs")
+    writer = MetricWriter(workdir / "logs", silent=not is_first())
     with Checkpoints(workdir, keep=1) as checkpoints:
         latest = checkpoints.latest_step()
         if latest is not None:
@@ -253,7 +273,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
             }
             log.info("vq: going on from step %d", latest)
         # Fresh and restored arrays alike, so that both run the same compiled step.
-        state = jax.device_put(state, jax.devices()[0])
+        state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 
         def after_step(step: int, state: State) -> None:
             if step % settings.save_every == 0:
@@ -261,7 +281,8 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
 
         loop = Loop(
             name="vq",
-            step_fn=make_step(config, model, optimizer),
+            step_fn=make_step(config, model, optimizer, layout),
+            put=layout.put,
             num_steps=settings.num_steps,
             log_every=config.train.log_every,
             writer=writer,
@@ -269,15 +290,22 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
             after_step=after_step,
             max_bad_records=config.data.max_bad_records,
         )
-        batches = training_batches(config, records, None, int(state["step"]), settings.batch_size)
+        seen = int(state["step"]) * settings.batch_size
+        batches = training_batches(
+            config, records, None, seen, settings.batch_size, layout.process_share
+        )
         state, stopped = loop.run(state, batches)
         batches.close()
         checkpoints.save(state, {"key": key})
     if stopped:
         return None
-    parts.save_part(folder, "vq", config.vq, jax.device_get(state["params"]))
+    with first_goes_ahead("vq weights"):
+        if is_first():
+            weights = {path: to_host(x) for path, x in state["params"].items()}
+            parts.save_part(folder, "vq", config.vq, weights)
     if config.data.validation is not None:
-        scores = evaluate(config, model, state["params"], open_split(config, "validation"))
+        records = open_split(config, "validation")
+        scores = evaluate(config, model, state["params"], records, layout)
         writer.write_scalars(
             int(state["step"]), {f"vq_validation/{k}": v for k, v in scores.items()}
         )
@@ -299,14 +327,16 @@ def cached_vq(config: Config, workdir: Path) -> Path | None:
     Returns its weight folder; None if a signal stopped the training.
     """
     key = cache_key(config)
+    if jax.process_count() > 1:
+        # Hosts may have caches of their own, of which some hold it; the workdir is shared.
+        return train_vq(config, workdir / key)
     folder = cache_folder(config) / "vq" / key
     if not (folder / parts.WEIGHTS).is_file():
         log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
         trained = train_vq(config, workdir / key)
         if trained is None:
             return None
-        sizes = config.vq
-        parts.save_part(folder, "vq", sizes, parts.read_weights(trained))
+        parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))
     return folder
 
 

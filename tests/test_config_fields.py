@@ -17,7 +17,13 @@ from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
 from htfa_jax.data import held_objects
-from htfa_jax.data.pipeline import evaluation_batches, num_steps, samples_per_step, training_batches
+from htfa_jax.data.pipeline import (
+    evaluation_batches,
+    in_micro_batches,
+    num_steps,
+    samples_per_step,
+    training_batches,
+)
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
@@ -26,7 +32,10 @@ from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
-from htfa_jax.train_state import build, load_pretrained, new_params, new_state
+from htfa_jax.pretrained import load_pretrained
+from htfa_jax.sharding import Layout
+from htfa_jax.train_state import build, new_params, new_state
+from htfa_jax.train_step import make_train_step
 
 # What nothing but speed or a place depends on.
 EXEMPT = {
@@ -85,7 +94,7 @@ def pixels(config):
 
 def initial(config):
     """How weights start and what they are stored as."""
-    return program(lambda: new_params(config, build(config), {}))
+    return program(lambda: new_params(config, build(config), {}, Layout(config)))
 
 
 def frozen(config):
@@ -109,10 +118,12 @@ def step(config):
     schedule = learning_rate(config.optim, 100)
     tx = make_optimizer(config.optim, schedule)
     trainable = split(model.shapes, frozen_pattern(config))[1]
-    state = jax.eval_shape(lambda p: new_state(p, tx), trainable)
+    layout = Layout(config)
+    state = jax.eval_shape(lambda p: new_state(config, p, tx, layout), trainable)
     rest = {path: s for path, s in model.shapes.items() if path not in trainable}
-    batch = random_batch(config, size=samples_per_step(config))
-    return program(train_module.make_train_step(config, model, tx, schedule), state, rest, batch)
+    batch = random_batch(config, size=samples_per_step(config, 1))
+    batch = in_micro_batches(batch, config.train.accumulation_steps)
+    return program(make_train_step(config, model, tx, schedule, layout), state, rest, batch)
 
 
 def vq_step(config):
@@ -126,7 +137,27 @@ def vq_step(config):
         "params": params,
         "opt_state": {"tx": jax.eval_shape(tx.init, params), "unused": unused},
     }
-    return program(train_vq.make_step(config, model, tx), state, random_batch(config, size=2))
+    return program(
+        train_vq.make_step(config, model, tx, Layout(config)), state, random_batch(config, size=2)
+    )
+
+
+def mesh(config):
+    """The mesh of 8 imagined devices, and what of a matrix each of them keeps."""
+    shapes, real = {}, jax.make_mesh
+
+    def make_mesh(sizes, axes, **options):
+        shapes.update(zip(axes, sizes, strict=True))
+        return real((1, 1, 1), axes, devices=jax.devices()[:1], axis_types=options["axis_types"])
+
+    jax.make_mesh = make_mesh
+    try:
+        layout = Layout(config, jax.devices() * 8)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        jax.make_mesh = real
+    return shapes, [str(f("level2.x", (64, 64)).spec) for f in (layout.stored, layout.used)]
 
 
 def batches(config):
@@ -144,7 +175,8 @@ def batches(config):
 
 def plan(config):
     """How many samples and updates."""
-    return samples_per_step(config), num_steps(config, 1000)
+    samples = samples_per_step(config, 1)
+    return samples, num_steps(config, 1000, samples)
 
 
 def embedded(config):
@@ -276,15 +308,15 @@ def run(config):
 
         return step
 
-    real = train_module.make_train_step, train_module.Evaluator
-    train_module.make_train_step, train_module.Evaluator = make_step, Evaluations
+    real = train_module.compile_train_step, train_module.Evaluator
+    train_module.compile_train_step, train_module.Evaluator = make_step, Evaluations
     try:
         train_module.train(config, workdir)
         failed = None
     except DataError as error:
         failed = str(error)
     finally:
-        train_module.make_train_step, train_module.Evaluator = real
+        train_module.compile_train_step, train_module.Evaluator = real
     with open_checkpoints(workdir, config) as checkpoints:
         best = checkpoints.best_step()
         kept = sorted(int(p.name) for p in checkpoints.folder.iterdir())
@@ -299,12 +331,12 @@ def decoding(config):
     model = build(config)
     records = open_split(config, "train")
     tokenizer = open_tokenizer(config, cache_folder(config), records)
-    evaluator = Evaluator(config, model, tokenizer)
+    evaluator = Evaluator(config, model, tokenizer, Layout(config))
     asked = []
 
     def look(params, batch, text_length):
         asked.append(text_length)
-        pictures = {"original": np.zeros((2, 4, 4, 3))}
+        pictures = {"original": np.zeros((2, 4, 4, 3)), "hidden_share": np.zeros(2)}
         return None, {"samples": 2.0}, pictures
 
     evaluator._look = look
@@ -412,6 +444,11 @@ CASES = {
     "optim.min_ratio": (0.2, optimizer),
     "optim.warmup_ratio": (0.2, optimizer),
     "optim.warmup_steps": (7, optimizer),
+    "sharding.mode": ("fsdp", mesh),
+    "sharding.data": (2, mesh),
+    "sharding.fsdp": (4, mesh),
+    "sharding.tensor": (2, mesh, {"siglip.num_heads": 4}),
+    "sharding.reduce_dtype": ("float32", step, {"train.dtype": "bfloat16"}),
     "train.batch_size": (4, plan),
     "train.accumulation_steps": (2, step),
     "train.epochs": (7, plan, {"train.max_steps": None}),

@@ -12,9 +12,10 @@ from htfa_jax import evaluate, report, train
 from htfa_jax.config_io import override, save_config
 from htfa_jax.data.records import RecordFile, Turn
 from htfa_jax.data.splits import open_tokenizer
-from htfa_jax.evaluate import Evaluator, hidden_share, questions, rules
+from htfa_jax.evaluate import Evaluator, hidden_share, questions, rules, stated_share
 from htfa_jax.metrics import to_8bit
 from htfa_jax.picture_metrics import CANDIDATES, flat_fill, region_masks
+from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build
 
 
@@ -25,9 +26,9 @@ def evaluated(model, dataset, tmp_path_factory):
     records = RecordFile(dataset)
     tokenizer = open_tokenizer(config, tmp_path_factory.mktemp("workdir"), records)
     reports = [
-        Evaluator(override(config, {"eval.batch_size": size}), structure, tokenizer)(
-            weights, records
-        )
+        Evaluator(
+            override(config, {"eval.batch_size": size}), structure, tokenizer, Layout(config)
+        )(weights, records)
         for size in (3, 7)
     ]
     return records, *reports
@@ -91,7 +92,9 @@ def test_a_tokenizer_that_cannot_paint_is_scored_on_codes(dataset, tmp_path):
     structure = build(config)
     records = RecordFile(dataset)
     tokenizer = open_tokenizer(config, tmp_path, records)
-    result = Evaluator(config, structure, tokenizer)(random_weights(structure), records)
+    result = Evaluator(config, structure, tokenizer, Layout(config))(
+        random_weights(structure), records
+    )
     assert "pictures" not in result.scores and "completion" not in result.panel[0].pictures
     assert result.scores["losses"]["code_accuracy"] >= 0
     report.write(result, tmp_path / "out")
@@ -128,13 +131,14 @@ def test_regions_leave_out_padding_and_what_has_no_mask():
 
 def test_hidden_share_comes_from_masks_or_from_the_record(dataset):
     record, batch = RecordFile(dataset)[0], random_batch(tiny())
-    mask = batch.object_mask[0]
-    share = (mask & batch.occluder_mask[0]).sum() / mask.sum()
-    assert hidden_share(batch, 0, record) == pytest.approx(share)
+    mask = batch.object_mask[1]
+    share = (mask & batch.occluder_mask[1]).sum() / mask.sum()
     batch.has_object_mask[0] = False
-    assert hidden_share(batch, 0, record) == record.meta["occlusion"]
+    shares = hidden_share(batch)
+    assert np.isnan(shares[0]) and shares[1] == pytest.approx(share)
+    assert stated_share(record) == record.meta["occlusion"]
     record.meta.clear()
-    assert hidden_share(batch, 0, record) is None
+    assert stated_share(record) is None
 
 
 def test_questions_are_user_turns_with_an_answer(dataset):

@@ -69,7 +69,8 @@ def test_chunks_give_the_loss_of_the_whole(length, chunk):
 
     def chunked(hidden, kernel):
         return chunked_cross_entropy(
-            lambda h: h @ kernel,
+            lambda kernel, h: h @ kernel,
+            kernel,
             hidden,
             labels,
             weights,

@@ -26,7 +26,7 @@ def source(dataset, tmp_path_factory):
 
 
 def take(config, source, start, num, samples=2):
-    batches = training_batches(config, *source, start, samples)
+    batches = training_batches(config, *source, start * samples, samples)
     found = list(itertools.islice(batches, num))
     batches.close()
     return found
@@ -135,8 +135,11 @@ def test_skipped_records_keep_their_places(damaged, source):
 
 def test_number_of_steps():
     config = tiny(train__accumulation_steps=3, train__epochs=2)
-    assert samples_per_step(config) == 6
+    assert samples_per_step(config, num_shards=4) == 24
     epochs = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=None))
-    assert num_steps(config, 100) == 4
-    assert num_steps(epochs, 100) == 33
-    assert num_steps(epochs, 1) == 1
+    assert num_steps(config, 100, 6) == 4
+    assert num_steps(epochs, 100, 6) == 33
+    assert num_steps(epochs, 1, 6) == 1
+    # 10 updates of 6 were done on other devices: 140 samples are left for updates of 12.
+    assert num_steps(epochs, 100, 12, step=10, seen=60) == 21
+    assert num_steps(epochs, 100, 6, step=33, seen=198) == 33

@@ -13,11 +13,14 @@ from support import random_batch, random_weights, tiny
 import htfa_jax.train as train_module
 from htfa_jax.checkpoint import load_run, open_checkpoints
 from htfa_jax.config_io import load_config, override
+from htfa_jax.data.pipeline import in_micro_batches
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
-from htfa_jax.train import due, make_train_step, train
+from htfa_jax.sharding import Layout
+from htfa_jax.train import due, train
 from htfa_jax.train_state import build, new_params, new_state
+from htfa_jax.train_step import make_train_step
 
 # A schedule that no number of steps changes: several tests compile the same program.
 STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}
@@ -29,8 +32,10 @@ def one_step(config, batch, optimizer=None):
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
     optimizer = optimizer or make_optimizer(config.optim, schedule)
-    state = new_state(trainable, optimizer)
-    step = jax.jit(make_train_step(config, structure, optimizer, schedule))
+    layout = Layout(config)
+    state = new_state(config, trainable, optimizer, layout)
+    step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
+    batch = in_micro_batches(batch, config.train.accumulation_steps)
     after, metrics = step(state, frozen, batch)
     return state, after, metrics, frozen
 
@@ -82,8 +87,10 @@ def test_the_loss_falls_on_one_batch():
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 30)
     optimizer = make_optimizer(config.optim, schedule)
-    step = jax.jit(make_train_step(config, structure, optimizer, schedule))
-    state, losses = new_state(trainable, optimizer), []
+    layout = Layout(config)
+    step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
+    state, losses = new_state(config, trainable, optimizer, layout), []
+    batch = in_micro_batches(batch, 1)
     for _ in range(25):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
@@ -255,7 +262,7 @@ def test_when_things_are_due():
 def test_frozen_weights_are_stored_as_configured():
     config = tiny(train__frozen_dtype="bfloat16", pretrained__random_parts="as_configured")
     structure = build(config)
-    trainable, frozen = jax.eval_shape(lambda: new_params(config, structure, {}))
+    trainable, frozen = jax.eval_shape(lambda: new_params(config, structure, {}, Layout(config)))
     assert {v.dtype for v in trainable.values()} == {jnp.dtype("float32")}
     kept = {path for path, v in frozen.items() if v.dtype == jnp.float32}
     assert kept == {"vq.codebook"}
@@ -266,7 +273,7 @@ def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
     structure = build(config)
     weights = random_weights(structure)
     loaded = {p: v for p, v in weights.items() if p.startswith("vq.")}
-    trainable, frozen = new_params(config, structure, loaded)
+    trainable, frozen = new_params(config, structure, loaded, Layout(config))
     copies = [p for p in trainable if p.startswith("vq_encoder.")]
     assert copies
     for path in copies:
@@ -279,7 +286,7 @@ def test_a_trained_vq_encoder_is_kept_when_all_weights_are_given():
     config = tiny(freeze__vq=False)
     structure = build(config)
     weights = random_weights(structure)
-    trainable, _ = new_params(config, structure, weights)
+    trainable, _ = new_params(config, structure, weights, Layout(config))
     for path in trainable:
         np.testing.assert_array_equal(trainable[path], weights[path], err_msg=path)
 

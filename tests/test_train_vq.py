@@ -10,6 +10,7 @@ from htfa_jax import parts, train_vq
 from htfa_jax.config_io import override
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.registration import register
+from htfa_jax.sharding import Layout
 from htfa_jax.train_vq import build, cache_key, losses, make_step, revive, training_pictures
 
 
@@ -95,7 +96,7 @@ def test_a_step_revives_and_counts():
         "params": {path: jnp.array(v) for path, v in params.items()},
         "opt_state": {"tx": optimizer.init(params), "unused": jnp.zeros(300, jnp.int32)},
     }
-    step, batch = make_step(config, model, optimizer), random_batch(config, size=2)
+    step, batch = make_step(config, model, optimizer, Layout(config)), random_batch(config, size=2)
     before = np.asarray(params["codebook"])
     state, _ = step(state, batch)
     np.testing.assert_array_equal(state["params"]["codebook"], before)

@@ -117,26 +117,50 @@ class Collate:
         )
 
 
-def samples_per_step(config: Config) -> int:
-    """Samples of one update."""
-    return config.train.batch_size * config.train.accumulation_steps
+def samples_per_step(config: Config, num_shards: int) -> int:
+    """Samples of one update, on a mesh that cuts a batch into `num_shards` parts."""
+    return config.train.batch_size * config.train.accumulation_steps * num_shards
 
 
-def num_steps(config: Config, num_records: int) -> int:
-    """Updates of a run: `train.max_steps`, or as many as `train.epochs` holds, at least one."""
+def num_steps(config: Config, num_records: int, samples: int, step: int = 0, seen: int = 0) -> int:
+    """Step at which a run is complete: `train.max_steps`, or the end of `train.epochs`.
+
+    Args:
+      config: of the run.
+      num_records: of an epoch.
+      samples: of an update.
+      step, seen: updates and samples that are behind it already, maybe of another size.
+    """
     if config.train.max_steps is not None:
         return config.train.max_steps
-    return max(1, config.train.epochs * num_records // samples_per_step(config))
+    left = config.train.epochs * num_records - seen
+    return max(1, step + max(left, 0) // samples)
+
+
+def in_micro_batches(batch: Batch, steps: int) -> Batch:
+    """[samples, ...] -> [micro-steps, samples, ...], on the host."""
+    return Batch(**{name: x.reshape(steps, -1, *x.shape[1:]) for name, x in vars(batch).items()})
 
 
 def training_batches(
     config: Config,
     records: RecordFile,
     tokenizer: ChatTokenizer | None,
-    start_step: int,
+    seen: int,
     samples: int,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Loaded]:
-    """Endless updates' worth of samples, from `start_step` on; each epoch in another order."""
+    """Endless updates' worth of samples; each epoch in another order.
+
+    Args:
+      config: of the run.
+      records: the training data.
+      tokenizer: None leaves the text out.
+      seen: samples that are behind the run already.
+      samples: of one update, over all processes.
+      share: this process's part of them: its number, of how many.
+    """
+    part, parts = share
     loader = SampleLoader(records, tokenizer, config)
     dataset = (
         grain.MapDataset.range(len(records))
@@ -144,10 +168,15 @@ def training_batches(
         .shuffle()
         .repeat()
         .random_map(loader.for_training)
-        # The repeated dataset has no end, so no remainder either; Grain cannot round its length up.
-        .batch(samples, drop_remainder=True, batch_fn=Collate(config, tokenizer))
     )
-    return read(dataset[start_step:], config)
+    # Whatever the number of processes, the samples of an update are the same.
+    dataset = dataset[seen + part :: parts].batch(
+        samples // parts,
+        # The repeated dataset has no end, so no remainder either; Grain cannot round its length up.
+        drop_remainder=True,
+        batch_fn=Collate(config, tokenizer),
+    )
+    return read(dataset, config)
 
 
 def evaluation_batches(
@@ -155,17 +184,23 @@ def evaluation_batches(
     records: RecordFile,
     tokenizer: ChatTokenizer | None,
     max_samples: int | None = None,
+    num_shards: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Loaded]:
-    """Every record once, in order; the last batch is filled up with samples of weight 0."""
+    """Every record once; the last batch is filled up with samples of weight 0.
+
+    In order, with one process; `num_shards` and `share` are a layout's.
+    """
+    part, parts = share
     loader = SampleLoader(records, tokenizer, config)
-    collate = Collate(config, tokenizer)
-
-    def fill(samples: Sequence[dict[str, Any]]) -> Loaded:
-        missing = config.eval.batch_size - len(samples)
-        return collate([*samples, *[loader.empty()] * missing])
-
+    size = config.eval.batch_size * num_shards // parts
     num = len(records) if max_samples is None else min(max_samples, len(records))
-    dataset = grain.MapDataset.range(num).map(loader).batch(config.eval.batch_size, batch_fn=fill)
+    # Filled up, so that every process has as many batches.
+    filled = -(-num // (size * parts)) * size * parts
+    dataset = grain.MapDataset.range(filled)[part::parts].map(
+        lambda i: loader(i) if i < num else loader.empty()
+    )
+    dataset = dataset.batch(size, batch_fn=Collate(config, tokenizer))
     return read(dataset, config)
 
 

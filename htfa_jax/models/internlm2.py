@@ -15,6 +15,7 @@ from htfa_jax.layers import (
     Remat,
     apply_rope,
     dropout,
+    float32_dot,
     linear,
     run_layers,
     split_key,
@@ -172,16 +173,15 @@ class InternLM2(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Text logits [B, T, padded V] in float32."""
-        if self.tie_head:
-            kernel_DV = self.embed.embedding[...].T
-        else:
-            kernel_DV = self.head.kernel[...]
-        logits_BTV = jnp.einsum(
-            "BTD,DV->BTV",
-            hidden_BTD.astype(self.dtype),
-            kernel_DV.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return self.logits_by(self.head_kernel(), hidden_BTD)
+
+    def head_kernel(self) -> jax.Array:
+        """The text head's matrix [D, padded V]."""
+        return self.embed.embedding[...].T if self.tie_head else self.head.kernel[...]
+
+    def logits_by(self, kernel_DV: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
+        """Text logits [B, T, padded V] in float32 by a matrix [D, padded V]."""
+        logits_BTV = float32_dot(hidden_BTD.astype(self.dtype), kernel_DV)
         real_V = jnp.arange(kernel_DV.shape[1]) < self.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
 

@@ -1,0 +1,51 @@
+"""Dynamic loss scaling: in float16 small gradients vanish unless the loss is made large.
+
+Micikevicius et al., "Mixed Precision Training" (2018). The scale halves when a gradient
+overflows, whose update is left out, and doubles after `PATIENCE` steps without. It is part of the
+training state (`loss_scale`: the scale, and the steps since it changed), there in float16 only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FIRST, LEAST, MOST, PATIENCE = 2.0**15, 1.0, 2.0**24, 2000
+
+LossScale = dict[str, jax.Array]
+
+
+def first() -> LossScale:
+    """The scale at step 0."""
+    return {"scale": jnp.float32(FIRST), "steps": jnp.int32(0)}
+
+
+def scale(state: dict[str, Any]) -> jax.Array | float:
+    """What the loss of this state's step is multiplied by."""
+    return state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
+
+
+def after_step(
+    before: dict[str, Any], after: dict[str, Any], metrics: dict[str, jax.Array]
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """The state with its new scale, and metrics that tell of it.
+
+    `finite` stays false only where a smaller scale cannot help: the loss itself is not finite,
+    or the scale is the least.
+    """
+    if "loss_scale" not in before:
+        return after, metrics
+    old, steps = before["loss_scale"]["scale"], before["loss_scale"]["steps"]
+    fits = metrics["finite"]
+    grows = fits & (steps + 1 >= PATIENCE)
+    new = jnp.where(fits, jnp.where(grows, old * 2, old), old / 2).clip(LEAST, MOST)
+    kept = {"scale": new, "steps": jnp.where(fits & ~grows, steps + 1, 0)}
+    can_shrink = ~fits & jnp.isfinite(metrics["loss"]) & (old > LEAST)
+    metrics = metrics | {
+        "loss_scale": old,
+        "grad_norm": jnp.where(can_shrink, 0.0, metrics["grad_norm"]),
+        "finite": fits | can_shrink,
+    }
+    return after | {"loss_scale": kept}, metrics

@@ -1,0 +1,137 @@
+"""The training step: one pure function, and how it is compiled for a mesh."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from htfa_jax import loss_scale
+from htfa_jax.batch import Batch
+from htfa_jax.config import Config
+from htfa_jax.losses import count, loss_and_metrics
+from htfa_jax.paths import Flat
+from htfa_jax.sharding import Layout
+from htfa_jax.train_state import Model, State
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+# Alpha moves by less than bfloat16 can tell.
+ALWAYS_FLOAT32 = r"level1\..*"
+
+
+def make_train_step(
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    layout: Layout,
+) -> Callable[[State, Flat, Batch], tuple[State, dict[str, jax.Array]]]:
+    """(state, frozen weights, batch) -> (state, metrics); pure.
+
+    The batch is the samples of one update, [micro-steps, samples, ...]. If the loss or the
+    gradient is not finite, parameters and moments stay as they were, and `metrics["finite"]` is
+    false (in float16 only if a smaller loss scale cannot help).
+    """
+
+    def train_step(state: State, frozen: Flat, batch: Batch):
+        counts = jax.tree.map(lambda x: x.sum(), jax.vmap(lambda b: count(b, config))(batch))
+        copy = compute_copy(config, layout, state["params"])
+        scale = loss_scale.scale(state)
+
+        def loss_fn(copy: Flat, micro: Batch, key: jax.Array):
+            loss, metrics = loss_and_metrics(model.merge(copy, frozen), micro, counts, key)
+            return loss * scale, metrics
+
+        def micro_step(micro: Batch, key: jax.Array) -> tuple[Flat, dict[str, jax.Array]]:
+            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(copy, micro, key)
+            grads = layout.scatter(grads)
+            return {p: g.astype(jnp.float32) / scale for p, g in grads.items()}, metrics
+
+        step_key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        grads, metrics = sum_over(micro_step, batch, step_key, layout)
+        norm = optax.tree.norm(grads)
+        usable = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(usable, new, old),
+            (params, opt_state),
+            (state["params"], state["opt_state"]),
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": schedule(state["step"]),
+            "finite": usable,
+        }
+        new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        return loss_scale.after_step(state, new, metrics)
+
+    return layout.inside(train_step)
+
+
+def sum_over(
+    micro_step: Callable[[Batch, jax.Array], tuple[Flat, dict[str, jax.Array]]],
+    batch: Batch,
+    key: jax.Array,
+    layout: Layout,
+) -> tuple[Flat, dict[str, jax.Array]]:
+    """Gradients and metrics summed over the micro-steps of a batch, each with its own key."""
+    steps = len(batch.weight)
+    if steps == 1:
+        # Not a loop of one: XLA's convolutions are several times slower in loops on CPUs.
+        return micro_step(jax.tree.map(lambda x: x[0], batch), key)
+    inputs = (batch, jax.random.split(key, steps))
+    shapes = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], inputs))
+    grads, metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, x: Any) -> tuple[Any, None]:
+        grads, metrics = jax.tree.map(jnp.add, total, micro_step(*x))
+        return (layout.scatter(grads), metrics), None
+
+    return jax.lax.scan(add, (layout.scatter(grads), metrics), inputs)[0]
+
+
+def compute_copy(config: Config, layout: Layout, params: Flat) -> Flat:
+    """Inside a program: what the forward pass computes with, made of the trained weights.
+
+    With `sharding.reduce_dtype="compute"` it has the compute type, and so have the gradients
+    while devices add them up; with "float32" both are float32, at twice the memory and traffic.
+    """
+    wide = config.sharding.reduce_dtype == "float32"
+    dtype = jnp.dtype(jnp.float32 if wide else config.train.dtype)
+    return layout.gather(
+        {
+            path: x if re.fullmatch(ALWAYS_FLOAT32, path) else x.astype(dtype)
+            for path, x in params.items()
+        }
+    )
+
+
+def compile_train_step(
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    layout: Layout,
+    state: State,
+    frozen: Flat,
+) -> jax.stages.Wrapped:
+    """`make_train_step`, compiled on first use; it takes the memory of its state.
+
+    Args:
+      config, model, optimizer, schedule, layout: of the run.
+      state: training state, or its shapes.
+      frozen: frozen weights, or their shapes.
+    """
+    places = layout.state(state)
+    return jax.jit(
+        make_train_step(config, model, optimizer, schedule, layout),
+        in_shardings=(places, layout.frozen(frozen), layout.stacked_batch),
+        out_shardings=(places, layout.replicated),
+        donate_argnums=0,
+    )

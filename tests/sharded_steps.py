@@ -1,0 +1,162 @@
+"""Training steps on 8 virtual devices; `test_sharding` runs this in processes of its own.
+
+python tests/sharded_steps.py CASE... writes a JSON line for each case.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from support import random_batch, random_weights, tiny
+
+from htfa_jax.checkpoint import Checkpoints
+from htfa_jax.config_io import override
+from htfa_jax.data.pipeline import in_micro_batches
+from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
+from htfa_jax.paths import split
+from htfa_jax.plan import abstract_step
+from htfa_jax.sharding import Layout
+from htfa_jax.train_state import build, new_state
+from htfa_jax.train_step import compile_train_step
+
+STEPS, SAMPLES = 5, 8
+# name: (devices, micro-steps, settings of `sharding`)
+CASES = {
+    "one": (1, 1, {}),
+    "replicated": (8, 1, {"mode": "replicated"}),
+    "zero2": (8, 1, {"mode": "zero2"}),
+    "zero2 data": (4, 2, {"mode": "zero2", "data": 2}),
+    "zero2 tensor": (8, 1, {"mode": "zero2", "tensor": 2}),
+    "fsdp": (8, 1, {"mode": "fsdp"}),
+    "fsdp tensor": (4, 2, {"mode": "fsdp", "data": 1, "tensor": 2}),
+}
+# Heads and widths that the tensor axis divides; the text loss in several chunks.
+SIZES = {
+    "siglip__num_heads": 4,
+    "decoder__mlp_dim": 64,
+    "loss__text_chunk": 24,
+    "optim__schedule": "constant",
+    "freeze__siglip": False,
+    "pretrained__random_parts": "as_configured",
+}
+# Matrices that outweigh everything small, and short sequences: memory is that of weights.
+WIDE = {
+    "level3__generation": False,
+    "loss__code_weight": 0.0,
+    "siglip__embed_dim": 256,
+    "siglip__num_heads": 8,
+    "siglip__mlp_dim": 1024,
+    "decoder__embed_dim": 512,
+    "decoder__num_heads": 8,
+    "decoder__mlp_dim": 2048,
+    "decoder__num_layers": 4,
+    "level3__adapter_mlp_dim": 1024,
+    "train__batch_size": 1,
+    "train__accumulation_steps": 2,
+    "train__dtype": "bfloat16",
+    "train__remat": "full",
+}
+
+
+def named(settings):
+    return {f"sharding.{name}": value for name, value in settings.items()}
+
+
+class Run:
+    """A small model in one of the cases, ready to train."""
+
+    def __init__(self, case):
+        devices, micro_steps, settings = CASES[case]
+        config = override(tiny(**SIZES), named(settings))
+        self.layout = layout = Layout(config, jax.devices()[:devices])
+        size = {
+            "train.batch_size": SAMPLES // (layout.num_shards * micro_steps),
+            "train.accumulation_steps": micro_steps,
+        }
+        self.config = config = override(config, size)
+        model = build(config)
+        frozen, trainable = split(random_weights(model), frozen_pattern(config))
+        places = {path: layout.stored(path, x.shape) for path, x in trainable.items()}
+        trainable = {p: layout.put_parameter(x, x.dtype, places[p]) for p, x in trainable.items()}
+        schedule = learning_rate(config.optim, STEPS)
+        optimizer = make_optimizer(config.optim, schedule)
+        self.state = new_state(config, trainable, optimizer, layout)
+        self.frozen = layout.put_parameters(frozen)
+        self.step = compile_train_step(
+            config, model, optimizer, schedule, layout, self.state, self.frozen
+        )
+
+    def train(self, first, last):
+        """Losses and gradient norms of some steps."""
+        found = []
+        for i in range(first, last):
+            batch = random_batch(self.config, size=SAMPLES, seed=i)
+            batch = in_micro_batches(batch, self.config.train.accumulation_steps)
+            batch = self.layout.put(batch, self.layout.stacked_batch)
+            self.state, metrics = self.step(self.state, self.frozen, batch)
+            found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+        return found
+
+
+def restored():
+    """Steps that begin in one case and go on in others, through a checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = Run("zero2 tensor")
+        before = first.train(0, 3)
+        with Checkpoints(Path(folder), keep=1) as checkpoints:
+            checkpoints.save(first.state, {})
+        found = {}
+        for case in ("one", "fsdp"):
+            run = Run(case)
+            like = {name: run.state[name] for name in ("params", "opt_state")}
+            with Checkpoints(Path(folder), keep=1) as checkpoints:
+                state = checkpoints.restore(3, **like)
+            run.state |= {name: state[name] for name in like}
+            same = jax.tree.map(
+                lambda a, b: bool(np.array_equal(a, b)),
+                [first.state[name] for name in like],
+                [run.state[name] for name in like],
+            )
+            wanted = jax.tree.map(
+                lambda a, b: a.sharding == b.sharding, like["params"], state["params"]
+            )
+            run.state["step"] = jax.device_put(3, run.layout.replicated)
+            found[case] = {
+                "same": all(jax.tree.leaves(same)),
+                "places": all(wanted.values()),
+                "steps": before + run.train(3, STEPS),
+            }
+    return found
+
+
+def memory():
+    """Bytes on a device of 8, by mode: of what is kept, and of what the compiler needs beside."""
+    found = {}
+    for mode in ("replicated", "zero2", "fsdp"):
+        abstract = abstract_step(override(tiny(**SIZES | WIDE), {"sharding.mode": mode}))
+        found[mode] = abstract.device_bytes() | {
+            "temporary": abstract.lower().compile().memory_analysis().temp_size_in_bytes,
+            "copy": sum(
+                2 * int(np.prod(abstract.layout.used(path, x.shape).shard_shape(x.shape)))
+                for path, x in abstract.state["params"].items()
+            ),
+        }
+    return found
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    for name in sys.argv[1:]:
+        special = {"restored": restored, "memory": memory}
+        # Most of the time of small steps is compilation.
+        jax.config.update("jax_disable_most_optimizations", name != "memory")
+        found = special[name]() if name in special else Run(name).train(0, STEPS)
+        print(json.dumps([name, found]), flush=True)
