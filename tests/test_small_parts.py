@@ -94,7 +94,8 @@ def test_programming_errors_keep_their_traceback():
 
 def loop(tmp_path, step_fn, **settings):
     defaults = {
-        "name": "train", "step_fn": step_fn, "put": lambda batch: batch, "num_steps": 4, "log_every": 2,
+        "name": "train", "step_fn": step_fn, "put": lambda batch: batch, "num_steps": 4,
+        "log_every": 2,
         "writer": MetricWriter(tmp_path), "samples_per_step": 2,
         "after_step": lambda step, state: None, "max_bad_records": 1,
     }  # fmt: skip
