@@ -53,7 +53,7 @@ def test_agrees_with_reference_vectors(case):
         recon = recon * at_cells(jnp.asarray(G["occlusion_mask"][:, 0]), 4)[..., None]
 
     def run(weights):
-        return structure.merge(weights)(G["feat_orig"], recon, G["feat_fused"])
+        return structure.merge(weights)(G["feat_orig"], recon, G["feat_fused"], with_weights=True)
 
     out, probabilities = run(weights)
     np.testing.assert_allclose(out, G[f"{case}.out"], rtol=1e-4, atol=1e-4)
@@ -86,7 +86,7 @@ def test_hidden_keys_get_no_attention_and_do_not_count():
     orig, recon, fused = random_features()
     mask = jnp.arange(16)[None] < jnp.array([[5], [16], [9]])
     module = attention()
-    out, weights = module(orig, recon, fused, mask)
+    out, weights = module(orig, recon, fused, mask, with_weights=True)
     np.testing.assert_array_equal(weights[0, :, :, 5:], 0)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
     moved, _ = module(orig, recon.at[0, 5:].add(9.0), fused.at[0, 5:].add(9.0), mask)
@@ -107,8 +107,8 @@ def test_dropout_is_in_training_only_and_weights_are_those_before_it():
     orig, recon, fused = random_features()
     config = Level2Config(num_heads=4, dropout=0.5)
     module = SpatialAttention(config, 32, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    plain, weights = module(orig, recon, fused)
-    dropped, same_weights = module(orig, recon, fused, key=jax.random.key(3))
+    plain, weights = module(orig, recon, fused, with_weights=True)
+    dropped, same_weights = module(orig, recon, fused, key=jax.random.key(3), with_weights=True)
     assert not np.allclose(plain, dropped)
     np.testing.assert_array_equal(weights, same_weights)
 
