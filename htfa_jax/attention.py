@@ -29,7 +29,8 @@ class Kernel(NamedTuple):
     widest_head: int  # channels, one that hides keys among them
 
 
-# By target; a target that is not here has plain attention only.
+# By target; a target that is not here has plain attention only. cuDNN's backward pass takes heads
+# of up to 128 channels, on Hopper 256; it needs Ampere.
 KERNELS = {
     "tpu": Kernel("splash", ("bfloat16",), 256, 256),
     "gpu 8": Kernel("cudnn", ("bfloat16", "float16"), 256, 128),

@@ -116,6 +116,7 @@ def imitated(monkeypatch):
         (273, 273, True, False),
         (259, 301, False, False),
         (259, 301, False, True),
+        (301, 259, True, False),
         (301, 259, True, True),
     ],
 )
