@@ -141,7 +141,7 @@ class Evaluator:
     ) -> tuple[KVCache | None, dict[str, jax.Array], dict[str, jax.Array]]:
         """The decoder's cache, sums of what pictures tell, pictures to look at."""
         model, weight_B = self.model.merge(params), batch.weight
-        prefix = read_pictures(model, batch, text_length)
+        prefix = read_pictures(model, batch, text_length, with_weights=True)
         pair = prefix.fusion.pair
         rgb = functools.partial(denormalize, config=self.config.data)
         seen = {

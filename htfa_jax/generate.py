@@ -28,16 +28,19 @@ class Prefix:
     code_logits_BMC: jax.Array | None
 
 
-def read_pictures(model: HTFA, batch: Batch, text_length: int) -> Prefix:
+def read_pictures(
+    model: HTFA, batch: Batch, text_length: int, with_weights: bool = False
+) -> Prefix:
     """Encodes the pictures and runs the decoder over them.
 
     Args:
       model: the merged model.
       batch: its text is not looked at.
       text_length: positions to leave room for: prompt and answer.
+      with_weights: Level 2's attention weights are wanted.
     """
     config = model.config
-    prefix_BTD, fusion = model.encode(batch)
+    prefix_BTD, fusion = model.encode(batch, with_weights=with_weights)
     B, length, _ = prefix_BTD.shape
     cache = None
     if model.has_text:

@@ -263,7 +263,8 @@ def test_agrees_with_reference_vectors(tmp_path):
     for case in ("native", "up", "down"):
         pair = (nhwc(g1[f"{case}.img_{name}"]) for name in ("orig", "recon"))
         np.testing.assert_allclose(levels["level1"](*pair)[0], nhwc(g1[f"{case}.fused"]), **NUMBERS)
-    out, attention = levels["level2"](*(g2[f"batch2.feat_{n}"] for n in ("orig", "recon", "fused")))
+    features = (g2[f"batch2.feat_{n}"] for n in ("orig", "recon", "fused"))
+    out, attention = levels["level2"](*features, with_weights=True)
     np.testing.assert_allclose(out, g2["batch2.out"], **NUMBERS)
     np.testing.assert_allclose(attention, g2["batch2.attention"], **NUMBERS)
     np.testing.assert_allclose(

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,16 +54,24 @@ def test_agrees_with_reference_vectors(case):
     if case == "affine_mask":
         recon = recon * at_cells(jnp.asarray(G["occlusion_mask"][:, 0]), 4)[..., None]
 
-    def run(weights):
-        return structure.merge(weights)(G["feat_orig"], recon, G["feat_fused"])
+    def run(weights, **options):
+        return structure.merge(weights)(G["feat_orig"], recon, G["feat_fused"], **options)
 
-    out, probabilities = run(weights)
+    out, probabilities = run(weights, with_weights=True)
     np.testing.assert_allclose(out, G[f"{case}.out"], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(probabilities, G[f"{case}.attention"], rtol=1e-4, atol=1e-5)
+    out, nothing = run(weights)
+    np.testing.assert_allclose(out, G[f"{case}.out"], rtol=1e-4, atol=1e-4)
+    assert nothing is None
     if case != "no_affine":
-        grads = jax.grad(lambda w: jnp.sum(run(w)[0] * G["cotangent"]))(weights)
-        for path, expected in reference_weights(f"{case}.grad").items():
-            np.testing.assert_allclose(grads[path], expected, rtol=1e-3, atol=1e-4, err_msg=path)
+        for wanted in (False, True):
+            grads = jax.grad(
+                lambda w, wanted=wanted: jnp.sum(run(w, with_weights=wanted)[0] * G["cotangent"])
+            )(weights)
+            for path, expected in reference_weights(f"{case}.grad").items():
+                np.testing.assert_allclose(
+                    grads[path], expected, rtol=1e-3, atol=1e-4, err_msg=path
+                )
 
 
 def test_each_sample_of_a_batch_is_aligned_by_its_own_boxes():
@@ -86,17 +96,18 @@ def test_hidden_keys_get_no_attention_and_do_not_count():
     orig, recon, fused = random_features()
     mask = jnp.arange(16)[None] < jnp.array([[5], [16], [9]])
     module = attention()
-    out, weights = module(orig, recon, fused, mask)
+    out, weights = module(orig, recon, fused, mask, with_weights=True)
     np.testing.assert_array_equal(weights[0, :, :, 5:], 0)
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
     moved, _ = module(orig, recon.at[0, 5:].add(9.0), fused.at[0, 5:].add(9.0), mask)
     np.testing.assert_allclose(out, moved, rtol=1e-5)
 
 
-def test_a_sample_without_keys_keeps_the_original():
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_a_sample_without_keys_keeps_the_original(with_weights):
     orig, recon, fused = random_features()
     mask = jnp.array([[True] * 16, [False] * 16, [True] * 16])
-    out, _ = attention()(orig, recon, fused, mask)
+    out, _ = attention()(orig, recon, fused, mask, with_weights=with_weights)
     x = np.asarray(orig[1])
     expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(out[1], expected, rtol=1e-4, atol=1e-5)
@@ -107,10 +118,23 @@ def test_dropout_is_in_training_only_and_weights_are_those_before_it():
     orig, recon, fused = random_features()
     config = Level2Config(num_heads=4, dropout=0.5)
     module = SpatialAttention(config, 32, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    plain, weights = module(orig, recon, fused)
-    dropped, same_weights = module(orig, recon, fused, key=jax.random.key(3))
+    plain, weights = module(orig, recon, fused, with_weights=True)
+    dropped, same_weights = module(orig, recon, fused, key=jax.random.key(3), with_weights=True)
     assert not np.allclose(plain, dropped)
     np.testing.assert_array_equal(weights, same_weights)
+    without, nothing = module(orig, recon, fused, key=jax.random.key(3))
+    np.testing.assert_array_equal(without, dropped)
+    assert nothing is None
+
+
+def test_the_backward_pass_of_dropout_keeps_no_weights():
+    orig, recon, fused = random_features()
+    config = Level2Config(num_heads=4, dropout=0.5)
+    module = SpatialAttention(config, 32, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    run = functools.partial(module, key_mask_BP=None, key=jax.random.key(3))
+    kept = jax.tree.leaves(jax.vjp(lambda *x: run(*x)[0], orig, recon, fused)[1])
+    assert {x.shape for x in kept} >= {(3, 16, 4, 8)}
+    assert not [x.shape for x in kept if x.shape[-2:] == (16, 16)]
 
 
 def test_entropy_agrees_with_reference_vectors():

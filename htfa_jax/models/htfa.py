@@ -30,14 +30,14 @@ class Fusion:
       alpha_BHW: weight of the original.
       fused_BHWC: fused picture.
       spatial_BPD: F_spatial.
-      attention_BNTS: Level 2's weights.
+      attention_BNTS: Level 2's weights, None unless asked for.
     """
 
     pair: Pair
     alpha_BHW: jax.Array
     fused_BHWC: jax.Array
     spatial_BPD: jax.Array
-    attention_BNTS: jax.Array
+    attention_BNTS: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
@@ -109,10 +109,12 @@ class HTFA(nnx.Module):
             else None,
         )
 
-    def encode(self, batch: Batch, key: jax.Array | None = None) -> tuple[jax.Array, Fusion]:
+    def encode(
+        self, batch: Batch, key: jax.Array | None = None, *, with_weights: bool = False
+    ) -> tuple[jax.Array, Fusion]:
         """The picture tokens [B, P + M, D] that stand before the text, and what led to them."""
         fusion_key, understand_key, generate_key = split_key(key, 3)
-        fusion = self.fuse(batch, fusion_key)
+        fusion = self.fuse(batch, fusion_key, with_weights=with_weights)
         tokens = [self.level3.understand(fusion.spatial_BPD, understand_key)]
         if self.config.level3.generation:
             encoder = self.vq.encoder if self.config.is_frozen("vq") else self.vq_encoder
@@ -132,8 +134,10 @@ class HTFA(nnx.Module):
         start_B1 = jnp.broadcast_to(start_B, (B,))[:, None]
         return self.decoder(x_BTD, start_B1 + jnp.arange(T)[None], cache, key)
 
-    def fuse(self, batch: Batch, key: jax.Array | None = None) -> Fusion:
-        """Levels 1 and 2."""
+    def fuse(
+        self, batch: Batch, key: jax.Array | None = None, *, with_weights: bool = False
+    ) -> Fusion:
+        """Levels 1 and 2, with Level 2's attention weights if they are wanted."""
         alignment, grid = self.config.level2.alignment, self.config.patch_grid
         pair = register(batch, self.config)
         recon_BHWC = pair.aligned_BHWC if alignment == "pixels" else pair.recon_BHWC
@@ -148,6 +152,7 @@ class HTFA(nnx.Module):
             fused_BPD,
             visible_keys(pair, grid) if self.config.level2.mask_keys else None,
             key,
+            with_weights=with_weights,
         )
         return Fusion(pair, alpha_BHW, fused_BHWC, spatial_BPD, attention_BNTS)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from htfa_jax.attention import attention
 from htfa_jax.config import DecoderConfig
 from htfa_jax.layers import (
     Remat,
@@ -66,7 +67,7 @@ class Attention(nnx.Module):
         k_BSKH = apply_rope(self.k_proj(x_BTD).reshape(heads), positions_BT, *self.rope)
         v_BSKH = self.v_proj(x_BTD).reshape(heads)
         if cache is None:
-            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, is_causal=True)
+            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=True)
         else:
             row_B1 = jnp.arange(len(x_BTD))[:, None]
             k_BSKH = cache.k.at[row_B1, positions_BT].set(k_BSKH, mode="drop")
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
             cache = KVCache(k=k_BSKH, v=v_BSKH)
             slot_S = jnp.arange(k_BSKH.shape[1])
             mask_B1TS = slot_S[None, None, None, :] <= positions_BT[:, None, :, None]
-            out_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS)
+            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask_B1TS=mask_B1TS)
         return self.o_proj(out_BTNH.reshape(x_BTD.shape)), cache
 
 

@@ -4,10 +4,13 @@ F_spatial = LayerNorm(softmax(Q K^T / sqrt(d)) V + F_orig): Q from the original'
 from the reconstruction's in the original's frame, V from the fused picture's.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from htfa_jax.attention import attention
 from htfa_jax.config import Level2Config
 from htfa_jax.layers import dropout, layer_norm, linear
 
@@ -36,7 +39,9 @@ class SpatialAttention(nnx.Module):
         fused_BPD: jax.Array,
         key_mask_BP: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+        *,
+        with_weights: bool = False,
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Returns F_spatial [B, P, D] and the attention weights [B, N, P, P] before dropout.
 
         Args:
@@ -46,25 +51,47 @@ class SpatialAttention(nnx.Module):
           key_mask_BP: keys that may be attended to; None means all. A sample with no key left
             keeps the original's features.
           key: dropout key, None in evaluation.
+          with_weights: whether the weights are wanted; None stands for them otherwise.
         """
         B, P, D = orig_BPD.shape
         heads = (B, P, self.num_heads, D // self.num_heads)
         q_BTNH = self.q_proj(orig_BPD).reshape(heads)
         k_BSNH = self.k_proj(recon_BPD).reshape(heads)
         v_BSNH = self.v_proj(fused_BPD).reshape(heads)
-        logits_BNTS = jnp.einsum(
-            "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
-        ) * (heads[-1] ** -0.5)
-        if key_mask_BP is not None:
-            lowest = jnp.finfo(jnp.float32).min
-            logits_BNTS = jnp.where(key_mask_BP[:, None, None, :], logits_BNTS, lowest)
-        weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
-        dropped_BNTS = dropout(weights_BNTS, self.dropout, key).astype(v_BSNH.dtype)
-        out_BTNH = jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH)
+        weights_BNTS = None
+        if with_weights or (self.dropout > 0 and key is not None):
+            out_BTNH, weights_BNTS = attention_and_weights(
+                q_BTNH, k_BSNH, v_BSNH, key_mask_BP, key, self.dropout
+            )
+        else:
+            out_BTNH = attention(q_BTNH, k_BSNH, v_BSNH, key_mask_BS=key_mask_BP)
         out_BPD = self.o_proj(out_BTNH.reshape(B, P, D))
         if key_mask_BP is not None:
             out_BPD = jnp.where(key_mask_BP.any(axis=1)[:, None, None], out_BPD, 0)
-        return self.norm(out_BPD + orig_BPD), weights_BNTS
+        return self.norm(out_BPD + orig_BPD), weights_BNTS if with_weights else None
+
+
+# The backward pass computes the weights again: kept, they would be most of what the whole
+# model keeps.
+@functools.partial(jax.checkpoint, static_argnums=5)
+def attention_and_weights(
+    q_BTNH: jax.Array,
+    k_BSNH: jax.Array,
+    v_BSNH: jax.Array,
+    key_mask_BS: jax.Array | None,
+    key: jax.Array | None,
+    rate: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention [B, T, N, H] with dropout on its weights, and the weights [B, N, T, S] before."""
+    logits_BNTS = jnp.einsum(
+        "BTNH,BSNH->BNTS", q_BTNH, k_BSNH, preferred_element_type=jnp.float32
+    ) * (q_BTNH.shape[-1] ** -0.5)
+    if key_mask_BS is not None:
+        lowest = jnp.finfo(jnp.float32).min
+        logits_BNTS = jnp.where(key_mask_BS[:, None, None, :], logits_BNTS, lowest)
+    weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
+    dropped_BNTS = dropout(weights_BNTS, rate, key).astype(v_BSNH.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH), weights_BNTS
 
 
 def attention_entropy(weights_BNTS: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from htfa_jax.attention import attention
 from htfa_jax.config import SigLIPConfig
 from htfa_jax.layers import Remat, layer_norm, linear, run_layers, stack_layers
 
@@ -28,7 +29,7 @@ class Attention(nnx.Module):
         q_BPNH = self.q_proj(x_BPD).reshape(heads)
         k_BPNH = self.k_proj(x_BPD).reshape(heads)
         v_BPNH = self.v_proj(x_BPD).reshape(heads)
-        out_BPNH = jax.nn.dot_product_attention(q_BPNH, k_BPNH, v_BPNH)
+        out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH)
         return self.o_proj(out_BPNH.reshape(x_BPD.shape))
 
 

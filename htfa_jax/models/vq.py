@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from htfa_jax.attention import attention
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.siglip import patches
@@ -86,7 +87,7 @@ class AttentionBlock(nnx.Module):
         q, k, v = (
             proj(y_BHWD).reshape(B, H * W, 1, D) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out_BHWD = jax.nn.dot_product_attention(q, k, v).reshape(B, H, W, D)
+        out_BHWD = attention(q, k, v).reshape(B, H, W, D)
         return x_BHWD + self.o_proj(out_BHWD)
 
 
