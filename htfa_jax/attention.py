@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
+from htfa_jax.layers import BATCH_AXES
+
 Implementation = Literal["splash", "cudnn", "plain"]
 
 
@@ -37,8 +39,8 @@ KERNELS = {
     "gpu 9": Kernel("cudnn", ("bfloat16", "float16"), 256, 256),
     "gpu 10": Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
 }
-# Mesh axes that samples and heads are spread over.
-BATCH_AXES, HEAD_AXES = ("data", "fsdp"), ("tensor",)
+# Mesh axes that cut heads.
+HEAD_AXES = ("tensor",)
 SPLASH_BLOCKS = (512, 384, 256)
 # A logit's share of a hidden key: far below any other, and exact in float16 too.
 HIDDEN = -(2.0**14)

@@ -16,6 +16,7 @@ from htfa_jax.config import Config
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
+from htfa_jax.topologies import Target, collectives
 from htfa_jax.train_state import State, build, frozen_dtype, new_state
 from htfa_jax.train_step import compile_train_step
 
@@ -116,37 +117,99 @@ def abstract_step(config: Config, devices: Sequence[Any] | None = None) -> Abstr
     state = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
     steps = config.train.accumulation_steps
     batch = abstract_batch(
-        config, config.train.batch_size * layout.num_shards, config.data.text_buckets[0]
+        config, config.train.batch_size * layout.num_shards, config.data.text_buckets[-1]
     )
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch)
     step = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
     return Abstract(step, state, frozen, batch, layout, model.shapes)
 
 
-def plan(config: Config) -> str:
-    """The plan as text. Compiles the training step, which takes a minute for a large model."""
-    abstract = abstract_step(config)
-    length, train = config.data.text_buckets[0], config.train
-    memory = abstract.lower().compile().memory_analysis()
-    operations = flops.training_step(config, length)
-    device, mesh = jax.devices()[0], abstract.layout.mesh
-    patches, codes = config.patch_grid**2, flops.code_tokens(config)
-    kinds = abstract.device_bytes()
-    kinds["gradients, activations"] = memory.temp_size_in_bytes
-    return "\n".join(
-        [
-            f"devices      {jax.device_count()} x {device.device_kind} ({device.platform}); "
-            f"mesh {dict(mesh.shape)}, {config.sharding.mode}",
-            size_table(abstract.shapes, config),
-            f"tokens       {flops.sequence_length(config, length)} per sample: "
-            f"{patches} understanding, {codes} generation, up to {length} text "
-            "(first bucket)",
-            f"operations   {sum(operations.values()) / 1e9:,.1f} GFLOP per sample and step ("
-            + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in operations.items())
-            + ")",
-            f"samples      {train.batch_size} x {abstract.layout.num_shards} parts of the batch "
-            f"per micro-step, {train.accumulation_steps} micro-steps per update",
-            "memory of a device (gradients, activations: the compiler's temporaries)",
-            *(f"  {kind:<26}{size / 2**20:>10,.0f} MiB" for kind, size in kinds.items()),
-        ]
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs of each device.
+
+    Attributes:
+      kept: bytes by kind that stay from step to step; exact.
+      estimated: bytes by kind that a step needs beside; their sum is the compiler's, how it
+        divides is worked out from shapes.
+      peak: bytes at the worst moment, as the compiler says.
+      operations: floating-point operations of a sample, by part of the model.
+      collectives: communications in the program's text, by kind.
+    """
+
+    kept: dict[str, int]
+    estimated: dict[str, int]
+    peak: int
+    operations: dict[str, float]
+    collectives: dict[str, int]
+
+
+def make_plan(abstract: Abstract, config: Config) -> Plan:
+    """Compiles the training step, which takes a minute or more for a large model."""
+    compiled = abstract.lower().compile()
+    memory = compiled.memory_analysis()
+    layout, params = abstract.layout, abstract.state["params"]
+
+    def shard(path: str, place: Any) -> int:
+        return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
+
+    wide = config.sharding.reduce_dtype == "float32"
+    width = jnp.dtype(jnp.float32 if wide else config.train.dtype).itemsize
+    copy = 0
+    if layout.mesh.size > 1 or width < 4:
+        copy = width * sum(shard(path, layout.used) for path in params)
+    accumulates = config.train.accumulation_steps > 1
+    gradients = (4 if accumulates else width) * sum(shard(path, layout.stored) for path in params)
+    rest = memory.temp_size_in_bytes - copy - gradients
+    return Plan(
+        kept=abstract.device_bytes(),
+        estimated={"compute copy": copy, "gradients": gradients, "activations": max(rest, 0)},
+        peak=memory.peak_memory_in_bytes,
+        operations=flops.training_step(config, config.data.text_buckets[-1]),
+        collectives=collectives(compiled.as_text()),
     )
+
+
+def describe(config: Config, target: Target | None = None) -> str:
+    """The plan as text.
+
+    Args:
+      config: of the run.
+      target: devices that are not here; None for those that are.
+    """
+    abstract = abstract_step(config, target and target.devices)
+    found = make_plan(abstract, config)
+    length, train, mesh = config.data.text_buckets[-1], config.train, abstract.layout.mesh
+    device = mesh.devices.flat[0]
+    patches, codes = config.patch_grid**2, flops.code_tokens(config)
+    operations = sum(found.operations.values())
+
+    def size(kind: str, bytes_: int, note: str = "") -> str:
+        return f"  {kind:<18}{bytes_ / 2**20:>10,.0f} MiB{note}"
+
+    lines = [
+        f"devices      {mesh.size} x {device.device_kind}; mesh {dict(mesh.shape)}, "
+        f"{config.sharding.mode}",
+        size_table(abstract.shapes, config),
+        f"tokens       {flops.sequence_length(config, length)} per sample: "
+        f"{patches} understanding, {codes} generation, up to {length} text (longest bucket)",
+        f"operations   {operations / 1e9:,.1f} GFLOP per sample and step ("
+        + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in found.operations.items())
+        + ")",
+        f"samples      {train.batch_size} x {abstract.layout.num_shards} parts of the batch per "
+        f"micro-step, {train.accumulation_steps} micro-steps per update",
+        "collectives  "
+        + (", ".join(f"{n} {kind}" for kind, n in found.collectives.items()) or "none")
+        + " in the program (in loops once)",
+        "memory of a device",
+        *(size(*item) for item in found.kept.items()),
+        *(size(*item, "  (estimate)") for item in found.estimated.items()),
+        size("peak", found.peak, "  (the compiler's)"),
+    ]
+    if target is not None:
+        verdict = "fits" if found.peak <= target.memory else "DOES NOT FIT"
+        lines.append(
+            f"  {verdict}: {found.peak / 2**30:.1f} of {target.memory / 2**30:.1f} GiB of a "
+            f"{target.name.split(':')[0]} chip"
+        )
+    return "\n".join(lines)

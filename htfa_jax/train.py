@@ -53,7 +53,7 @@ from htfa_jax.logs import MetricWriter, log_to_file, only_warnings_to_terminal
 from htfa_jax.loop import Loop, duration
 from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.paths import Flat
-from htfa_jax.plan import plan, size_table
+from htfa_jax.plan import describe, size_table
 from htfa_jax.pretrained import load_pretrained
 from htfa_jax.processes import Distributed, first_goes_ahead, is_first
 from htfa_jax.sharding import Layout
@@ -378,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.init_from is not None:
         config = override(config, {"pretrained.run": args.init_from})
     if args.dry_run:
-        print(plan(config))
+        print(describe(config))
         return
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))

@@ -1,0 +1,21 @@
+"""HTFA with all 24 layers of InternLM2-1.8B, on 8 chips of 16 GB or one large GPU.
+
+    python -m htfa_jax.train --config configs/internlm2_1_8b.py \\
+        --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2_1_8b ...
+"""
+
+from htfa_jax.config import Config
+from htfa_jax.config_io import override
+
+
+def get_config() -> Config:
+    """The differences from `standard`."""
+    return override(
+        Config(),
+        {
+            "decoder.num_layers": 24,
+            "sharding.mode": "fsdp",
+            "train.batch_size": 1,
+            "train.accumulation_steps": 8,
+        },
+    )

@@ -1,0 +1,42 @@
+"""Says whether a run fits on devices that are not here, by compiling its training step for them.
+
+    python scripts/plan.py --config configs/standard.py --topology v5e:2x4
+    python scripts/plan.py --config configs/internvl2_8b.py --topology h100:8
+
+TPU slices need `pip install -e .[tpu]`, NVIDIA GPUs `pip install -e .[cuda]`; no device needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from htfa_jax import parts
+from htfa_jax.commands import command
+from htfa_jax.config_io import ConfigFlags, override, parse_args
+from htfa_jax.plan import describe
+from htfa_jax.topologies import find
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """Memory, operations and communication of a training step, without running it."""
+
+    config: ConfigFlags
+    topology: str | None = None  # v5e:2x4, v5p:2x2x4, v6e:16x16, h100:8, ... (None: what is here)
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    """Command line."""
+    args = parse_args(PlanArgs, sys.argv[1:] if argv is None else argv, resolve=parts.with_sizes)
+    # Weights are not looked at: what would be pretrained is frozen as it would be with them.
+    config = override(args.config, {"pretrained.random_parts": "as_configured"})
+    print(describe(config, args.topology and find(args.topology)))
+
+
+if __name__ == "__main__":
+    main()
