@@ -91,6 +91,9 @@ def attention_and_weights(
         logits_BNTS = jnp.where(key_mask_BS[:, None, None, :], logits_BNTS, lowest)
     weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
     dropped_BNTS = dropout(weights_BNTS, rate, key).astype(v_BSNH.dtype)
+    # The TPU compiler (libtpu 0.0.42) overflows its stack where it may draw the random numbers
+    # inside of the product.
+    dropped_BNTS = jax.lax.optimization_barrier(dropped_BNTS)
     return jnp.einsum("BNTS,BSNH->BTNH", dropped_BNTS, v_BSNH), weights_BNTS
 
 
