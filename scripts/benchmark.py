@@ -10,12 +10,19 @@ FLOPs are those of `htfa_jax.flops`: 2 x tokens x (parameters of the matrices) +
 x width for attention, three times for what learns, twice for what gradients pass through, once for
 the rest; rematerialisation is not counted. Utilisation is the achieved FLOP/s over the measured
 peak: the fastest of several square matrix products in the dtype of the computation.
+
+Peak memory is the device's own count. On a CPU it is the largest resident set of the process while
+it trains: compiled before, in another process; freed memory is given back after the first step,
+and the count starts there, on both sides alike. Where the system cannot start it again (only Linux
+can), it is that of the process's whole life.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -98,9 +105,21 @@ def random_arrays(config: Config, text_length: int, seed: int = 0) -> dict[str, 
 
 
 def peak_resident() -> int:
-    """Largest resident set of this process so far, in bytes."""
+    """Largest resident set of this process since `forget_peak`, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak() -> None:
+    """Gives freed memory back to the system and starts `peak_resident` again, where it can."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def use_cores(threads: int | None) -> None:
@@ -119,7 +138,7 @@ def serve(pipe: Connection, run: Callable[[], float]) -> None:
         pipe.send(time.perf_counter() - start)
 
 
-def write_weights(config: Config, path: Path) -> None:
+def write_weights(pipe: Connection, config: Config, path: Path) -> None:
     """Saves the weights that `jax_side` draws, in float32, for the twin to start from."""
     import jax
     from safetensors.numpy import save_file
@@ -129,10 +148,52 @@ def write_weights(config: Config, path: Path) -> None:
     jax.config.update("jax_platforms", "cpu")
     trainable, frozen = new_params(config, build(config), {})
     flat = {**trainable, **frozen}
-    save_file({path: np.array(value, np.float32) for path, value in flat.items()}, path)
+    save_file({name: np.array(value, np.float32) for name, value in flat.items()}, path)
+    pipe.send({})
 
 
-def jax_side(pipe: Connection, args: BenchmarkArgs, arrays: dict[str, np.ndarray]) -> None:
+def compile_step(config: Config, arrays: dict[str, np.ndarray], cache: Path) -> tuple[Any, dict]:
+    """The compiled training step, and what compiling it took; kept in the folder `cache`."""
+    import jax
+    import jax.numpy as jnp
+
+    from htfa_jax import paths
+    from htfa_jax.batch import Batch
+    from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
+    from htfa_jax.train import make_train_step
+    from htfa_jax.train_state import build, frozen_dtype, new_state
+
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    model = build(config)
+    schedule = learning_rate(config.optim, 10_000)
+    optimizer = make_optimizer(config.optim, schedule)
+    frozen, trainable = paths.split(model.shapes, frozen_pattern(config))
+    frozen = {p: jax.ShapeDtypeStruct(s.shape, frozen_dtype(p, config)) for p, s in frozen.items()}
+    state = jax.eval_shape(lambda params: new_state(params, optimizer), trainable)
+    batch = jax.eval_shape(lambda: Batch(**{k: jnp.asarray(v) for k, v in arrays.items()}))
+    step = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
+    start = time.perf_counter()
+    lowered = step.lower(state, frozen, batch)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    return compiled, {
+        "trace_seconds": traced - start,
+        "compile_seconds": time.perf_counter() - traced,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+    }
+
+
+def compile_side(pipe: Connection, args: BenchmarkArgs, arrays: dict, cache: Path) -> None:
+    """Compiles the step into an empty cache; sends what it took."""
+    use_cores(args.threads)
+    _, facts = compile_step(args.config, arrays, cache)
+    pipe.send({**facts, "compile_peak_bytes": peak_resident()})
+
+
+def jax_side(pipe: Connection, args: BenchmarkArgs, arrays: dict, cache: Path) -> None:
     """Measures ours: sends facts, serves timings, sends what is known at the end."""
     use_cores(args.threads)
     import jax
@@ -140,49 +201,38 @@ def jax_side(pipe: Connection, args: BenchmarkArgs, arrays: dict[str, np.ndarray
     from htfa_jax.batch import Batch
     from htfa_jax.flops import training_step
     from htfa_jax.optim import learning_rate, make_optimizer
-    from htfa_jax.train import make_train_step
     from htfa_jax.train_state import build, new_params, new_state
 
-    jax.config.update("jax_enable_compilation_cache", False)
     config, device = args.config, jax.devices()[0]
-    model = build(config)
-    schedule = learning_rate(config.optim, 10_000)
-    optimizer = make_optimizer(config.optim, schedule)
-    trainable, frozen = new_params(config, model, {})
-    state, frozen = jax.device_put((new_state(trainable, optimizer), frozen), device)
+    compiled, _ = compile_step(config, arrays, cache)
+    trainable, frozen = new_params(config, build(config), {})
+    optimizer = make_optimizer(config.optim, learning_rate(config.optim, 10_000))
+    state = new_state(trainable, optimizer)
     del trainable
-    batch = jax.device_put(Batch(**arrays), device)
-    jax.block_until_ready(state)
-    resident = {"weights": peak_resident()}
-    step = jax.jit(make_train_step(config, model, optimizer, schedule), donate_argnums=0)
-    start = time.perf_counter()
-    lowered = step.lower(state, frozen, batch)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = {"trace_seconds": traced - start, "compile_seconds": time.perf_counter() - traced}
-    resident["compile"] = peak_resident()
+    batch = jax.device_put(Batch(**arrays))
+    jax.clear_caches()
 
     def run() -> float:
         nonlocal state
         state, metrics = compiled(state, frozen, batch)
         return float(metrics["loss"])  # which waits for the step
 
+    before = peak_resident()
     loss = run()
+    forget_peak()
     pipe.send(
         {
             "device": f"{device.device_kind} ({device.platform})",
             "first_loss": loss,
-            **seconds,
             "flops_per_sample": training_step(config, arrays["tokens"].shape[1]),
         }
     )
     serve(pipe, run)
-    resident["steps"] = peak_resident()
-    stats = device.memory_stats() or {}
+    resident, stats = peak_resident(), device.memory_stats() or {}
     memory = {
-        "peak_bytes": stats.get("peak_bytes_in_use", resident["steps"]),
+        "peak_bytes": stats.get("peak_bytes_in_use", resident),
         "peak_kind": "device" if "peak_bytes_in_use" in stats else "resident",
-        "resident_bytes_after": resident,
+        "start_peak_bytes": before,
     }
     if args.profile is not None:
         with jax.profiler.trace(str(args.profile)):
@@ -226,17 +276,11 @@ def torch_side(
         torch.set_num_threads(args.threads)
     with safe_open(weights, framework="numpy") as file:
         twin = Twin(args.config, {path: file.get_tensor(path) for path in file.keys()})  # noqa: SIM118
-    resident = {"weights": peak_resident()}
-    pipe.send({"device": f"{torch.get_num_threads()} threads", "first_loss": twin.step(arrays)})
+    before, loss = peak_resident(), twin.step(arrays)
+    forget_peak()
+    pipe.send({"device": f"{torch.get_num_threads()} threads", "first_loss": loss})
     serve(pipe, lambda: twin.step(arrays))
-    resident["steps"] = peak_resident()
-    pipe.send(
-        {
-            "peak_bytes": resident["steps"],
-            "peak_kind": "resident",
-            "resident_bytes_after": resident,
-        }
-    )
+    pipe.send({"peak_bytes": peak_resident(), "peak_kind": "resident", "start_peak_bytes": before})
 
 
 class Side:
@@ -294,19 +338,14 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "cores": args.threads or len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
     }
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack():
-        sides = []
+    with tempfile.TemporaryDirectory() as folder:
+        cache, weights = Path(folder) / "compiled", Path(folder) / "weights.safetensors"
+        compiling = Side("compiling", compile_side, args, arrays, cache)
+        compiling.process.join()
+        sides = [Side("jax", jax_side, args, arrays, cache)]
         if args.against == "torch":
-            weights = Path(folder) / "weights.safetensors"
-            writer = multiprocessing.get_context("spawn").Process(
-                target=write_weights, args=(config, weights)
-            )
-            writer.start()
-            writer.join()
-            if writer.exitcode:
-                raise TrainingError("the twin's weights could not be written; see above")
+            Side("weights", write_weights, config, weights).process.join()
             sides.append(Side("torch", torch_side, args, arrays, weights))
-        sides.insert(0, Side("jax", jax_side, args, arrays))
         for _ in range(args.repeats):
             for side in sides:
                 side.time(args.steps)
@@ -315,6 +354,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     ours = figures["jax"]
     flops = sum(ours["flops_per_sample"].values()) * ours["samples_per_second"]
     ours |= {
+        **compiling.facts,
         "flops_per_second": flops,
         "utilisation": flops / ours["matmul_flops_per_second"],
     }
@@ -348,12 +388,12 @@ def table(figures: dict[str, Any]) -> str:
             f"peak {peak:.2f} GB ({side['peak_kind']})  first loss {side['first_loss']:.5f}"
         )
     parts = ", ".join(f"{k} {v / 1e9:,.1f}" for k, v in ours["flops_per_sample"].items())
-    resident = ", ".join(
-        f"{b / 1e9:.2f} after {stage}" for stage, b in ours["resident_bytes_after"].items()
-    )
     lines += [
-        f"trace and lower {ours['trace_seconds']:.1f} s, compile {ours['compile_seconds']:.1f} s",
-        f"host memory {resident} (GB, highest so far)",
+        f"trace and lower {ours['trace_seconds']:.1f} s, compile {ours['compile_seconds']:.1f} s "
+        f"(peak {ours['compile_peak_bytes'] / 1e9:.2f} GB)",
+        f"the compiler plans {ours['argument_bytes'] / 1e9:.2f} GB of weights, moments and batch, "
+        f"and {ours['temporary_bytes'] / 1e9:.2f} GB for a step; "
+        f"peak before the first step {ours['start_peak_bytes'] / 1e9:.2f} GB",
         f"{sum(ours['flops_per_sample'].values()) / 1e9:,.1f} GFLOP per sample ({parts})",
         f"{ours['flops_per_second'] / 1e9:,.1f} GFLOP/s of "
         f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matrix product: "

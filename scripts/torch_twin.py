@@ -120,7 +120,8 @@ class Twin:
         self.vq = reference.VQ(*opened("vq"), config.vq)
         self.levels = Levels(config)
         self.levels.load_state_dict(parts["levels"])
-        if train.remat != "none":
+        # What "dots" recomputes, PyTorch's fused kernels never store.
+        if train.remat == "full":
             for module in (self.siglip, self.decoder):
                 module.train().gradient_checkpointing_enable()
 
