@@ -130,12 +130,13 @@ def use_cores(threads: int | None) -> None:
 
 
 def serve(pipe: Connection, run: Callable[[], float]) -> None:
-    """Answers each number of steps with the seconds that they took, until it is 0."""
+    """Answers each number of steps with (seconds, of the processor) of one, until it is 0."""
     while steps := pipe.recv():
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.process_time()
         for _ in range(steps):
             run()
-        pipe.send(time.perf_counter() - start)
+        spent = time.perf_counter() - start, time.process_time() - worked
+        pipe.send([seconds / steps for seconds in spent])
 
 
 def write_weights(pipe: Connection, config: Config, path: Path) -> None:
@@ -287,7 +288,7 @@ class Side:
     """A process that measures one side; the parent tells it when."""
 
     def __init__(self, name: str, target: Callable, *args: Any):
-        self.name, self.seconds = name, []
+        self.name, self.timings = name, []
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=target, args=(theirs, *args), daemon=True)
@@ -309,18 +310,20 @@ class Side:
     def time(self, steps: int) -> None:
         """One more timing."""
         self.pipe.send(steps)
-        self.seconds.append(self.receive() / steps)
+        self.timings.append(self.receive())
 
     def finish(self, samples: int) -> dict[str, Any]:
         """All figures."""
         self.pipe.send(0)
         self.facts |= self.receive()
         self.process.join()
-        median = statistics.median(self.seconds)
+        seconds, worked = (list(x) for x in zip(*self.timings, strict=True))
+        median = statistics.median(seconds)
         return {
             **self.facts,
-            "step_seconds": self.seconds,
+            "step_seconds": seconds,
             "median_step_seconds": median,
+            "median_step_processor_seconds": statistics.median(worked),
             "samples_per_second": samples / median,
         }
 
@@ -383,7 +386,8 @@ def table(figures: dict[str, Any]) -> str:
         peak = side["peak_bytes"] / 1e9
         lines.append(
             f"{name:<6} {side['median_step_seconds']:.4f} s per step "
-            f"({min(side['step_seconds']):.4f} to {max(side['step_seconds']):.4f})  "
+            f"({min(side['step_seconds']):.4f} to {max(side['step_seconds']):.4f}; "
+            f"{side['median_step_processor_seconds']:.4f} s of the processor)  "
             f"{side['samples_per_second']:.2f} samples/s  "
             f"peak {peak:.2f} GB ({side['peak_kind']})  first loss {side['first_loss']:.5f}"
         )
