@@ -18,7 +18,6 @@ import optax
 from flax import nnx
 
 from htfa_jax import parts, paths
-from htfa_jax.checkpoint import load_run
 from htfa_jax.config import Config
 from htfa_jax.models.htfa import HTFA
 from htfa_jax.optim import frozen_pattern
@@ -92,6 +91,8 @@ def new_params(config: Config, model: Model, loaded: Flat) -> tuple[Flat, Flat]:
 def load_pretrained(config: Config, model: Model) -> Flat:
     """The weights that `config.pretrained` names, as `{path: array}`; says what starts random."""
     if config.pretrained.run is not None:
+        from htfa_jax.checkpoint import load_run  # Orbax, which only runs need
+
         _, loaded, step, _ = load_run(config.pretrained.run, lambda c: build(c).shapes)
         # A tokenizer encoder that trains may be new in this run: it starts as a copy.
         copied, needed = paths.split(model.shapes, r"vq_encoder\..*")

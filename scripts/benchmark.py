@@ -46,7 +46,7 @@ from htfa_jax.errors import ConfigError, TrainingError
 # JAX and PyTorch are imported by the processes that measure them, never by this one.
 
 MATMUL_SIZES = (1024, 2048, 4096, 8192)
-MATMUL_SECONDS = 0.5  # the next size is tried while a product takes less
+MATMUL_SECONDS = 0.1  # the next size is tried while a product takes less
 
 
 @dataclasses.dataclass(frozen=True)
