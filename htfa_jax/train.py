@@ -89,12 +89,14 @@ def make_train_step(
         grads, metrics = sum_over(micro_step, steps, batch, step_key)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state["params"], state["opt_state"]),
+
+        def update(params: Flat, opt_state: Any) -> tuple[Flat, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # A branch, not a choice between old and new, which would copy moments to keep the old.
+        params, opt_state = jax.lax.cond(
+            finite, update, lambda *old: old, state["params"], state["opt_state"]
         )
         metrics |= {
             "grad_norm": norm,
