@@ -52,3 +52,8 @@ class Batch:
     loss_mask: jax.Array
     weight: jax.Array
     index: jax.Array
+
+
+def in_micro_batches(batch: Batch, steps: int) -> Batch:
+    """[samples, ...] -> [micro-steps, samples, ...], on the host."""
+    return Batch(**{name: x.reshape(steps, -1, *x.shape[1:]) for name, x in vars(batch).items()})

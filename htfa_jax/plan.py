@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from htfa_jax import flops, paths
 from htfa_jax.batch import Batch
@@ -65,6 +66,7 @@ class Abstract:
     Attributes:
       step: as `compile_train_step` makes it.
       state, frozen, batch: shapes and types.
+      optimizer: of the step.
       layout: where they would be.
       shapes: of all parameters, by path.
     """
@@ -73,6 +75,7 @@ class Abstract:
     state: State
     frozen: Flat
     batch: Batch
+    optimizer: optax.GradientTransformation
     layout: Layout
     shapes: Flat
 
@@ -99,12 +102,15 @@ class Abstract:
         }
 
 
-def abstract_step(config: Config, devices: Sequence[Any] | None = None) -> Abstract:
+def abstract_step(
+    config: Config, devices: Sequence[Any] | None = None, text_length: int | None = None
+) -> Abstract:
     """The training step of a configuration, without its arrays.
 
     Args:
       config: of the run.
       devices: that it would run on, which need not be here; None for those that are.
+      text_length: tokens of text; None for the longest of `data.text_buckets`.
     """
     layout, model = Layout(config, devices), build(config)
     frozen, trainable = paths.split(model.shapes, frozen_pattern(config))
@@ -116,12 +122,11 @@ def abstract_step(config: Config, devices: Sequence[Any] | None = None) -> Abstr
     optimizer = make_optimizer(config.optim, schedule)
     state = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
     steps = config.train.accumulation_steps
-    batch = abstract_batch(
-        config, config.train.batch_size * layout.num_shards, config.data.text_buckets[-1]
-    )
+    length = text_length or config.data.text_buckets[-1]
+    batch = abstract_batch(config, config.train.batch_size * layout.num_shards, length)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((steps, *x.shape), x.dtype), batch)
     step = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
-    return Abstract(step, state, frozen, batch, layout, model.shapes)
+    return Abstract(step, state, frozen, batch, optimizer, layout, model.shapes)
 
 
 @dataclasses.dataclass(frozen=True)

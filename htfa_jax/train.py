@@ -19,7 +19,7 @@ import optax
 from clu import parameter_overview
 
 from htfa_jax import parts, report
-from htfa_jax.batch import Batch
+from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.checkpoint import (
     Checkpoints,
     load_frozen,
@@ -39,7 +39,6 @@ from htfa_jax.config_io import (
     source_name,
 )
 from htfa_jax.data.pipeline import (
-    in_micro_batches,
     num_steps,
     samples_per_step,
     training_batches,

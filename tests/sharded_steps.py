@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
+from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoint import Checkpoints
 from htfa_jax.config_io import override
-from htfa_jax.data.pipeline import in_micro_batches
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.plan import abstract_step

@@ -13,13 +13,13 @@ from support import random_batch, tiny
 
 import htfa_jax.train as train_module
 from htfa_jax import train_vq
+from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
 from htfa_jax.data import held_objects
 from htfa_jax.data.pipeline import (
     evaluation_batches,
-    in_micro_batches,
     num_steps,
     samples_per_step,
     training_batches,

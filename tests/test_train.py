@@ -11,9 +11,9 @@ import pytest
 from support import random_batch, random_weights, tiny
 
 import htfa_jax.train as train_module
+from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoint import load_run, open_checkpoints
 from htfa_jax.config_io import load_config, override
-from htfa_jax.data.pipeline import in_micro_batches
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split

@@ -6,6 +6,7 @@ of the checkpoint's own code is used. All in float32.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -164,8 +165,8 @@ class VQ:
         table = self.weights["quantize.embedding.weight"]
         return functional.normalize(table, dim=-1) if self.sizes.normalize_codes else table
 
-    def encode(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Continuous codes [B, M, E], as they are compared, and distances to all codes."""
+    def continuous(self, image_BCHW: Tensor) -> Tensor:
+        """Continuous codes [B, M, E], as they are compared."""
         x = self.conv("encoder.conv_in", image_BCHW)
         levels = len(self.sizes.channel_multipliers)
         for i in range(levels):
@@ -178,7 +179,11 @@ class VQ:
         x = self.normed("encoder.norm_out", self.middle("encoder", x))
         x = self.conv("encoder.conv_out", x)
         z = self.conv("quant_conv", x).flatten(2).transpose(1, 2)
-        z = functional.normalize(z, dim=-1) if self.sizes.normalize_codes else z
+        return functional.normalize(z, dim=-1) if self.sizes.normalize_codes else z
+
+    def encode(self, image_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Continuous codes [B, M, E] and their squared distances to all codes [B, M, C]."""
+        z = self.continuous(image_BCHW)
         return z, torch.cdist(z, self.vectors()[None]) ** 2
 
     def decode(self, codes_BM: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ class VQ:
     def norm(self, name: str, x: Tensor) -> Tensor:
         """Group norm."""
         weight, bias = (self.weights[f"{name}.{kind}"] for kind in ("weight", "bias"))
-        return functional.group_norm(x, min(32, x.shape[1]), weight, bias, eps=1e-6)
+        return functional.group_norm(x, math.gcd(32, x.shape[1]), weight, bias, eps=1e-6)
 
     def normed(self, name: str, x: Tensor) -> Tensor:
         """Group norm and swish."""
@@ -224,10 +229,9 @@ class VQ:
         if f"{name}.q.weight" not in self.weights:
             return x
         y = self.norm(f"{name}.norm", x)
-        q, k, v = (self.conv(f"{name}.{part}", y).flatten(2) for part in "qkv")
-        weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=-1)
-        out = (v @ weights.transpose(1, 2)).unflatten(2, x.shape[2:])
-        return x + self.conv(f"{name}.proj_out", out)
+        q, k, v = (self.conv(f"{name}.{part}", y).flatten(2).transpose(1, 2) for part in "qkv")
+        out = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.conv(f"{name}.proj_out", out.unflatten(2, x.shape[2:]))
 
     def middle(self, half: str, x: Tensor) -> Tensor:
         """Block, attention, block."""

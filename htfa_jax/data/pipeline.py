@@ -137,11 +137,6 @@ def num_steps(config: Config, num_records: int, samples: int, step: int = 0, see
     return max(1, step + max(left, 0) // samples)
 
 
-def in_micro_batches(batch: Batch, steps: int) -> Batch:
-    """[samples, ...] -> [micro-steps, samples, ...], on the host."""
-    return Batch(**{name: x.reshape(steps, -1, *x.shape[1:]) for name, x in vars(batch).items()})
-
-
 def training_batches(
     config: Config,
     records: RecordFile,
