@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
+
+_talks = True
 
 
 class _BarHandler(logging.Handler):
@@ -47,7 +48,9 @@ def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
 
 
 def only_warnings_to_terminal() -> None:
-    """For all processes of a run but the first, which talks for all."""
+    """For all processes of a run but the first, which talks for all. Bars are left out too."""
+    global _talks
+    _talks = False
     for handler in logging.getLogger("htfa_jax").handlers:
         if isinstance(handler, _BarHandler):
             handler.setLevel(logging.WARNING)
@@ -66,7 +69,7 @@ def progress(total: int, description: str, *, start: int = 0, unit: str = "step"
         initial=start,
         desc=description,
         unit=unit,
-        disable=not sys.stderr.isatty() or jax.process_index() > 0,
+        disable=not (sys.stderr.isatty() and _talks),
         dynamic_ncols=True,
     )
 

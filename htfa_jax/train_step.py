@@ -49,19 +49,23 @@ def make_train_step(
 
         def micro_step(micro: Batch, key: jax.Array) -> tuple[Flat, dict[str, jax.Array]]:
             (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(copy, micro, key)
-            grads = layout.scatter(grads)
-            return {p: g.astype(jnp.float32) / scale for p, g in grads.items()}, metrics
+            return layout.scatter(grads), metrics
+
+        def unscaled(grads: Flat) -> Flat:
+            return {path: g.astype(jnp.float32) / scale for path, g in grads.items()}
 
         step_key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         grads, metrics = sum_over(micro_step, batch, step_key, layout)
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(unscaled(grads))
         usable = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, old),
-            (params, opt_state),
-            (state["params"], state["opt_state"]),
+
+        def update(params: Flat, opt_state: Any) -> tuple[Flat, Any]:
+            updates, opt_state = optimizer.update(unscaled(grads), opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # A branch, not a selection between old and new, for which both would have to be kept.
+        params, opt_state = jax.lax.cond(
+            usable, update, lambda *old: old, state["params"], state["opt_state"]
         )
         metrics |= {
             "grad_norm": norm,
@@ -80,14 +84,17 @@ def sum_over(
     key: jax.Array,
     layout: Layout,
 ) -> tuple[Flat, dict[str, jax.Array]]:
-    """Gradients and metrics summed over the micro-steps of a batch, each with its own key."""
+    """Gradients and metrics summed over the micro-steps of a batch, each with its own key.
+
+    Of a single micro-step gradients keep their type; sums are float32.
+    """
     steps = len(batch.weight)
     if steps == 1:
         # Not a loop of one: XLA's convolutions are several times slower in loops on CPUs.
         return micro_step(jax.tree.map(lambda x: x[0], batch), key)
     inputs = (batch, jax.random.split(key, steps))
     shapes = jax.eval_shape(micro_step, *jax.tree.map(lambda x: x[0], inputs))
-    grads, metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    grads, metrics = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
 
     def add(total: Any, x: Any) -> tuple[Any, None]:
         grads, metrics = jax.tree.map(jnp.add, total, micro_step(*x))
