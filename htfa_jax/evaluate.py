@@ -22,7 +22,7 @@ from htfa_jax import report
 from htfa_jax.answers import Answerer
 from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import find_run, load_run
-from htfa_jax.commands import command
+from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, load_config, parse_args
 from htfa_jax.data.pipeline import evaluation_batches
@@ -271,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(
         EvaluateArgs, argv, source="checkpoint", read=lambda path: load_config(find_run(path)[0])
     )
+    use_compilation_cache(args.config)
     workdir, _ = find_run(args.checkpoint)
     _, params, step, _ = load_run(args.checkpoint, lambda c: build(c).shapes)
     log.info("%s, step %d, on split %s", workdir, step, args.split)

@@ -190,7 +190,7 @@ class HTFAInference:
           image_orig: the original: a path, PIL picture or uint8 array.
           image_recon: the reconstruction; without one the model paints it first.
           query: `data.default_query` by default.
-          decoding: options; the run's `eval.max_new_tokens`, greedily, by default.
+          decoding: options; greedy by default.
           completion: options; None paints nothing.
           return_intermediates: whether results hold what the model saw.
           **fields: object_mask, occluder_mask, bbox_orig, bbox_recon, as in a dataset's records.
@@ -348,9 +348,13 @@ class HTFAInference:
             for i in range(num_samples)
         ]
 
-    def default_decoding(self) -> Decoding:
-        """Greedy, as long as the run's evaluations allow."""
-        return Decoding(max_new_tokens=self.config.eval.max_new_tokens)
+    def decoding(self, options: Decoding | None) -> Decoding:
+        """The options with what the run decides where they do not; greedy by default."""
+        options = options or Decoding()
+        if options.max_new_tokens is None:
+            limit = self.config.eval.max_new_tokens
+            options = dataclasses.replace(options, max_new_tokens=limit)
+        return options
 
     def _need_text(self) -> None:
         if not self.can_answer:
@@ -391,7 +395,7 @@ class HTFAInference:
             ]
             for query in queries
         ]
-        said = self._answers(seen, asked, decoding or self.default_decoding())
+        said = self._answers(seen, asked, self.decoding(decoding))
         completed: list[Image.Image | None] = [None] * len(asked)
         if completion is not None and self.can_paint:
             completed = self._completed(seen, completion)
@@ -512,7 +516,7 @@ class Chat:
           DataError: if the conversation is longer than the decoder can read.
         """
         engine = self._engine
-        decoding = decoding or engine.default_decoding()
+        decoding = engine.decoding(decoding)
         question = Turn("user", engine._query(query))
         prompt = engine.tokenizer.encode_prompt([*self.turns, question])
         kept = common_prefix(prompt[:-1], self._read)
@@ -563,4 +567,4 @@ def _failed(query: Any, error: Any) -> Any:
     """Results that hold an error, as many as there were questions."""
     if query is None or isinstance(query, str):
         return Result(query=query or "", error=str(error))
-    return [Result(query=q, error=str(error)) for q in query]
+    return [Result(query=q or "", error=str(error)) for q in query]

@@ -16,7 +16,7 @@ from htfa_jax.errors import ConfigError
 class Decoding:
     """How an answer is decoded. Raises ConfigError for values that cannot work."""
 
-    max_new_tokens: int = 64  # longest answer
+    max_new_tokens: int | None = None  # longest answer (None: the run's eval.max_new_tokens)
     temperature: float = 0.0  # 0: always the most probable word
     top_k: int = 0  # choose among so many words only (0: all)
     top_p: float = 1.0  # choose among the likeliest words that together are this probable
@@ -26,7 +26,7 @@ class Decoding:
 
     def __post_init__(self) -> None:
         problems = []
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             problems.append(f"temperature={self.temperature} must be 0 or above")

@@ -28,7 +28,7 @@ from htfa_jax.checkpoint import (
     open_checkpoints,
     save_frozen,
 )
-from htfa_jax.commands import command
+from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import (
     ConfigFlags,
@@ -39,11 +39,12 @@ from htfa_jax.config_io import (
     source_name,
 )
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
-from htfa_jax.data.splits import SPLITS, cache_folder, open_split, open_tokenizer
+from htfa_jax.data.splits import SPLITS, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError, HTFAError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
+from htfa_jax.infer import write_example
 from htfa_jax.logs import MetricWriter, log_to_file
 from htfa_jax.loop import Loop, State, duration
 from htfa_jax.losses import count, loss_and_metrics
@@ -236,6 +237,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             state["params"] = checkpoints.restore(best, params=state["params"])["params"]
     scores = evaluations.final(best, {**state["params"], **frozen})
     writer.close()
+    example = next((s for s in ("test", "validation") if getattr(config.data, s)), "train")
+    write_example(workdir, config, open_split(config, example))
     return scores
 
 
@@ -387,8 +390,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(plan(config))
         return
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
+    use_compilation_cache(config)
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
     scores = train(config, workdir)
     print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
