@@ -390,7 +390,7 @@ class HTFAInference:
     ) -> list[Result | list[Result]]:
         asked = [
             [
-                self._query(q)
+                query_of(self.config, q)
                 for q in ([query] if query is None or isinstance(query, str) else query)
             ]
             for query in queries
@@ -416,12 +416,6 @@ class HTFAInference:
             several = queries[i] is not None and not isinstance(queries[i], str)
             out.append(rows if several else rows[0])
         return out
-
-    def _query(self, query: str | None) -> str:
-        query = self.config.data.default_query if query is None else query
-        if not isinstance(query, str) or not query.strip():
-            raise DataError(f"a query must be a text that is not empty, it is {query!r}")
-        return query.strip()
 
     def _answers(
         self, seen: _Seen, asked: list[list[str]], decoding: Decoding
@@ -473,7 +467,7 @@ class HTFAInference:
         pair, rgb = fusion.pair, self.config.data
 
         def picture(x_BHWC: jax.Array) -> np.ndarray:
-            return np.asarray(denormalize(x_BHWC[row], rgb)[0])
+            return np.asarray(denormalize(x_BHWC[row : row + 1], rgb)[0])
 
         return Intermediates(
             original_HWC=picture(pair.orig_BHWC),
@@ -517,7 +511,7 @@ class Chat:
         """
         engine = self._engine
         decoding = engine.decoding(decoding)
-        question = Turn("user", engine._query(query))
+        question = Turn("user", query_of(engine.config, query))
         prompt = engine.tokenizer.encode_prompt([*self.turns, question])
         kept = common_prefix(prompt[:-1], self._read)
         start = engine._answerer.start(engine.params, self._cache, [prompt], decoding, kept)
@@ -537,6 +531,14 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     length = min(len(a), len(b))
     differs = np.flatnonzero(a[:length] != b[:length])
     return int(differs[0]) if len(differs) else length
+
+
+def query_of(config: Config, query: str | None) -> str:
+    """A question, or the run's own. Raises DataError if it is not a text."""
+    query = config.data.default_query if query is None else query
+    if not isinstance(query, str) or not query.strip():
+        raise DataError(f"a query must be a text that is not empty, it is {query!r}")
+    return query.strip()
 
 
 def for_inference(config: Config, params: Flat) -> Flat:

@@ -13,6 +13,7 @@ from support import random_batch, tiny
 
 import htfa_jax.train as train_module
 from htfa_jax import train_vq
+from htfa_jax.answers import Said
 from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
@@ -22,6 +23,7 @@ from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
 from htfa_jax.evaluate import Evaluator, Report
+from htfa_jax.inference import query_of
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
@@ -302,14 +304,17 @@ def decoding(config):
     evaluator = Evaluator(config, model, tokenizer)
     asked = []
 
-    def look(params, batch, text_length):
-        asked.append(text_length)
+    def look(params, batch):
         pictures = {"original": np.zeros((2, 4, 4, 3))}
         return None, {"samples": 2.0}, pictures
 
+    def answers(params, cache, prompts, decoding):
+        asked.append(decoding)
+        return [Said("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
+
     evaluator._look = look
     evaluator._losses = lambda params, batch: {}
-    evaluator._greedy = lambda *args: np.zeros((2, 1), np.int32)
+    evaluator._answerer.answers = answers
     report = evaluator({}, records)
     return asked, len(report.panel)
 
@@ -388,6 +393,7 @@ CASES = {
     "data.image_std": ((0.4, 0.5, 0.5), pixels),
     "data.use_object_mask": (False, loss),
     "data.drop_recon": (0.9, batches),
+    "data.default_query": ("What?", lambda c: query_of(c, None)),
     "data.max_text_length": (20, batches),
     "data.text_buckets": ((80, 90), batches),
     "data.on_error": ("skip", run),
