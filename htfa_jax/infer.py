@@ -27,7 +27,7 @@ from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
 from htfa_jax.data.records import ROLES, Record, RecordFile, parse_record
 from htfa_jax.errors import ConfigError, DataError
-from htfa_jax.inference import Completion, HTFAInference, Result
+from htfa_jax.inference import Completion, HTFAInference, Quantize, Result
 from htfa_jax.metrics import Answer
 from htfa_jax.pairs import FIELDS, as_record
 from htfa_jax.sampling import Decoding
@@ -58,6 +58,7 @@ class InferArgs:
     completion: Completion = Completion()
     visualize: bool = False  # a figure for every pair
     device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
+    quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(todo) < len(jobs):
         log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
     if todo:
-        engine = HTFAInference(args.checkpoint, device=args.device)
+        engine = HTFAInference(args.checkpoint, device=args.device, quantize=args.quantize)
         failed = run(engine, todo, path, args, fresh=args.input is None)
         if failed:
             print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)

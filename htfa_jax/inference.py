@@ -50,6 +50,7 @@ from htfa_jax.train_state import build
 
 log = logging.getLogger(__name__)
 
+Quantize = Literal["int8"]
 OWN_COMPLETION = "own completion"
 
 
@@ -139,6 +140,8 @@ class HTFAInference:
       checkpoint_path: a run, or one of its checkpoints.
       device: JAX device, or a platform such as "cpu" or "gpu"; JAX's own choice by default.
       dtype: of the computation; the run's by default.
+      quantize: "int8" keeps the decoder's weights in 8 bits, one scale per output (the package
+        Qwix); the computation stays in `dtype`.
 
     Raises:
       CheckpointError: if there is no such run, or it is damaged.
@@ -150,6 +153,7 @@ class HTFAInference:
         *,
         device: jax.Device | str | None = None,
         dtype: DType | None = None,
+        quantize: Quantize | None = None,
     ):
         config, params, step, workdir = load_run(checkpoint_path, lambda c: build(c).shapes)
         if dtype is not None:
@@ -158,7 +162,7 @@ class HTFAInference:
             device = jax.devices(device)[0]
         self.config, self.step = config, step
         self.tokenizer = ChatTokenizer(workdir / "tokenizer")
-        self.params = jax.device_put(for_inference(config, params), device)
+        self.params = jax.device_put(for_inference(config, params, quantize), device)
         model = self._model = build(config, decoding=True)
         self.can_paint = config.loss.code_weight > 0 and config.vq.has_decoder
         self.can_answer = config.loss.text_weight > 0
@@ -541,20 +545,36 @@ def query_of(config: Config, query: str | None) -> str:
     return query.strip()
 
 
-def for_inference(config: Config, params: Flat) -> Flat:
+def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
     """A run's weights as `build(config, decoding=True)` takes them.
 
     The decoder is laid out for decoding, and matrices are cast to the computation's type once
     instead of at every use. Norms, alpha and the codebook stay in float32.
+
+    Args:
+      config: of the run.
+      params: all weights, in the layout of training.
+      quantize: "int8" for the decoder's blocks and head.
     """
     decoder, others = split(params, r"decoder\..*")
     inside = {path.removeprefix("decoder."): jnp.asarray(v) for path, v in decoder.items()}
     laid_out = {f"decoder.{path}": v for path, v in decoding_layout(inside).items()}
     dtype = jnp.dtype(config.train.dtype)
-    return {
+    cast = {
         path: jnp.asarray(v, dtype if re.fullmatch(r".*\.(kernel|embedding)", path) else None)
         for path, v in {**others, **laid_out}.items()
     }
+    if quantize is None:
+        return cast
+    try:
+        import qwix
+    except ImportError:
+        raise ConfigError(
+            "int8 weights need the package qwix: pip install 'htfa-jax[int8]'"
+        ) from None
+    kernels, rest = split(cast, r"decoder\..*\.kernel")
+    rows = {p: qwix.quantize(v, jnp.int8, channelwise_axes=(0,)) for p, v in kernels.items()}
+    return {**rest, **rows}
 
 
 def _paint_options(options: Completion) -> dict[str, Any]:

@@ -127,15 +127,22 @@ def linear(
     )
 
 
-def row_product(
-    kernel_FD: jax.Array, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None
-) -> jax.Array:
+def row_product(kernel_FD: Any, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """x W^T for rows of weights: [B, T, D] -> [B, T, F].
 
     The weights stand first in the product. XLA's CPU matrix product then streams them at the
     memory's speed for any small B * T; the other way round it does so for B * T = 1 only.
+
+    Args:
+      kernel_FD: an array, or one that Qwix has quantized.
+      x_BTD: what to multiply.
+      out_dtype: of the product; that of the inputs by default.
     """
-    product_FBT = jax.lax.dot_general(
+    if isinstance(kernel_FD, jax.Array):
+        dot_general = jax.lax.dot_general
+    else:
+        from qwix import dot_general  # an optional package
+    product_FBT = dot_general(
         kernel_FD, x_BTD, (((1,), (2,)), ((), ())), preferred_element_type=out_dtype
     )
     return product_FBT.transpose(1, 2, 0)
@@ -155,7 +162,7 @@ class RowLinear(nnx.Module):
         self.kernel = nnx.Param(XAVIER(rngs.params(), (out_features, in_features), jnp.float32))
 
     def __call__(self, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        return row_product(self.kernel[...].astype(self.dtype), x_BTD, out_dtype)
+        return row_product(self.kernel.get_value().astype(self.dtype), x_BTD, out_dtype)
 
 
 def cached_attention(

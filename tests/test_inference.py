@@ -264,6 +264,28 @@ def test_another_type_and_device(run_folder, records):
         HTFAInference(run_folder / "nothing")
 
 
+def test_int8_weights_are_close_to_their_own(run_folder, engine, records):
+    """Rounded to the nearest of 255 steps per row; the embedding and other parts as they are."""
+    small = HTFAInference(run_folder, quantize="int8")
+    for path, own in engine.params.items():
+        kept = small.params[path]
+        if path.startswith("decoder.") and path.endswith(".kernel"):
+            assert kept.qvalue.dtype == np.int8
+            step = np.abs(own).max(axis=1, keepdims=True) / 127
+            close = np.asarray(kept.qvalue) * np.asarray(kept.scale) - own
+            assert np.all(np.abs(close) <= 0.51 * step), path
+        else:
+            np.testing.assert_array_equal(kept, own)
+    a, b = (e.infer(*pair(records[0]), decoding=LONG).confidence for e in (small, engine))
+    assert a != b and a == pytest.approx(b, rel=0.3)
+
+
+def test_int8_without_its_package_says_what_to_install(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    with pytest.raises(ConfigError, match="pip install 'htfa-jax.int8.'"):
+        HTFAInference(run_folder, quantize="int8")
+
+
 def test_it_starts_without_transformers_and_torch():
     """Importing transformers alone takes seconds."""
     program = (
