@@ -159,7 +159,11 @@ def _add_word(state: State, logits_BV: jax.Array, stop_ids: tuple[int, ...]) -> 
 
 
 def complete(
-    model: HTFA, prefix: Prefix, seed_B: jax.Array, temperature: jax.Array, passes: jax.Array
+    model: HTFA,
+    prefix: Prefix,
+    seed_B: jax.Array,
+    temperature: jax.Array,
+    passes: jax.Array | None = None,
 ) -> jax.Array:
     """Codes [B, M] of the completed picture.
 
@@ -173,7 +177,7 @@ def complete(
       prefix: of `read_pictures`.
       seed_B: of each row.
       temperature: 0 takes the most probable code.
-      passes: k.
+      passes: k; None for the shorter program of a single one.
     """
     M = prefix.code_logits_BMC.shape[1]
     start = model.config.patch_grid**2
@@ -195,6 +199,8 @@ def complete(
         )
 
     first = draw(prefix.code_logits_BMC, pass_=jnp.int32(0))
+    if passes is None:
+        return first[0]
     return jax.lax.fori_loop(1, passes, one_pass, first)[0]
 
 

@@ -581,7 +581,7 @@ def _paint_options(options: Completion) -> dict[str, Any]:
     return {
         "seed": np.uint32(options.seed),
         "temperature": np.float32(options.temperature),
-        "passes": np.int32(options.passes),
+        "passes": None if options.passes == 1 else np.int32(options.passes),
     }
 
 

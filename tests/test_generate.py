@@ -103,8 +103,8 @@ def test_a_row_alone_says_the_same(decode, temperature):
         assert not np.array_equal(run([0, 1, 2], other)[0].tokens_BT, together)
 
 
-def test_a_row_that_stops_leaves_the_others_alone(decode):
-    _, _, run = decode
+def test_a_row_that_stops_leaves_the_others_alone(model, decode):
+    _, prompts, run = decode
     said = np.asarray(run([0, 1, 2])[0].tokens_BT)[:, :NEW]
     # The last new word of a row that some other row never says.
     row, stop = next(
@@ -118,8 +118,8 @@ def test_a_row_that_stops_leaves_the_others_alone(decode):
     tokens = np.asarray(state.tokens_BT)
     np.testing.assert_array_equal(tokens[row, : first + 1], said[row, : first + 1])
     assert first > 0 and state.done_B[row]
-    # What is in its cache stays as it was when it stopped.
-    assert int(state.length_B[row]) < max(map(int, state.length_B)) + first
+    # Its place in the cache stays where it was when it stopped.
+    assert int(state.length_B[row]) == prefix_length(model[0]) + len(prompts[row]) + first
     others = [k for k in range(3) if stop not in said[k]]
     assert not np.asarray(state.done_B)[others].any()
     np.testing.assert_array_equal(tokens[others, :NEW], said[others])

@@ -120,6 +120,12 @@ def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
         turns.append(Turn("assistant", fresh.text))
         if len(turns) > 2:
             assert kept > 10  # earlier turns were not read again
+    # The cache holds what it is said to hold, to the last word.
+    prompt = np.append(chat._read, 5).astype(np.int32)
+    fresh_cache = engine._answerer.start(engine.params, prefix, [prompt], LONG).cache
+    filled = engine._answerer.num_picture_tokens + len(chat._read)
+    for ours, theirs in zip(chat._cache, fresh_cache, strict=True):
+        np.testing.assert_allclose(ours.k[:, :, :filled], theirs.k[:, :, :filled], atol=1e-3)
     engine._look = look
     assert len(looked) == 1 and chat.turns == turns
     assert (
