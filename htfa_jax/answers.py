@@ -16,8 +16,9 @@ from htfa_jax.generate import State, decode_until, prefill
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, Cache, InternLM2, num_slots
 from htfa_jax.sampling import Decoding, sampling_of
 
-# Prompts and rooms for answers are rounded up to multiples of this, so that few shapes compile.
-BUCKET = 32
+# Prompts and rooms for answers are rounded up to multiples of these, so that few shapes compile:
+# of the first as long as they are short, which most are, then of the second.
+BUCKETS = 32, 128
 # With stop texts, words between two looks at the text.
 STOP_CHECK = 8
 # What an incomplete UTF-8 character decodes to.
@@ -96,7 +97,7 @@ class Answerer:
         fed = [prompt[kept:] for prompt in prompts]
         longest = kept + max(map(len, fed))
         self.check_room(longest, decoding)
-        room = self.num_picture_tokens + round_up(longest + decoding.max_new_tokens)
+        room = self.num_picture_tokens + bucket(longest + decoding.max_new_tokens)
         prompt_BT, length_B = pad_prompts(fed, self.tokenizer.pad_id)
         vocab = round_up(self.config.decoder.vocab_size, VOCAB_MULTIPLE)
         seen_BV = np.zeros((len(prompts), vocab), bool)
@@ -111,7 +112,7 @@ class Answerer:
             seen_BV,
             sampling_of(decoding, len(prompts)),
             num_slots=max(room, num_slots(cache)),
-            max_new_tokens=round_up(decoding.max_new_tokens),
+            max_new_tokens=bucket(decoding.max_new_tokens),
         )
 
     def check_room(self, prompt_length: int, decoding: Decoding) -> None:
@@ -212,14 +213,20 @@ def settled(text: str, stop: tuple[str, ...]) -> str:
     return text[:end].rstrip()
 
 
-def round_up(number: int, multiple: int = BUCKET) -> int:
+def bucket(length: int) -> int:
+    """The length, rounded up to one that is compiled for."""
+    short, long = BUCKETS
+    return round_up(length, short if length <= long else long)
+
+
+def round_up(number: int, multiple: int) -> int:
     """The next multiple."""
     return -(-number // multiple) * multiple
 
 
 def pad_prompts(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of different lengths as one array [B, T], T a multiple, and their lengths [B]."""
-    padded = np.full((len(prompts), round_up(max(map(len, prompts)))), pad_id, np.int32)
+    padded = np.full((len(prompts), bucket(max(map(len, prompts)))), pad_id, np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     return padded, np.array([len(p) for p in prompts], np.int32)
