@@ -214,7 +214,7 @@ def test_paths_pictures_and_arrays_are_the_same(engine, records):
         result = engine.infer(convert(orig), convert(recon))
         assert result.answer == expected.answer
         np.testing.assert_array_equal(result.completed, expected.completed)
-    deep = Image.fromarray(np.asarray(Image.open(orig))[..., 0].astype(np.uint16) * 257)
+    deep = Image.fromarray(np.asarray(Image.open(orig))[..., 0].astype(np.uint16) * 256 + 37)
     grey = np.asarray(Image.open(orig))[..., 0]
     np.testing.assert_array_equal(
         engine.infer(deep, recon).completed, engine.infer(grey, recon).completed
