@@ -113,7 +113,7 @@ def test_a_row_that_stops_leaves_the_others_alone(model, decode):
         for token in said[i, ::-1]
         if token != said[i, 0] and any(token not in said[k] for k in range(3) if k != i)
     )
-    state, _ = run([0, 1, 2], stops=(stop,))
+    state, _ = run([0, 1, 2], stops=(stop,), until=NEW + 2)
     first = int(np.argmax(said[row] == stop))
     tokens = np.asarray(state.tokens_BT)
     np.testing.assert_array_equal(tokens[row, : first + 1], said[row, : first + 1])
@@ -121,7 +121,6 @@ def test_a_row_that_stops_leaves_the_others_alone(model, decode):
     # Its place in the cache stays where it was when it stopped.
     assert int(state.length_B[row]) == prefix_length(model[0]) + len(prompts[row]) + first
     others = [k for k in range(3) if stop not in said[k]]
-    assert not np.asarray(state.done_B)[others].any()
     np.testing.assert_array_equal(tokens[others, :NEW], said[others])
 
 
