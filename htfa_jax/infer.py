@@ -27,9 +27,11 @@ from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
 from htfa_jax.data.records import ROLES, Record, RecordFile, parse_record
 from htfa_jax.errors import ConfigError, DataError
-from htfa_jax.inference import Completion, HTFAInference, Quantize, Result
+from htfa_jax.inference import HTFAInference
+from htfa_jax.inference_weights import Quantize
 from htfa_jax.metrics import Answer
 from htfa_jax.pairs import FIELDS, as_record
+from htfa_jax.results import Completion, Result
 from htfa_jax.sampling import Decoding
 from htfa_jax.visualize import PanelRow, panel_png
 

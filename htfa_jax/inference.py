@@ -11,8 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import itertools
-import logging
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,17 +21,18 @@ import numpy as np
 from PIL import Image
 
 from htfa_jax.answers import Answerer, Said
+from htfa_jax.chat import Chat, query_of
 from htfa_jax.checkpoint import load_run
-from htfa_jax.config import Config, DType
+from htfa_jax.config import DType
 from htfa_jax.config_io import override
 from htfa_jax.data.records import Turn
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError, DataError, HTFAError
 from htfa_jax.generate import Prefix, complete, read_pictures
+from htfa_jax.inference_weights import Quantize, for_inference
 from htfa_jax.logs import progress
 from htfa_jax.metrics import to_8bit
 from htfa_jax.models.alignment import SOURCES
-from htfa_jax.models.internlm2 import decoding_layout
 from htfa_jax.models.pictures import denormalize
 from htfa_jax.pairs import (
     Pair,
@@ -44,83 +43,10 @@ from htfa_jax.pairs import (
     stack,
     with_own_completion,
 )
-from htfa_jax.paths import Flat, split
+from htfa_jax.paths import Flat
+from htfa_jax.results import ONE_PASS, OWN_COMPLETION, Completion, Intermediates, Result
 from htfa_jax.sampling import Decoding
 from htfa_jax.train_state import build
-
-log = logging.getLogger(__name__)
-
-Quantize = Literal["int8"]
-OWN_COMPLETION = "own completion"
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """How a picture is completed."""
-
-    temperature: float = 0.0  # 0: the most probable code of every cell
-    passes: int = 1  # more: the surest codes stay, the others are predicted again
-    paste_back: bool = False  # replace only what the occluder mask covers
-    seed: int = 0  # of the sampling
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.passes < 1 or not 0 <= self.seed < 2**32:
-            raise ConfigError(
-                f"{self} cannot work: temperature must be 0 or above, passes at least 1, seed in "
-                "[0, 2^32)"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Intermediates:
-    """What the model saw on its way, of one pair; pictures are RGB in [0, 1].
-
-    Attributes:
-      original_HWC, fused_HWC: as the encoders get them, in the model's square.
-      reconstruction_HWC: in its own frame.
-      aligned_HWC: reconstruction in the original's frame.
-      alpha_HW: weight of the original.
-      attention_NTS: Level 2's weights, by head, query patch and key patch.
-      code_probabilities_MC: of the completed picture's codes; None without codes.
-    """
-
-    original_HWC: np.ndarray
-    reconstruction_HWC: np.ndarray
-    aligned_HWC: np.ndarray
-    fused_HWC: np.ndarray
-    alpha_HW: np.ndarray
-    attention_NTS: np.ndarray
-    code_probabilities_MC: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What the model says of one pair.
-
-    Attributes:
-      answer: text; empty if there is an error or the run has no text head.
-      confidence: mean probability of the answer's words, the one that ended it included, under
-        the model itself: temperature 1, no penalty. None without an answer.
-      completed: the whole object in the original's frame and size; None if the run cannot paint
-        or was not asked to.
-      alignment: how the reconstruction was aligned: "boxes", "mask", "intensity",
-        "identity: no box", "identity: alignment off", "own completion" or
-        "identity: no reconstruction".
-      recon_source: "given"; "own completion" if none was given and the model looked at what it
-        painted from the original alone; "none" if it cannot paint either.
-      query: the question.
-      intermediates: where asked for.
-      error: why there is no result.
-    """
-
-    answer: str = ""
-    confidence: float | None = None
-    completed: Image.Image | None = None
-    alignment: str = ""
-    recon_source: Literal["given", "own completion", "none"] = "given"
-    query: str = ""
-    intermediates: Intermediates | None = None
-    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,9 +94,7 @@ class HTFAInference:
         self.can_answer = config.loss.text_weight > 0
         self._look = jax.jit(lambda params, batch: read_pictures(model.merge(params), batch))
         self._paint = jax.jit(self._paint_codes)
-        self._answerer = Answerer(
-            config, self.tokenizer, lambda params: model.merge(params).decoder
-        )
+        self.answerer = Answerer(config, self.tokenizer, lambda params: model.merge(params).decoder)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> HTFAInference:
@@ -184,7 +108,7 @@ class HTFAInference:
         query: str | Sequence[str] | None = None,
         *,
         decoding: Decoding | None = None,
-        completion: Completion | None = Completion(),
+        completion: Completion | None = ONE_PASS,
         return_intermediates: bool = False,
         **fields: Any,
     ) -> Result | list[Result]:
@@ -213,7 +137,7 @@ class HTFAInference:
         *,
         batch_size: int = 8,
         decoding: Decoding | None = None,
-        completion: Completion | None = Completion(),
+        completion: Completion | None = ONE_PASS,
         return_intermediates: bool = False,
     ) -> list[Result | list[Result]]:
         """`infer` for many pairs, in order; a bad pair's result holds its error.
@@ -243,7 +167,7 @@ class HTFAInference:
         *,
         batch_size: int = 8,
         decoding: Decoding | None = None,
-        completion: Completion | None = Completion(),
+        completion: Completion | None = ONE_PASS,
         return_intermediates: bool = False,
     ) -> Iterator[Result | list[Result]]:
         """`batch_infer`, result by result as they come."""
@@ -315,7 +239,8 @@ class HTFAInference:
         """A conversation about a pair, which is encoded once."""
         self._need_text()
         pair = {"image_orig": image_orig, "image_recon": image_recon, **fields}
-        return Chat(self, self._see([read_scene(as_record(pair, "this pair"), self.config)], 1))
+        seen = self._see([read_scene(as_record(pair, "this pair"), self.config)], 1)
+        return Chat(self, seen.prefix.cache)
 
     def complete(
         self,
@@ -370,7 +295,7 @@ class HTFAInference:
         prefix = self._look(self.params, batch)
         own_B = ~batch.has_recon & self.can_paint
         if own_B.any():
-            painted = np.asarray(self._paint(self.params, prefix, **_paint_options(Completion())))
+            painted = np.asarray(self._paint(self.params, prefix, **_paint_options(ONE_PASS)))
             batch = with_own_completion(batch, own_B, painted)
             prefix = self._look(self.params, batch)
         return _Seen(scenes, prefix, np.asarray(prefix.fusion.pair.source_B), own_B)
@@ -438,7 +363,7 @@ class HTFAInference:
                 spare = next(p for p in prompts if p is not None)
                 filled = [spare if p is None else p for p in prompts]
                 filled += [spare] * (rows - len(filled))
-                said = self._answerer.answers(self.params, seen.prefix.cache, filled, decoding)
+                said = self.answerer.answers(self.params, seen.prefix.cache, filled, decoding)
             for row, question, answer in zip(out, questions, said, strict=False):
                 if question is not None:
                     row.append(answer)
@@ -484,97 +409,6 @@ class HTFAInference:
             if logits is None
             else np.asarray(jax.nn.softmax(logits[row], axis=-1)),
         )
-
-
-class Chat:
-    """Several turns about one pair; the pictures are encoded once, words read once.
-
-    Attributes:
-      turns: the conversation so far.
-    """
-
-    def __init__(self, engine: HTFAInference, seen: _Seen):
-        self._engine, self._cache = engine, seen.prefix.cache
-        self._read = np.zeros(0, np.int32)
-        self.turns: list[Turn] = []
-
-    def ask(self, query: str | None = None, *, decoding: Decoding | None = None) -> str:
-        """The answer, which then is part of the conversation."""
-        return "".join(self.stream(query, decoding=decoding))
-
-    def stream(
-        self, query: str | None = None, *, decoding: Decoding | None = None
-    ) -> Iterator[str]:
-        """The answer piece by piece. A turn that is not read to its end is not remembered.
-
-        The conversation is put into words as if it were new, and only what differs from what the
-        cache holds is read: the answer is that of a fresh prompt with all turns.
-
-        Raises:
-          DataError: if the conversation is longer than the decoder can read.
-        """
-        engine = self._engine
-        decoding = engine.decoding(decoding)
-        question = Turn("user", query_of(engine.config, query))
-        prompt = engine.tokenizer.encode_prompt([*self.turns, question])
-        kept = common_prefix(prompt[:-1], self._read)
-        start = engine._answerer.start(engine.params, self._cache, [prompt], decoding, kept)
-        pieces = []
-        for piece, state, said in engine._answerer.stream(engine.params, start, decoding):
-            pieces.append(piece)
-            # Taken at every piece: whoever stops listening has used up the older cache.
-            self._cache = state.cache
-            self._read = np.concatenate([prompt, said.tokens[:-1]])
-            if piece:
-                yield piece
-        self.turns += [question, Turn("assistant", "".join(pieces))]
-
-
-def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many words two texts begin with in common."""
-    length = min(len(a), len(b))
-    differs = np.flatnonzero(a[:length] != b[:length])
-    return int(differs[0]) if len(differs) else length
-
-
-def query_of(config: Config, query: str | None) -> str:
-    """A question, or the run's own. Raises DataError if it is not a text."""
-    query = config.data.default_query if query is None else query
-    if not isinstance(query, str) or not query.strip():
-        raise DataError(f"a query must be a text that is not empty, it is {query!r}")
-    return query.strip()
-
-
-def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
-    """A run's weights as `build(config, decoding=True)` takes them.
-
-    The decoder is laid out for decoding, and matrices are cast to the computation's type once
-    instead of at every use. Norms, alpha and the codebook stay in float32.
-
-    Args:
-      config: of the run.
-      params: all weights, in the layout of training.
-      quantize: "int8" for the decoder's blocks and head.
-    """
-    decoder, others = split(params, r"decoder\..*")
-    inside = {path.removeprefix("decoder."): jnp.asarray(v) for path, v in decoder.items()}
-    laid_out = {f"decoder.{path}": v for path, v in decoding_layout(inside).items()}
-    dtype = jnp.dtype(config.train.dtype)
-    cast = {
-        path: jnp.asarray(v, dtype if re.fullmatch(r".*\.(kernel|embedding)", path) else None)
-        for path, v in {**others, **laid_out}.items()
-    }
-    if quantize is None:
-        return cast
-    try:
-        import qwix
-    except ImportError:
-        raise ConfigError(
-            "int8 weights need the package qwix: pip install 'htfa-jax[int8]'"
-        ) from None
-    kernels, rest = split(cast, r"decoder\..*\.kernel")
-    rows = {p: qwix.quantize(v, jnp.int8, channelwise_axes=(0,)) for p, v in kernels.items()}
-    return {**rest, **rows}
 
 
 def _paint_options(options: Completion) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from support import random_batch, tiny
 import htfa_jax.train as train_module
 from htfa_jax import train_vq
 from htfa_jax.answers import Said
+from htfa_jax.chat import query_of
 from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
@@ -23,7 +24,6 @@ from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
 from htfa_jax.evaluate import Evaluator, Report
-from htfa_jax.inference import query_of
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer

@@ -11,9 +11,9 @@ from support import write_run
 
 from htfa_jax import Completion, Decoding, HTFAInference
 from htfa_jax.answers import settled
+from htfa_jax.chat import common_prefix
 from htfa_jax.data.records import RecordFile, Turn
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
-from htfa_jax.inference import common_prefix
 
 LONG = Decoding(max_new_tokens=24)
 
@@ -114,7 +114,7 @@ def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
     for question in ("What color is it?", "And how much of it is hidden?", "Sure?"):
         turns.append(Turn("user", question))
         prompt = engine.tokenizer.encode_prompt(turns)
-        fresh = engine._answerer.answers(engine.params, prefix, [prompt], LONG)[0]
+        fresh = engine.answerer.answers(engine.params, prefix, [prompt], LONG)[0]
         kept = common_prefix(prompt[:-1], chat._read)
         assert chat.ask(question, decoding=LONG) == fresh.text
         turns.append(Turn("assistant", fresh.text))
@@ -122,8 +122,8 @@ def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
             assert kept > 10  # earlier turns were not read again
     # The cache holds what it is said to hold, to the last word.
     prompt = np.append(chat._read, 5).astype(np.int32)
-    fresh_cache = engine._answerer.start(engine.params, prefix, [prompt], LONG).cache
-    filled = engine._answerer.num_picture_tokens + len(chat._read)
+    fresh_cache = engine.answerer.start(engine.params, prefix, [prompt], LONG).cache
+    filled = engine.answerer.num_picture_tokens + len(chat._read)
     for ours, theirs in zip(chat._cache, fresh_cache, strict=True):
         np.testing.assert_allclose(ours.k[:, :, :filled], theirs.k[:, :, :filled], atol=1e-3)
     engine._look = look
