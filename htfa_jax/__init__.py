@@ -7,6 +7,9 @@ _PUBLIC = {
     "Config": "htfa_jax.config",
     "load_config": "htfa_jax.config_io",
     "HTFA": "htfa_jax.models.htfa",
+    "HTFAInference": "htfa_jax.inference",
+    "Completion": "htfa_jax.results",
+    "Decoding": "htfa_jax.sampling",
 }
 __all__ = list(_PUBLIC)
 

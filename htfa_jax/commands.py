@@ -1,11 +1,13 @@
-"""What every command does around its work: log lines, and errors as sentences."""
+"""What every command does around its work: log lines, errors as sentences, compiled programs."""
 
 from __future__ import annotations
 
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
+from htfa_jax.config import Config
 from htfa_jax.errors import HTFAError, TrainingError
 from htfa_jax.logs import log_to_terminal
 
@@ -26,3 +28,14 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
                 sys.exit(1 if isinstance(error, TrainingError) else 2)
 
     return run
+
+
+def use_compilation_cache(config: Config) -> None:
+    """Keeps compiled programs in the run's `data.cache_dir`, unless JAX was told another place."""
+    import jax  # not by every command
+
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = Path(config.data.cache_dir).expanduser() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        # Small programs too: a start compiles many.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -142,6 +142,7 @@ class DataConfig:
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel
     use_object_mask: bool = True  # give the model the records' object masks
     drop_recon: float = 0.0  # probability that a training sample loses its reconstruction
+    default_query: str = "What's the object in the hand?"  # where a user asks nothing
     max_text_length: int = 2048  # tokens of a conversation, cut at the end
     text_buckets: tuple[int, ...] = (128, 512, 2048)  # lengths that text is padded to
     on_error: Literal["raise", "skip"] = "raise"  # bad records stop the run, or are skipped

@@ -19,33 +19,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from htfa_jax import report
+from htfa_jax.answers import Answerer
 from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import find_run, load_run
-from htfa_jax.commands import command
+from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, load_config, parse_args
 from htfa_jax.data.pipeline import Loaded, evaluation_batches
 from htfa_jax.data.records import Record, RecordFile, Turn
 from htfa_jax.data.splits import Split, open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.generate import greedy, pad_prompts, paint, read_pictures
+from htfa_jax.generate import paint, read_pictures
 from htfa_jax.logs import progress
 from htfa_jax.losses import Counts, count, loss_and_metrics
 from htfa_jax.metrics import Answer, score_answers
 from htfa_jax.models.alignment import SOURCES
-from htfa_jax.models.internlm2 import KVCache
+from htfa_jax.models.internlm2 import Cache
 from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.pictures import denormalize, normalize
 from htfa_jax.paths import Flat
 from htfa_jax.picture_metrics import flat_fill, picture_scores, picture_sums
+from htfa_jax.sampling import Decoding
 from htfa_jax.sharding import Layout, to_host
 from htfa_jax.train_state import Model, build
 from htfa_jax.visualize import PanelRow
 
 log = logging.getLogger("htfa_jax.evaluate")  # by name: this module is run as __main__ too
-
-# Prompts are padded to a multiple of this, so that few shapes are compiled.
-PROMPT_MULTIPLE = 16
 
 
 @dataclasses.dataclass
@@ -81,13 +80,12 @@ class Evaluator:
             log.warning("this VQ tokenizer has no decoder: codes are scored, pictures are not")
         everywhere = layout.replicated
         self._losses = jax.jit(layout.inside(self._loss_sums), out_shardings=everywhere)
-        self._look = jax.jit(
-            layout.inside(self._look_at),
-            static_argnums=2,
-            # Each device keeps the keys and values of its own samples.
-            out_shardings=(layout.stacked_batch, everywhere, everywhere),
+        # Each device keeps the keys and values of its own samples.
+        outputs = (layout.stacked_batch, everywhere, everywhere)
+        self._look = jax.jit(layout.inside(self._look_at), out_shardings=outputs)
+        self._answerer = Answerer(
+            config, tokenizer, lambda params: model.merge(params).decoder, layout
         )
-        self._greedy = jax.jit(layout.inside(self._decode), out_shardings=everywhere)
 
     def __call__(self, params: Flat, records: RecordFile, max_samples: int | None = None) -> Report:
         """Evaluates weights on a dataset.
@@ -107,13 +105,8 @@ class Evaluator:
                     log.warning("skipped: %s", error)
                 batch = self.layout.put(loaded.batch)
                 found = [records[i] if i >= 0 else None for i in to_host(batch.index)]
-                prompts = self._prompts(found)
-                room = max((len(p) for group in prompts for p in group), default=0)
-                room = -(-room // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-                cache, sums, seen = self._look(
-                    params, batch, room + self.config.eval.max_new_tokens
-                )
-                said = [self._ask(params, cache, group, room) for group in prompts]
+                cache, sums, seen = self._look(params, batch)
+                said = [self._ask(params, cache, prompts) for prompts in self._prompts(found)]
                 shares = jax.device_get(seen.pop("hidden_share"))
                 rows = _answers(found, said, to_host(batch.index), shares)
                 answers += [answer for row in rows for answer in row]
@@ -137,11 +130,11 @@ class Evaluator:
         return {**sums, "text_count": counts.text, "code_count": counts.codes}
 
     def _look_at(
-        self, params: Flat, batch: Batch, text_length: int
-    ) -> tuple[KVCache | None, dict[str, jax.Array], dict[str, jax.Array]]:
+        self, params: Flat, batch: Batch
+    ) -> tuple[Cache, dict[str, jax.Array], dict[str, jax.Array]]:
         """The decoder's cache, sums of what pictures tell, pictures to look at."""
         model, weight_B = self.model.merge(params), batch.weight
-        prefix = read_pictures(model, batch, text_length, with_weights=True)
+        prefix = read_pictures(model, batch, with_weights=True)
         pair = prefix.fusion.pair
         rgb = functools.partial(denormalize, config=self.config.data)
         seen = {
@@ -177,11 +170,6 @@ class Evaluator:
             sums |= picture_sums(candidates, seen["target"], batch)
         return prefix.cache, sums, seen
 
-    def _decode(self, params: Flat, cache: KVCache, prompt_BT, length_B) -> jax.Array:
-        stop_ids = tuple(self.tokenizer.stop_ids)
-        limit = self.config.eval.max_new_tokens
-        return greedy(self.model.merge(params), cache, prompt_BT, length_B, stop_ids, limit)
-
     def _prompts(self, found: Sequence[Record | None]) -> list[list[np.ndarray]]:
         """Question k of every scene, for each k; a scene with fewer gets padding."""
         if self.config.loss.text_weight == 0:
@@ -196,10 +184,9 @@ class Evaluator:
             for k in range(max(map(len, per_scene), default=0))
         ]
 
-    def _ask(self, params: Flat, cache: KVCache, prompts: list[np.ndarray], room: int) -> list[str]:
-        prompt_BT, length_B = pad_prompts(prompts, self.tokenizer.pad_id, room)
-        tokens_BT = np.asarray(self._greedy(params, cache, prompt_BT, length_B))
-        return [self.tokenizer.decode(row) for row in tokens_BT]
+    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[str]:
+        decoding = Decoding(max_new_tokens=self.config.eval.max_new_tokens)
+        return [said.text for said in self._answerer.answers(params, cache, prompts, decoding)]
 
 
 def questions(record: Record) -> list[tuple[Turn, Turn]]:
@@ -307,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(
         EvaluateArgs, argv, source="checkpoint", read=lambda path: load_config(find_run(path)[0])
     )
+    use_compilation_cache(args.config)
     workdir, _ = find_run(args.checkpoint)
     _, params, step, _ = load_run(args.checkpoint, lambda c: build(c).shapes)
     log.info("%s, step %d, on split %s", workdir, step, args.split)

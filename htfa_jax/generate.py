@@ -1,15 +1,16 @@
-"""Decoding: the pictures once, then answers word by word from a key-value cache."""
+"""Decoding as pure functions: the pictures once, then words from a key-value cache, and codes."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from htfa_jax.batch import Batch
 from htfa_jax.models.htfa import HTFA, Fusion
-from htfa_jax.models.internlm2 import KVCache, init_cache
+from htfa_jax.models.internlm2 import Cache, InternLM2, with_room
+from htfa_jax.sampling import Sampling, choose
 
 
 @jax.tree_util.register_dataclass
@@ -19,100 +20,207 @@ class Prefix:
 
     Attributes:
       fusion: Levels 1 and 2.
-      cache: keys and values of the picture tokens, with room for the text; None without text.
-      code_logits_BMC: logits of the completed picture's codes; None without codes.
+      cache: keys and values of the picture tokens.
+      codes_BMD: tokens of the generation branch, None without one.
+      code_logits_BMC: logits of the completed picture's codes, None without codes.
     """
 
     fusion: Fusion
-    cache: KVCache | None
+    cache: Cache
+    codes_BMD: jax.Array | None
     code_logits_BMC: jax.Array | None
 
 
-def read_pictures(
-    model: HTFA, batch: Batch, text_length: int, with_weights: bool = False
-) -> Prefix:
-    """Encodes the pictures and runs the decoder over them.
+def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> Prefix:
+    """Encodes the pictures and runs the decoder over them; the batch's text is not looked at.
 
-    Args:
-      model: the merged model.
-      batch: its text is not looked at.
-      text_length: positions to leave room for: prompt and answer.
-      with_weights: Level 2's attention weights are wanted.
+    Level 2's attention weights come with it if they are wanted.
     """
     config = model.config
     prefix_BTD, fusion = model.encode(batch, with_weights=with_weights)
     B, length, _ = prefix_BTD.shape
-    cache = None
-    if model.has_text:
-        cache = init_cache(config.decoder, B, length + text_length, prefix_BTD.dtype)
-    hidden_BTD, cache = model.decode(prefix_BTD, 0, cache)
-    code_logits_BMC = None
-    if model.has_codes:
-        code_logits_BMC = model.level3.code_logits(hidden_BTD[:, -(config.code_grid**2) :])
-    return Prefix(fusion, cache, code_logits_BMC)
+    hidden_BTD, cache = model.decode(prefix_BTD, 0, model.decoder.empty_cache(B, length))
+    code_start = config.patch_grid**2
+    return Prefix(
+        fusion=fusion,
+        cache=cache,
+        codes_BMD=prefix_BTD[:, code_start:] if config.level3.generation else None,
+        code_logits_BMC=model.level3.code_logits(hidden_BTD[:, code_start:])
+        if model.has_codes
+        else None,
+    )
 
 
-def greedy(
-    model: HTFA,
-    cache: KVCache,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+    """Answers in the making.
+
+    Attributes:
+      cache: holds everything before each row's newest word.
+      length_B: how many slots of it are filled.
+      token_B: the newest word, not in the cache yet.
+      step: words chosen so far.
+      tokens_BT: those words; behind a row's stop word nothing counts.
+      probability_BT: of each word under the model alone: temperature 1, no penalty, all words.
+      done_B: rows that said a stop word.
+      seen_BV: words that the conversation holds, for the repetition penalty.
+      sampling: options.
+    """
+
+    cache: Cache
+    length_B: jax.Array
+    token_B: jax.Array
+    step: jax.Array
+    tokens_BT: jax.Array
+    probability_BT: jax.Array
+    done_B: jax.Array
+    seen_BV: jax.Array
+    sampling: Sampling
+
+
+def prefill(
+    decoder: InternLM2,
+    cache: Cache,
+    start: jax.Array,
     prompt_BT: jax.Array,
     prompt_length_B: jax.Array,
+    seen_BV: jax.Array,
+    sampling: Sampling,
+    *,
     stop_ids: tuple[int, ...],
+    num_slots: int,
     max_new_tokens: int,
-) -> jax.Array:
-    """The most probable word, again and again, until every row has stopped.
+) -> State:
+    """Reads a prompt and chooses the first word of the answer.
 
     Args:
-      model: the merged model.
-      cache: of `read_pictures`, with room for T + max_new_tokens.
-      prompt_BT: tokens, padded behind.
+      decoder: with text.
+      cache: filled up to `start`.
+      start: position of the prompt's first word.
+      prompt_BT: words, padded behind.
       prompt_length_B: of each prompt, at least 1.
-      stop_ids: tokens that end an answer.
-      max_new_tokens: longest answer.
-
-    Returns:
-      Tokens [B, max_new_tokens]; behind a row's stop token they repeat it.
+      seen_BV: words of the whole conversation.
+      sampling: options.
+      stop_ids: words that end an answer.
+      num_slots: of the cache that comes out, enough for prompt and answer.
+      max_new_tokens: words that the state has room for.
     """
     B, T = prompt_BT.shape
-    start_B = jnp.full(B, cache.k.shape[2] - T - max_new_tokens)
-    stops = jnp.array(stop_ids, jnp.int32)
+    positions_BT = jnp.broadcast_to(start + jnp.arange(T)[None], (B, T))
+    cache = with_room(cache, num_slots)
+    hidden_BTD, cache = decoder(decoder.embed(prompt_BT), positions_BT, cache)
+    last_BTD = jnp.take_along_axis(hidden_BTD, prompt_length_B[:, None, None] - 1, axis=1)
+    state = State(
+        cache=cache,
+        length_B=start + prompt_length_B,
+        token_B=jnp.zeros(B, jnp.int32),
+        step=jnp.int32(0),
+        tokens_BT=jnp.zeros((B, max_new_tokens), jnp.int32),
+        probability_BT=jnp.zeros((B, max_new_tokens), jnp.float32),
+        done_B=jnp.zeros(B, bool),
+        seen_BV=seen_BV,
+        sampling=sampling,
+    )
+    return _add_word(state, decoder.logits(last_BTD)[:, 0], stop_ids)
 
-    def next_token(hidden_BD: jax.Array) -> jax.Array:
-        return model.decoder.logits(hidden_BD[:, None])[:, 0].argmax(axis=-1).astype(jnp.int32)
 
-    hidden_BTD, cache = model.decode(model.decoder.embed(prompt_BT), start_B, cache)
-    token_B = next_token(hidden_BTD[jnp.arange(B), prompt_length_B - 1])
+def decode_until(
+    decoder: InternLM2, state: State, until: jax.Array, *, stop_ids: tuple[int, ...]
+) -> State:
+    """Chooses words until every row has stopped or has `until` of them."""
 
-    def is_stop(token_B: jax.Array) -> jax.Array:
-        return (token_B[:, None] == stops[None]).any(axis=1)
+    def running(state: State) -> jax.Array:
+        return (state.step < until) & ~state.done_B.all()
 
-    def running(carry) -> jax.Array:
-        i, token_B, _, _ = carry
-        return (i < max_new_tokens) & ~is_stop(token_B).all()
-
-    def step(carry):
-        i, token_B, out_BT, cache = carry
-        hidden_B1D, cache = model.decode(
-            model.decoder.embed(token_B[:, None]), start_B + prompt_length_B + i - 1, cache
+    def step(state: State) -> State:
+        hidden_B1D, cache = decoder(
+            decoder.embed(state.token_B[:, None]), state.length_B[:, None], state.cache
         )
-        token_B = jnp.where(is_stop(token_B), token_B, next_token(hidden_B1D[:, 0]))
-        return i + 1, token_B, out_BT.at[:, i].set(token_B), cache
+        length_B = jnp.where(state.done_B, state.length_B, state.length_B + 1)
+        state = dataclasses.replace(state, cache=cache, length_B=length_B)
+        return _add_word(state, decoder.logits(hidden_B1D)[:, 0], stop_ids)
 
-    # Rows that stop early stay at their stop token, which also fills what the loop never wrote.
-    out_BT = jnp.broadcast_to(token_B[:, None], (B, max_new_tokens))
-    i, token_B, out_BT, _ = jax.lax.while_loop(running, step, (1, token_B, out_BT, cache))
-    return jnp.where(jnp.arange(max_new_tokens)[None] < i, out_BT, token_B[:, None])
+    return jax.lax.while_loop(running, step, state)
 
 
-def pad_prompts(
-    prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 16
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of different lengths as one array [B, T], T a multiple, and their lengths [B]."""
-    longest = max(map(len, prompts))
-    padded = np.full((len(prompts), -(-longest // multiple) * multiple), pad_id, np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, np.array([len(p) for p in prompts], np.int32)
+def _add_word(state: State, logits_BV: jax.Array, stop_ids: tuple[int, ...]) -> State:
+    token_B = choose(logits_BV, state.seen_BV, state.sampling, state.step)
+    token_B = jnp.where(state.done_B, state.token_B, token_B)
+    logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
+    probability_B = jnp.exp(logit_B - jax.nn.logsumexp(logits_BV, axis=-1))
+    stops = jnp.array(stop_ids, jnp.int32)
+    return dataclasses.replace(
+        state,
+        token_B=token_B,
+        step=state.step + 1,
+        tokens_BT=state.tokens_BT.at[:, state.step].set(token_B),
+        probability_BT=state.probability_BT.at[:, state.step].set(probability_B),
+        done_B=state.done_B | (token_B[:, None] == stops[None]).any(axis=1),
+        seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
+    )
+
+
+def complete(
+    model: HTFA,
+    prefix: Prefix,
+    seed_B: jax.Array,
+    temperature: jax.Array,
+    passes: jax.Array | None = None,
+) -> jax.Array:
+    """Codes [B, M] of the completed picture.
+
+    With one pass the codes of all cells are chosen together. With k passes the surest of them
+    stay, more after every pass, and take the place of the fused picture's codes; the others are
+    predicted again with these in view (after Chang et al., "MaskGIT: Masked Generative Image
+    Transformer", 2022; its cosine schedule).
+
+    Args:
+      model: with codes.
+      prefix: of `read_pictures`.
+      seed_B: of each row.
+      temperature: 0 takes the most probable code.
+      passes: k; None for the shorter program of a single one.
+    """
+    M = prefix.code_logits_BMC.shape[1]
+    start = model.config.patch_grid**2
+    draw = functools.partial(_draw_codes, seed_B=seed_B, temperature=temperature)
+
+    def one_pass(i: jax.Array, carry: tuple[jax.Array, jax.Array]):
+        codes_BM, sureness_BM = carry
+        num_kept = M - jnp.floor(M * jnp.cos(math.pi / 2 * i / passes)).astype(jnp.int32)
+        rank_BM = jnp.argsort(jnp.argsort(-sureness_BM, axis=1), axis=1)
+        kept_BM = rank_BM < num_kept
+        known_BMD = model.level3.generate(model.vq.vectors()[codes_BM])
+        tokens_BMD = jnp.where(kept_BM[..., None], known_BMD, prefix.codes_BMD)
+        hidden_BMD, _ = model.decode(tokens_BMD, start, prefix.cache)
+        new_BM, new_sureness_BM = draw(model.level3.code_logits(hidden_BMD), pass_=i)
+        # What was kept once stays.
+        return (
+            jnp.where(kept_BM, codes_BM, new_BM),
+            jnp.where(kept_BM, jnp.inf, new_sureness_BM),
+        )
+
+    first = draw(prefix.code_logits_BMC, pass_=jnp.int32(0))
+    if passes is None:
+        return first[0]
+    return jax.lax.fori_loop(1, passes, one_pass, first)[0]
+
+
+def _draw_codes(
+    logits_BMC: jax.Array, *, seed_B: jax.Array, temperature: jax.Array, pass_: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Codes [B, M], and how probable the model finds each."""
+
+    def draw(seed: jax.Array, logits_MC: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), pass_)
+        return jax.random.categorical(key, logits_MC / jnp.maximum(temperature, 1e-6))
+
+    codes_BM = jnp.where(
+        temperature > 0, jax.vmap(draw)(seed_B, logits_BMC), logits_BMC.argmax(axis=-1)
+    )
+    logs_BMC = jax.nn.log_softmax(logits_BMC, axis=-1)
+    return codes_BM, jnp.take_along_axis(logs_BMC, codes_BM[..., None], axis=-1)[..., 0]
 
 
 def paint(model: HTFA, code_logits_BMC: jax.Array) -> jax.Array:

@@ -192,6 +192,66 @@ def _nnx_dot(x: jax.Array, kernel: jax.Array, dims: Any, **options: Any) -> jax.
     return dot(x, kernel)
 
 
+def row_product(kernel_FD: Any, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x W^T for rows of weights: [B, T, D] -> [B, T, F].
+
+    The weights stand first in the product. XLA's CPU matrix product then streams them at the
+    memory's speed for any small B * T; the other way round it does so for B * T = 1 only.
+
+    Args:
+      kernel_FD: an array, or one that Qwix has quantized.
+      x_BTD: what to multiply.
+      out_dtype: of the product; that of the inputs by default.
+    """
+    if isinstance(kernel_FD, jax.Array):
+        dot_general = jax.lax.dot_general
+    else:
+        from qwix import dot_general  # an optional package
+    product_FBT = dot_general(
+        kernel_FD, x_BTD, (((1,), (2,)), ((), ())), preferred_element_type=out_dtype
+    )
+    return product_FBT.transpose(1, 2, 0)
+
+
+class RowLinear(nnx.Module):
+    """A linear layer without bias for decoding: its weights are rows [out, in].
+
+    Args:
+      in_features: D.
+      out_features: F.
+      dtype: of the computation; weights of another type are cast at every call.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(XAVIER(rngs.params(), (out_features, in_features), jnp.float32))
+
+    def __call__(self, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+        return row_product(self.kernel.get_value().astype(self.dtype), x_BTD, out_dtype)
+
+
+def cached_attention(
+    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array
+) -> jax.Array:
+    """Grouped-query attention [B, T, N, H] of words to all cached slots up to their own position.
+
+    Softmax in float32. Slots lie within heads, so that no step has to reorder the cache.
+    """
+    B, T, N, H = q_BTNH.shape
+    K, S = k_BKSH.shape[1:3]
+    q_BKTGH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2)
+    logits_BKTGS = jnp.einsum(
+        "BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32
+    ) * (H**-0.5)
+    visible_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
+    logits_BKTGS = jnp.where(
+        visible_BTS[:, None, :, None], logits_BKTGS, jnp.finfo(jnp.float32).min
+    )
+    weights_BKTGS = jax.nn.softmax(logits_BKTGS, axis=-1).astype(v_BKSH.dtype)
+    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS, v_BKSH)
+    return out_BKTGH.swapaxes(1, 2).reshape(B, T, N, H)
+
+
 def layer_norm(size: int, epsilon: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Layer norm with float32 statistics."""
     return nnx.LayerNorm(

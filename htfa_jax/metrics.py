@@ -19,7 +19,7 @@ class Answer:
     Attributes:
       scene: number of the record.
       kind: sort of question.
-      question, answer, truth: texts.
+      question, answer, truth: texts; no truth outside an evaluation.
       hidden: hidden share of the object in [0, 1], None if unknown.
     """
 
@@ -27,7 +27,7 @@ class Answer:
     kind: str
     question: str
     answer: str
-    truth: str
+    truth: str | None
     hidden: float | None
 
 

@@ -158,9 +158,9 @@ class Layout:
     def inside(self, function: Callable) -> Callable:
         """`function`, traced with this mesh around it, which layers ask for."""
 
-        def traced(*args: Any) -> Any:
+        def traced(*args: Any, **options: Any) -> Any:
             with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-                return function(*args)
+                return function(*args, **options)
 
         return traced
 

@@ -28,7 +28,7 @@ from htfa_jax.checkpoint import (
     open_checkpoints,
     save_frozen,
 )
-from htfa_jax.commands import command
+from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import (
     ConfigFlags,
@@ -38,16 +38,13 @@ from htfa_jax.config_io import (
     save_config,
     source_name,
 )
-from htfa_jax.data.pipeline import (
-    num_steps,
-    samples_per_step,
-    training_batches,
-)
-from htfa_jax.data.splits import SPLITS, cache_folder, open_split, open_tokenizer
+from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
+from htfa_jax.data.splits import SPLITS, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError, HTFAError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
+from htfa_jax.infer import write_example
 from htfa_jax.logs import MetricWriter, log_to_file, only_warnings_to_terminal
 from htfa_jax.loop import Loop, duration
 from htfa_jax.optim import learning_rate, make_optimizer
@@ -194,6 +191,9 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             state["params"] = checkpoints.restore(best, params=state["params"])["params"]
         scores = evaluations.final(best, {**copy(state["params"]), **frozen})
     writer.close()
+    if is_first():
+        example = next((s for s in ("test", "validation") if getattr(config.data, s)), "train")
+        write_example(workdir, config, open_split(config, example))
     return scores
 
 
@@ -379,8 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print(describe(config))
         return
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder(config) / "compiled"))
+    use_compilation_cache(config)
     if jax.process_count() > 1 and args.workdir is None:
         raise ConfigError("several processes need one --workdir that all of them can write to")
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))

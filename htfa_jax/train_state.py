@@ -48,9 +48,16 @@ class Model:
         return nnx.merge(self.graphdef, paths.unflatten(flat))
 
 
-def build(config: Config) -> Model:
-    """The structure of the model that a configuration describes; allocates nothing."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: HTFA(config, rngs=nnx.Rngs(0))))
+def build(config: Config, decoding: bool = False) -> Model:
+    """The structure of the model that a configuration describes; allocates nothing.
+
+    Args:
+      config: of the run.
+      decoding: the layout of the decoder's weights (see `models.internlm2`).
+    """
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: HTFA(config, decoding=decoding, rngs=nnx.Rngs(0)))
+    )
     return Model(graphdef, paths.flatten(state))
 
 

@@ -27,12 +27,12 @@ class PanelRow:
 
     Attributes:
       name: of the record.
-      pictures: RGB [H, W, 3] in [0, 1] by the names of `COLUMNS`; "alpha" is [H, W].
+      pictures: by the names of `COLUMNS`, RGB [H, W, 3] in [0, 1] or PIL; "alpha" is [H, W].
       answers: its questions, answered.
     """
 
     name: str
-    pictures: dict[str, np.ndarray]
+    pictures: dict[str, np.ndarray | Image.Image]
     answers: list[Answer]
 
 
@@ -57,7 +57,7 @@ def panel_png(rows: list[PanelRow]) -> bytes:
             if name == "alpha":
                 alpha_image = ax.imshow(row.pictures[name], cmap="cividis", vmin=0, vmax=1)
             else:
-                ax.imshow(np.clip(row.pictures[name], 0, 1))
+                ax.imshow(row.pictures[name])
             ax.set_axis_off()
         _write_answers(line[-1], row)
     for name, ax in zip(names, axes[0], strict=False):
@@ -96,16 +96,20 @@ def _write_answers(ax, row: PanelRow) -> None:
         parse_math=False,
     )
     for i, answer in enumerate(row.answers[:5]):
-        right = is_right(answer.answer, answer.truth)
+        known = answer.truth is not None
+        right = known and is_right(answer.answer, answer.truth)
         # Sign and colour: either alone tells right from wrong.
+        sign, color = ("✓", "#00618a") if right else ("✗", "#b04a00")
+        if not known:
+            sign, color = "·", "0.2"
         ax.text(
             0.0,
             0.80 - 0.19 * i,
-            f"{'✓' if right else '✗'} {answer.kind}: {shown(answer.answer) or '(nothing)'}"
-            + ("" if right else f"  ({shown(answer.truth)})"),
+            f"{sign} {answer.kind}: {shown(answer.answer) or '(nothing)'}"
+            + ("" if right or not known else f"  ({shown(answer.truth)})"),
             fontsize=9,
             va="top",
-            color="#00618a" if right else "#b04a00",
+            color=color,
             transform=ax.transAxes,
             parse_math=False,
         )

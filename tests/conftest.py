@@ -5,7 +5,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import pytest
-from support import random_weights, tiny, write_dataset
+from support import random_weights, tiny, write_dataset, write_run
 
 from htfa_jax import train_vq
 from htfa_jax.parts import save_part
@@ -42,6 +42,12 @@ def vq_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vq") / "weights"
     save_part(folder, "vq", config.vq, random_weights(structure))
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(dataset, tmp_path_factory):
+    """The workdir of a run with random weights."""
+    return write_run(tmp_path_factory.mktemp("run"), dataset)
 
 
 @pytest.fixture(scope="session")

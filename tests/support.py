@@ -10,10 +10,14 @@ from flax import nnx
 from PIL import Image
 
 from htfa_jax.batch import Batch
+from htfa_jax.checkpoint import open_checkpoints, save_frozen
 from htfa_jax.config import Config
-from htfa_jax.config_io import override
-from htfa_jax.paths import Flat, flatten
-from htfa_jax.train_state import Model
+from htfa_jax.config_io import override, save_config
+from htfa_jax.data.records import RecordFile
+from htfa_jax.data.splits import open_tokenizer
+from htfa_jax.optim import frozen_pattern
+from htfa_jax.paths import Flat, flatten, split
+from htfa_jax.train_state import Model, build
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -193,3 +197,20 @@ def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def write_run(folder: Path, dataset: Path, **changes) -> Path:
+    """A workdir as training leaves it, with random weights."""
+    config = tiny(data__train=str(dataset), data__test=str(dataset), **changes)
+    structure = build(config)
+    params = random_weights(structure)
+    if "decoder.head.kernel" in params:
+        params["decoder.head.kernel"] *= 3  # answers that waver would differ by rounding
+    frozen, trainable = split(params, frozen_pattern(config))
+    folder.mkdir(exist_ok=True)
+    save_config(config, folder / "config.json")
+    open_tokenizer(config, folder, RecordFile(dataset))
+    state = {"step": 7, "params": trainable, "opt_state": {"count": jnp.int32(7)}}
+    with open_checkpoints(folder, config) as checkpoints:
+        checkpoints.save(state, {"frozen": save_frozen(folder, config, frozen)})
+    return folder

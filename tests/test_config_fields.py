@@ -13,7 +13,9 @@ from support import random_batch, tiny
 
 import htfa_jax.train as train_module
 from htfa_jax import train_vq
+from htfa_jax.answers import Said
 from htfa_jax.batch import in_micro_batches
+from htfa_jax.chat import query_of
 from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
@@ -334,14 +336,17 @@ def decoding(config):
     evaluator = Evaluator(config, model, tokenizer, Layout(config))
     asked = []
 
-    def look(params, batch, text_length):
-        asked.append(text_length)
+    def look(params, batch):
         pictures = {"original": np.zeros((2, 4, 4, 3)), "hidden_share": np.zeros(2)}
         return None, {"samples": 2.0}, pictures
 
+    def answers(params, cache, prompts, decoding):
+        asked.append(decoding)
+        return [Said("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
+
     evaluator._look = look
     evaluator._losses = lambda params, batch: {}
-    evaluator._greedy = lambda *args: np.zeros((2, 1), np.int32)
+    evaluator._answerer.answers = answers
     report = evaluator({}, records)
     return asked, len(report.panel)
 
@@ -420,6 +425,7 @@ CASES = {
     "data.image_std": ((0.4, 0.5, 0.5), pixels),
     "data.use_object_mask": (False, loss),
     "data.drop_recon": (0.9, batches),
+    "data.default_query": ("What?", lambda c: query_of(c, None)),
     "data.max_text_length": (20, batches),
     "data.text_buckets": ((80, 90), batches),
     "data.on_error": ("skip", run),

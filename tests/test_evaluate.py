@@ -178,7 +178,7 @@ def test_the_main_job_from_nothing_to_its_panel(dataset, tmp_path, capsys):
     log = (run / "logs" / "train.log").read_text()
     for said in ("vq step 3/3", "validation targets:", "train step 2/2", "completed", "finished"):
         assert said in log, said
-    for name in ("logs/parameters.txt", "tokenizer/tokenizer.json", "config.json"):
+    for name in ("logs/parameters.txt", "tokenizer/tokenizer.json", "config.json", "infer.sh"):
         assert (run / name).is_file(), name
     assert list((run / "logs").glob("events*"))
     assert (run / "logs/panels/step_0000002.png").is_file()

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
 from htfa_jax.layers import run_layers
-from htfa_jax.models.internlm2 import InternLM2, init_cache
+from htfa_jax.models.internlm2 import InternLM2
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 
@@ -148,7 +148,7 @@ def test_cached_equals_uncached_for_rows_of_different_lengths(pair):
     whole, _ = module(module.embed(ids), positions(3, 80))
 
     padded = np.where(np.arange(64)[None] < lengths[:, None], ids[:, :64], 99)
-    cache = init_cache(CONFIG, 3, room, jnp.float32)
+    cache = module.empty_cache(3, room)
     hidden, cache = module(module.embed(padded), positions(3, 64), cache)
     rows = np.arange(3)
     np.testing.assert_allclose(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,19 +54,22 @@ def place(
     return Placement(size, ((image_size - w) // 2, (image_size - h) // 2, w, h))
 
 
-def load_image(path: Path) -> Image.Image:
+Source = Path | Image.Image | np.ndarray
+
+
+def load_image(source: Source) -> Image.Image:
     """Opens and decodes a picture, upright, as RGB. Raises OSError or ValueError."""
-    with Image.open(path) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
+    with _opened(source) as image:
+        return _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
 
 
-def load_mask(path: Path) -> Image.Image:
+def load_mask(source: Source) -> Image.Image:
     """Opens and decodes a mask as 8-bit grey; above 127 is true.
 
     Values 0 and 1 are taken for 0 and 255. Raises ValueError if nothing would be true in it
     although it is not black.
     """
-    with Image.open(path) as image:
+    with _opened(source) as image:
         mask = image.convert("L")
     largest = mask.getextrema()[1]
     if largest == 1:
@@ -72,6 +77,30 @@ def load_mask(path: Path) -> Image.Image:
     if 1 < largest <= 127:
         raise ValueError(f"its largest value is {largest}; a mask is white (255, or 1) on black")
     return mask
+
+
+def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
+    """A file, opened, or a picture in memory, which stays open. Raises OSError or ValueError."""
+    if isinstance(source, Image.Image):
+        return contextlib.nullcontext(source)
+    if isinstance(source, np.ndarray):
+        is_mask = source.dtype == np.bool_ and source.ndim == 2
+        is_picture = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if not is_mask and not (is_picture and source.dtype == np.uint8):
+            raise ValueError(
+                f"it is {source.dtype} {list(source.shape)}; an array must be uint8 [H, W, 3] "
+                "(or [H, W], or with alpha [H, W, 4]), a mask may be bool [H, W]"
+            )
+        return contextlib.nullcontext(Image.fromarray(source))
+    return Image.open(source)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits with the upper 8 of them, where Pillow would cut its values off."""
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    return Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
 
 
 def fit(image: Image.Image, placement: Placement, image_size: int) -> np.ndarray:
@@ -99,16 +128,8 @@ def load_pictures(
     no_box = np.zeros(4, np.float32)
     sample: dict[str, Any] = {}
 
-    def decode(field: str, loader: Any) -> Image.Image | None:
-        path = getattr(record, field)
-        if path is None:
-            return None
-        try:
-            return loader(path)
-        except FileNotFoundError:
-            raise record.error(f"{field}: no file at {path}") from None
-        except (OSError, ValueError, SyntaxError) as error:
-            raise record.error(f"{field}: {path} cannot be decoded: {error}") from error
+    def decode(field: str, loader: Callable[[Source], Image.Image]) -> Image.Image | None:
+        return decode_field(record, field, loader)
 
     def same_frame(field: str, image: Image.Image, placement: Placement) -> None:
         (w, h), (w0, h0) = image.size, placement.size
@@ -147,6 +168,22 @@ def load_pictures(
         sample["has_" + field] = np.bool_(box is not None)
         sample[field] = no_box if box is None else np.array(where.box(box), np.float32)
     return sample
+
+
+def decode_field(
+    record: Record, field: str, loader: Callable[[Source], Image.Image]
+) -> Image.Image | None:
+    """A picture of a record, None if it has none. Raises DataError naming record, field, file."""
+    source = getattr(record, field)
+    if source is None:
+        return None
+    name = source if isinstance(source, Path) else f"the {type(source).__name__}"
+    try:
+        return loader(source)
+    except FileNotFoundError:
+        raise record.error(f"{field}: no file at {name}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise record.error(f"{field}: {name} cannot be decoded: {error}") from error
 
 
 def is_inside(box: Box, size: tuple[int, int]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,8 @@ class Turn:
 class Record:
     """One sample: pictures by path, boxes (x, y, w, h) in their pixels, a conversation.
 
+    In a program a picture or an array may stand in a path's place.
+
     Attributes:
       where: file and record number, for messages.
       id: the record's own name.
@@ -73,13 +75,14 @@ class Record:
         return DataError(f"{self.where} (id {self.id}): {reason}")
 
 
-def parse_record(raw: Any, where: str, root: Path) -> Record:
+def parse_record(raw: Any, where: str, root: Path, with_turns: bool = True) -> Record:
     """Checks one decoded record. Raises DataError with `where`, the id, the field and the reason.
 
     Args:
       raw: what the JSON held.
       where: file and record number.
       root: folder of relative picture paths.
+      with_turns: False reads no conversation.
     """
     if not isinstance(raw, Mapping):
         raise DataError(f"{where}: a record must be an object, this is {type(raw).__name__}")
@@ -98,19 +101,6 @@ def parse_record(raw: Any, where: str, root: Path) -> Record:
             return root / value
         return None
 
-    def box(f: str) -> tuple[float, float, float, float] | None:
-        value = raw.get(f)
-        if value is None:
-            return None
-        numbers = isinstance(value, Sequence) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in value
-        )
-        if not numbers or len(value) != 4 or not np.isfinite(value).all():
-            raise fail(f"{f} must be [x, y, w, h] in pixels, it is {value!r}")
-        if value[2] <= 0 or value[3] <= 0:
-            raise fail(f"{f}={value} has no area: width and height must be above 0")
-        return tuple(map(float, value))
-
     image_orig = picture("image_orig")
     if image_orig is None:
         raise fail("image_orig is missing")
@@ -125,11 +115,27 @@ def parse_record(raw: Any, where: str, root: Path) -> Record:
         image_target=picture("image_target"),
         object_mask=picture("object_mask", "occlusion_mask"),
         occluder_mask=picture("occluder_mask"),
-        bbox_orig=box("bbox_orig"),
-        bbox_recon=box("bbox_recon"),
-        turns=_turns(raw.get("conversations"), fail),
+        bbox_orig=checked_box(raw.get("bbox_orig"), "bbox_orig", fail),
+        bbox_recon=checked_box(raw.get("bbox_recon"), "bbox_recon", fail),
+        turns=_turns(raw.get("conversations"), fail) if with_turns else (),
         meta=meta,
     )
+
+
+def checked_box(
+    value: Any, name: str, fail: Callable[[str], DataError]
+) -> tuple[float, float, float, float] | None:
+    """A box as four numbers, None without one. Raises what `fail` makes of the reason."""
+    if value is None:
+        return None
+    numbers = isinstance(value, Sequence | np.ndarray) and all(
+        isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in value
+    )
+    if not numbers or len(value) != 4 or not np.isfinite(value).all():
+        raise fail(f"{name} must be [x, y, w, h] in pixels, it is {value!r}")
+    if value[2] <= 0 or value[3] <= 0:
+        raise fail(f"{name}={value} has no area: width and height must be above 0")
+    return tuple(map(float, value))
 
 
 def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:

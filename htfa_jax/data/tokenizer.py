@@ -114,14 +114,20 @@ class ChatTokenizer:
         ids = self._tokenizer.encode(self.render(turns, prompt=True), add_special_tokens=False)
         return np.array(ids.ids, np.int32)
 
-    def decode(self, tokens: Iterable[int]) -> str:
-        """Text of an answer, up to its first stop token, special tokens left out."""
+    def decode(self, tokens: Iterable[int], strip: bool = True) -> str:
+        """Text of an answer, up to its first stop token, special tokens left out.
+
+        Args:
+          tokens: the answer.
+          strip: whether outer white space is left out too.
+        """
         ids = []
         for token in tokens:
             if int(token) in self.stop_ids:
                 break
             ids.append(int(token))
-        return self._tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip() if strip else text
 
     def save(self, folder: Path) -> None:
         """Copies the tokenizer, so that a run keeps what it was trained with."""

@@ -10,7 +10,7 @@ from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.layers import split_key
 from htfa_jax.models.alignment import resample_tokens
-from htfa_jax.models.internlm2 import InternLM2, KVCache
+from htfa_jax.models.internlm2 import Cache, InternLM2
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
@@ -57,9 +57,14 @@ class Output:
 
 
 class HTFA(nnx.Module):
-    """The whole model. Parts that the configuration leaves out do not exist."""
+    """The whole model. Parts that the configuration leaves out do not exist.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    Args:
+      config: of the run.
+      decoding: the layout of the decoder's weights (see `internlm2`).
+    """
+
+    def __init__(self, config: Config, *, decoding: bool = False, rngs: nnx.Rngs):
         dtype, remat = jnp.dtype(config.train.dtype), config.train.remat
         self.config = config
         self.has_text = config.loss.text_weight > 0
@@ -85,7 +90,12 @@ class HTFA(nnx.Module):
             rngs=rngs,
         )
         self.decoder = InternLM2(
-            config.decoder, with_text=self.has_text, dtype=dtype, remat=remat, rngs=rngs
+            config.decoder,
+            with_text=self.has_text,
+            decoding=decoding,
+            dtype=dtype,
+            remat=remat,
+            rngs=rngs,
         )
 
     def __call__(self, batch: Batch, key: jax.Array | None = None) -> Output:
@@ -126,9 +136,9 @@ class HTFA(nnx.Module):
         self,
         x_BTD: jax.Array,
         start_B: jax.Array | int,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Runs the decoder on embeddings at positions start, start + 1, ..."""
         B, T, _ = x_BTD.shape
         start_B1 = jnp.broadcast_to(start_B, (B,))[:, None]

@@ -2,9 +2,17 @@
 
 Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the
 checkpoint layout differs.
+
+The weights come in two layouts. Training stacks the layers, for `lax.scan` compiles one block,
+and keeps kernels [in, out]. Decoding reads all weights for every word and should do nothing else:
+a scan would first copy each layer out of the stack, so there each layer stands by itself, and its
+kernels are rows [out, in] (`layers.RowLinear`). `decoding_layout` turns one into the other.
 """
 
 import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +22,18 @@ from htfa_jax.attention import attention
 from htfa_jax.config import DecoderConfig
 from htfa_jax.layers import (
     Remat,
+    RowLinear,
     apply_rope,
+    cached_attention,
     dropout,
     float32_dot,
     linear,
+    row_product,
     run_layers,
     split_key,
     stack_layers,
 )
+from htfa_jax.paths import Flat
 
 VOCAB_MULTIPLE = 128
 
@@ -29,35 +41,47 @@ VOCAB_MULTIPLE = 128
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class KVCache:
-    """Keys and values of every layer, at the slots of their positions.
+    """Keys and values at the slots of their positions.
 
     Attributes:
-      k: [layers, B, S, K, H]
-      v: [layers, B, S, K, H]
+      k: [B, K, S, H] of one layer, or [layers, B, K, S, H] of all.
+      v: the same.
     """
 
     k: jax.Array
     v: jax.Array
 
 
-def init_cache(config: DecoderConfig, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
-    """An empty cache for sequences of up to `length` positions."""
-    head_dim = config.embed_dim // config.num_heads
-    shape = (config.num_layers, batch, length, config.num_kv_heads, head_dim)
-    return KVCache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+# In the layout of training one of all layers, in that of decoding one for each layer.
+Cache = KVCache | tuple[KVCache, ...]
+
+
+def with_room(cache: Cache, length: int) -> Cache:
+    """The cache with at least `length` slots."""
+
+    def pad(x: jax.Array) -> jax.Array:
+        missing = max(0, length - x.shape[-2])
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
+
+    return jax.tree.map(pad, cache)
+
+
+def num_slots(cache: Cache) -> int:
+    """Positions that a cache has room for."""
+    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 class Attention(nnx.Module):
     """Causal grouped-query attention."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.head_dim = config.embed_dim // config.num_heads
         self.rope = config.rope_theta, config.rope_factor
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
-        self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
-        self.v_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
-        self.o_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
+        self.q_proj = projection(size, size, decoding, dtype=dtype, rngs=rngs)
+        self.k_proj = projection(size, kv_size, decoding, dtype=dtype, rngs=rngs)
+        self.v_proj = projection(size, kv_size, decoding, dtype=dtype, rngs=rngs)
+        self.o_proj = projection(size, size, decoding, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
@@ -70,27 +94,26 @@ class Attention(nnx.Module):
             out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=True)
         else:
             row_B1 = jnp.arange(len(x_BTD))[:, None]
-            k_BSKH = cache.k.at[row_B1, positions_BT].set(k_BSKH, mode="drop")
-            v_BSKH = cache.v.at[row_B1, positions_BT].set(v_BSKH, mode="drop")
-            cache = KVCache(k=k_BSKH, v=v_BSKH)
-            slot_S = jnp.arange(k_BSKH.shape[1])
-            mask_B1TS = slot_S[None, None, None, :] <= positions_BT[:, None, :, None]
-            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, mask_B1TS=mask_B1TS)
+            # Rows first: the indexed axes of an assignment come before the others.
+            k_BKSH = cache.k.at[row_B1, :, positions_BT].set(k_BSKH, mode="drop")
+            v_BKSH = cache.v.at[row_B1, :, positions_BT].set(v_BSKH, mode="drop")
+            cache = KVCache(k=k_BKSH, v=v_BKSH)
+            out_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT)
         return self.o_proj(out_BTNH.reshape(x_BTD.shape)), cache
 
 
 class Block(nnx.Module):
     """Pre-norm block with a SwiGLU MLP."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         size, hidden = config.embed_dim, config.mlp_dim
         self.dropout = config.dropout
         self.norm1 = rms_norm(config, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, decoding=decoding, dtype=dtype, rngs=rngs)
         self.norm2 = rms_norm(config, dtype=dtype, rngs=rngs)
-        self.gate_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.up_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.down_proj = linear(hidden, size, bias=False, dtype=dtype, rngs=rngs)
+        self.gate_proj = projection(size, hidden, decoding, dtype=dtype, rngs=rngs)
+        self.up_proj = projection(size, hidden, decoding, dtype=dtype, rngs=rngs)
+        self.down_proj = projection(hidden, size, decoding, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -112,6 +135,13 @@ class InternLM2(nnx.Module):
 
     The vocabulary is padded to a multiple of 128; padded words have logits of minus infinity.
     Without text there is neither embedding nor head.
+
+    Args:
+      config: sizes.
+      with_text: whether it has embedding and head.
+      decoding: the layout of the weights, see above.
+      dtype: of the computation.
+      remat: what the backward pass computes again.
     """
 
     def __init__(
@@ -119,13 +149,12 @@ class InternLM2(nnx.Module):
         config: DecoderConfig,
         *,
         with_text: bool = True,
+        decoding: bool = False,
         dtype: jnp.dtype,
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ):
-        self.remat, self.dtype = remat, dtype
-        self.vocab_size, self.tie_head = config.vocab_size, config.tie_head
-        self.num_layers = config.num_layers
+        self.config, self.remat, self.dtype, self.decoding = config, remat, dtype, decoding
         padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         if with_text:
             self.embed = nnx.Embed(
@@ -136,20 +165,37 @@ class InternLM2(nnx.Module):
                 embedding_init=nnx.initializers.normal(0.02),
                 rngs=rngs,
             )
-        self.layers = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers, rngs
-        )
+
+        def block(rngs: nnx.Rngs) -> Block:
+            return Block(config, decoding=decoding, dtype=dtype, rngs=rngs)
+
+        if decoding:
+            self.layers = nnx.List(block(rngs) for _ in range(config.num_layers))
+        else:
+            self.layers = stack_layers(block, config.num_layers, rngs)
         self.norm = rms_norm(config, dtype=dtype, rngs=rngs)
         if with_text and not config.tie_head:
-            self.head = linear(config.embed_dim, padded, bias=False, dtype=dtype, rngs=rngs)
+            self.head = projection(config.embed_dim, padded, decoding, dtype=dtype, rngs=rngs)
+
+    def empty_cache(self, batch: int, length: int) -> Cache:
+        """A cache for sequences of up to `length` positions."""
+        c = self.config
+        shape = (batch, c.num_kv_heads, length, c.embed_dim // c.num_heads)
+        if self.decoding:
+            return tuple(
+                KVCache(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype))
+                for _ in range(c.num_layers)
+            )
+        stacked = (c.num_layers, *shape)
+        return KVCache(k=jnp.zeros(stacked, self.dtype), v=jnp.zeros(stacked, self.dtype))
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Cache | None]:
         """Embeddings to hidden states after the final norm.
 
         Args:
@@ -163,7 +209,13 @@ class InternLM2(nnx.Module):
         Returns:
           Hidden states [B, T, D] and the cache with these positions in it (None without one).
         """
-        keys = None if key is None else jax.random.split(key, self.num_layers)
+        if self.decoding:
+            filled = []
+            for i, layer in enumerate(self.layers):
+                x_BTD, layer_cache = layer(x_BTD, positions_BT, cache and cache[i], None)
+                filled.append(layer_cache)
+            return self.norm(x_BTD), cache and tuple(filled)
+        keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
         def apply(block, x_BTD, extra):
             cache, key = extra
@@ -174,17 +226,34 @@ class InternLM2(nnx.Module):
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Text logits [B, T, padded V] in float32."""
-        return self.logits_by(self.head_kernel(), hidden_BTD)
+        hidden_BTD = hidden_BTD.astype(self.dtype)
+        if self.config.tie_head:
+            embedding_VD = self.embed.embedding[...].astype(self.dtype)
+            return self._real_words(row_product(embedding_VD, hidden_BTD, jnp.float32))
+        if self.decoding:
+            return self._real_words(self.head(hidden_BTD, jnp.float32))
+        return self.logits_by(self.head.kernel[...], hidden_BTD)
 
     def head_kernel(self) -> jax.Array:
-        """The text head's matrix [D, padded V]."""
-        return self.embed.embedding[...].T if self.tie_head else self.head.kernel[...]
+        """The text head's matrix [D, padded V], in the training layout."""
+        return self.embed.embedding[...].T if self.config.tie_head else self.head.kernel[...]
 
     def logits_by(self, kernel_DV: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
         """Text logits [B, T, padded V] in float32 by a matrix [D, padded V]."""
-        logits_BTV = float32_dot(hidden_BTD.astype(self.dtype), kernel_DV)
-        real_V = jnp.arange(kernel_DV.shape[1]) < self.vocab_size
+        return self._real_words(float32_dot(hidden_BTD.astype(self.dtype), kernel_DV))
+
+    def _real_words(self, logits_BTV: jax.Array) -> jax.Array:
+        real_V = jnp.arange(logits_BTV.shape[-1]) < self.config.vocab_size
         return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
+
+
+def projection(
+    in_features: int, out_features: int, decoding: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
+) -> nnx.Linear | RowLinear:
+    """A linear layer without bias, its weights in one of the two layouts."""
+    if decoding:
+        return RowLinear(in_features, out_features, dtype=dtype, rngs=rngs)
+    return linear(in_features, out_features, bias=False, dtype=dtype, rngs=rngs)
 
 
 def rms_norm(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -196,3 +265,19 @@ def rms_norm(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
         param_dtype=jnp.float32,
         rngs=rngs,
     )
+
+
+def decoding_layout(params: Mapping[str, Any]) -> Flat:
+    """A decoder's weights, stacked and [in, out], as separate layers with rows [out, in].
+
+    Args:
+      params: `{path inside the decoder: array}`.
+    """
+    out: Flat = {}
+    for path, value in params.items():
+        layered = re.fullmatch(r"layers\.(.+)", path)
+        for i in range(len(value)) if layered else [None]:
+            array = value if i is None else value[i]
+            name = path if i is None else f"layers.{i}.{layered[1]}"
+            out[name] = array.T if name.endswith("kernel") else array
+    return out

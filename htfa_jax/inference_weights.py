@@ -1,0 +1,47 @@
+"""A run's weights as the engine keeps them: laid out for decoding, cast once, or in 8 bits."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import jax.numpy as jnp
+
+from htfa_jax.config import Config
+from htfa_jax.errors import ConfigError
+from htfa_jax.models.internlm2 import decoding_layout
+from htfa_jax.paths import Flat, split
+
+Quantize = Literal["int8"]
+
+
+def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
+    """A run's weights as `build(config, decoding=True)` takes them.
+
+    The decoder is laid out for decoding, and matrices are cast to the computation's type once
+    instead of at every use. Norms, alpha and the codebook stay in float32.
+
+    Args:
+      config: of the run.
+      params: all weights, in the layout of training.
+      quantize: "int8" for the decoder's blocks and head.
+    """
+    decoder, others = split(params, r"decoder\..*")
+    inside = {path.removeprefix("decoder."): jnp.asarray(v) for path, v in decoder.items()}
+    laid_out = {f"decoder.{path}": v for path, v in decoding_layout(inside).items()}
+    dtype = jnp.dtype(config.train.dtype)
+    cast = {
+        path: jnp.asarray(v, dtype if re.fullmatch(r".*\.(kernel|embedding)", path) else None)
+        for path, v in {**others, **laid_out}.items()
+    }
+    if quantize is None:
+        return cast
+    try:
+        import qwix
+    except ImportError:
+        raise ConfigError(
+            "int8 weights need the package qwix: pip install 'htfa-jax[int8]'"
+        ) from None
+    kernels, rest = split(cast, r"decoder\..*\.kernel")
+    rows = {p: qwix.quantize(v, jnp.int8, channelwise_axes=(0,)) for p, v in kernels.items()}
+    return {**rest, **rows}

@@ -1,0 +1,86 @@
+"""What the engine gives back, and how a picture is completed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from htfa_jax.errors import ConfigError
+
+OWN_COMPLETION = "own completion"
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """How a picture is completed."""
+
+    temperature: float = 0.0  # 0: the most probable code of every cell
+    passes: int = 1  # more: the surest codes stay, the others are predicted again
+    paste_back: bool = False  # replace only what the occluder mask covers
+    seed: int = 0  # of the sampling
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.passes < 1 or not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                f"{self} cannot work: temperature must be 0 or above, passes at least 1, seed in "
+                "[0, 2^32)"
+            )
+
+
+# The most probable code of every cell.
+ONE_PASS = Completion()
+
+
+@dataclasses.dataclass(frozen=True)
+class Intermediates:
+    """What the model saw on its way, of one pair; pictures are RGB in [0, 1].
+
+    Attributes:
+      original_HWC, fused_HWC: as the encoders get them, in the model's square.
+      reconstruction_HWC: in its own frame.
+      aligned_HWC: reconstruction in the original's frame.
+      alpha_HW: weight of the original.
+      attention_NTS: Level 2's weights, by head, query patch and key patch.
+      code_probabilities_MC: of the completed picture's codes; None without codes.
+    """
+
+    original_HWC: np.ndarray
+    reconstruction_HWC: np.ndarray
+    aligned_HWC: np.ndarray
+    fused_HWC: np.ndarray
+    alpha_HW: np.ndarray
+    attention_NTS: np.ndarray
+    code_probabilities_MC: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What the model says of one pair.
+
+    Attributes:
+      answer: text; empty if there is an error or the run has no text head.
+      confidence: mean probability of the answer's words, the one that ended it included, under
+        the model itself: temperature 1, no penalty. None without an answer.
+      completed: the whole object in the original's frame and size; None if the run cannot paint
+        or was not asked to.
+      alignment: how the reconstruction was aligned: "boxes", "mask", "intensity",
+        "identity: no box", "identity: alignment off", "own completion" or
+        "identity: no reconstruction".
+      recon_source: "given"; "own completion" if none was given and the model looked at what it
+        painted from the original alone; "none" if it cannot paint either.
+      query: the question.
+      intermediates: where asked for.
+      error: why there is no result.
+    """
+
+    answer: str = ""
+    confidence: float | None = None
+    completed: Image.Image | None = None
+    alignment: str = ""
+    recon_source: Literal["given", "own completion", "none"] = "given"
+    query: str = ""
+    intermediates: Intermediates | None = None
+    error: str | None = None

@@ -1,0 +1,191 @@
+"""Words per second of the decoder, beside transformers' Llama with the same weights.
+
+    OMP_NUM_THREADS=2 taskset -c 0,1 python scripts/benchmark_decoding.py --sizes small wide
+
+Both run in this process on the CPU in float32, one after the other in every repetition, so that
+a busy machine is busy for both. transformers: `generate`, static cache, no torch.compile. The
+limit is what the memory gives: a large array read in order in the same run, divided by the bytes
+of the weights that a word needs (all but the embedding table). It is compared with the fastest
+piece of decoding, and the array's fastest reading: other programs slow down both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from htfa_jax.config import DecoderConfig
+from htfa_jax.config_io import load_config
+from htfa_jax.generate import decode_until, prefill
+from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2, decoding_layout
+from htfa_jax.paths import flatten, unflatten
+from htfa_jax.sampling import Decoding, sampling_of
+from weights_convert import internlm2 as table
+from weights_convert.convert import convert
+
+SIZES = {"small": lambda: load_config("debug").decoder, "wide": DecoderConfig}
+PROBE_BYTES = 2**28
+PIECE = 8  # words that are timed by themselves
+
+
+def llama(sizes: DecoderConfig) -> LlamaForCausalLM:
+    """transformers' model with random weights."""
+    config = LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.embed_dim,
+        intermediate_size=sizes.mlp_dim,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
+        rms_norm_eps=sizes.rms_norm_eps,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def ours(sizes: DecoderConfig, theirs: LlamaForCausalLM) -> tuple[Any, dict[str, jax.Array]]:
+    """The structure of our decoder, and the same weights."""
+
+    def split(decoding: bool) -> tuple[Any, Any]:
+        return nnx.split(
+            nnx.eval_shape(
+                lambda: InternLM2(sizes, decoding=decoding, dtype=jnp.float32, rngs=nnx.Rngs(0))
+            )
+        )
+
+    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    stacked = convert(flatten(split(False)[1]), tensors, table.llama_rules(), table.IGNORED)
+    weights = {k: jnp.array(v) for k, v in decoding_layout(stacked).items()}
+    return split(True)[0], weights
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Of one call, to its end."""
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    return time.perf_counter() - start
+
+
+def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -> None:
+    """Prints a line of a table for each batch size."""
+    sizes = SIZES[name]()
+    theirs = llama(sizes)
+    graphdef, weights = ours(sizes, theirs)
+    needed = sum(v.nbytes for k, v in weights.items() if not k.startswith("embed"))
+
+    def decoder(weights: Any) -> InternLM2:
+        return nnx.merge(graphdef, unflatten(weights))
+
+    first = jax.jit(
+        lambda w, *inputs: prefill(
+            decoder(w), *inputs, stop_ids=(-1,), num_slots=prompt + new, max_new_tokens=new
+        )
+    )
+    further = jax.jit(
+        lambda w, state, until: decode_until(decoder(w), state, until, stop_ids=(-1,)),
+        donate_argnums=1,
+    )
+    probe = jnp.ones(PROBE_BYTES // 4, jnp.float32)
+    read = jax.jit(jnp.sum)
+    vocab = -(-sizes.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    for rows in batches:
+        ids = np.random.default_rng(rows).integers(1, sizes.vocab_size, (rows, prompt), np.int32)
+        inputs = (
+            jax.jit(lambda w, rows=rows: decoder(w).empty_cache(rows, 0))(weights),
+            np.int32(0),
+            ids,
+            np.full(rows, prompt, np.int32),
+            np.zeros((rows, vocab), bool),
+            sampling_of(Decoding(), rows),
+        )
+        tensor = torch.from_numpy(ids).long()
+
+        def generate(count: int, tensor: torch.Tensor = tensor) -> torch.Tensor:
+            with torch.inference_mode():
+                return theirs.generate(
+                    tensor,
+                    attention_mask=torch.ones_like(tensor),
+                    max_new_tokens=count,
+                    do_sample=False,
+                    cache_implementation="static",
+                    disable_compile=True,
+                )
+
+        words = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
+        same = (words == generate(new)[:, prompt:].numpy()).mean()
+        times: dict[str, list[float]] = {}
+
+        def note(what: str, value: float, times: dict[str, list[float]] = times) -> None:
+            times.setdefault(what, []).append(value)
+
+        for _ in range(repeat):
+            start = time.perf_counter()
+            state = jax.block_until_ready(first(weights, *inputs))
+            note("prefill", time.perf_counter() - start)
+            start = time.perf_counter()
+            for until in range(1 + PIECE, new + PIECE, PIECE):
+                piece = time.perf_counter()
+                state = jax.block_until_ready(further(weights, state, min(until, new)))
+                if until <= new:
+                    note("piece", time.perf_counter() - piece)
+                    note("probe", seconds(lambda: read(probe)))
+                    start += times["probe"][-1]
+            note("decode", time.perf_counter() - start)
+            note("their prefill", seconds(lambda: generate(1)))
+            note("theirs", seconds(lambda: generate(new)))
+        t = {what: float(np.median(values)) for what, values in times.items()}
+        whole = [p + d for p, d in zip(times["prefill"], times["decode"], strict=True)]
+        bandwidth = PROBE_BYTES / min(times["probe"])
+        rate = rows * (new - 1) / t["decode"]
+        best, limit = rows * PIECE / min(times["piece"]), rows * bandwidth / needed
+        their_rate = rows * (new - 1) / (t["theirs"] - t["their prefill"])
+        print(
+            f"{name}, batch {rows}: {rows * new / np.median(whole):.1f} words/s with prefill "
+            f"(transformers {rows * new / t['theirs']:.1f}, ratio "
+            f"{t['theirs'] / np.median(whole):.2f}); decoding alone {rate:.1f} (transformers "
+            f"{their_rate:.1f}, ratio {rate / their_rate:.2f}), at best {best:.1f}, "
+            f"{100 * best / limit:.0f}% of the limit {limit:.1f} at {bandwidth / 1e9:.1f} GB/s; "
+            f"same words {100 * same:.1f}%"
+        )
+
+
+def matrix_rate() -> float:
+    """Floating-point operations per second of a large matrix product."""
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(jnp.matmul)
+    product(x, x)
+    return 2 * 2048**3 / float(np.median([seconds(lambda: product(x, x)) for _ in range(9)]))
+
+
+def main() -> None:
+    """Prints one line per size and batch."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt", type=int, default=512, help="words of the prompt")
+    parser.add_argument("--new", type=int, default=128, help="words of the answer")
+    parser.add_argument("--repeat", type=int, default=5, help="median of so many")
+    args = parser.parse_args()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    print(f"{torch.get_num_threads()} threads, {matrix_rate() / 1e9:.0f} GFLOP/s in float32")
+    for name in args.sizes:
+        compare(name, args.batches, args.prompt, args.new, args.repeat)
+
+
+if __name__ == "__main__":
+    main()
