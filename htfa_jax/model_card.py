@@ -16,8 +16,9 @@ CARD = """\
 
 # {name}
 
-HTFA (Hierarchical Trinity Fusion Architecture) looks at two pictures of a scene: the original, where
-something hides part of an object, and a reconstruction of the object. It {abilities}.
+HTFA (Hierarchical Trinity Fusion Architecture) looks at two pictures of a scene: the original,
+where something hides part of an object, and a reconstruction of the object.
+It {abilities}.
 
 | | |
 | --- | --- |
@@ -49,8 +50,9 @@ same from the command line.
 
 ## Intended use
 
-Research on pictures in which a hand or another thing hides part of an object. For pictures unlike the
-training data, measure first: `python -m htfa_jax.evaluate --checkpoint FOLDER --config.data.test=FILE`.
+Research on pictures in which a hand or another thing hides part of an object. For pictures unlike
+those of the training data, measure first:
+`python -m htfa_jax.evaluate --checkpoint FOLDER --config.data.test=FILE`.
 
 ## Limits
 
@@ -86,11 +88,9 @@ def model_card(
       scores: of the test split; None if there are none.
       license: as the hub names it, or None.
     """
-    answers, paints = config.loss.text_weight > 0, config.loss.code_weight > 0
-    abilities = [
-        *(["answers questions about the object"] if answers else []),
-        *(["paints it whole"] if paints else []),
-    ]
+    answers = config.loss.text_weight > 0
+    paints = config.loss.code_weight > 0 and config.vq.has_decoder
+    abilities = ["answers questions about the object"] * answers + ["paints it whole"] * paints
     front = [
         "library_name: htfa_jax",
         *([f"license: {license}"] if license else []),
@@ -101,7 +101,7 @@ def model_card(
     return CARD.format(
         front="\n".join(front),
         name=name,
-        abilities=" and ".join(abilities),
+        abilities=" and ".join(abilities) or "predicts the codes of the whole object",
         facts="\n".join(f"| {k} | {v} |" for k, v in _facts(config, step, shapes, dtype).items()),
         query=config.data.default_query,
         data=_data(config),
