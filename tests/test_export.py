@@ -67,23 +67,23 @@ def copy(exported, tmp_path):
 
 @pytest.fixture(scope="module")
 def ask(dataset):
-    """What an engine answers, paints and sees."""
-    # One without two codes as likely as each other, between which rounding would choose.
-    record = RecordFile(dataset)[1]
+    """What an engine answers, paints and sees for five pairs."""
+    records = RecordFile(dataset)
 
-    def look(folder):
+    def results(folder):
         engine = HTFAInference.from_pretrained(folder)
         assert engine.step == 7
-        return engine.infer(
-            record.image_orig,
-            record.image_recon,
-            bbox_orig=record.bbox_orig,
-            bbox_recon=record.bbox_recon,
-            decoding=Decoding(max_new_tokens=8),
-            return_intermediates=True,
-        )
+        return [
+            engine.infer(
+                records[i].image_orig,
+                records[i].image_recon,
+                decoding=Decoding(max_new_tokens=8),
+                return_intermediates=True,
+            )
+            for i in range(5)
+        ]
 
-    return look
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -93,23 +93,23 @@ def expected(ask, run):
 
 def test_float32_gives_the_results_of_the_run_exactly(ask, expected, run, tmp_path):
     found = ask(export_run(run, tmp_path / "whole", dtype="float32"))
-    assert expected.answer and found.answer == expected.answer
-    assert found.confidence == expected.confidence
-    np.testing.assert_array_equal(found.completed, expected.completed)
+    for a, b in zip(found, expected, strict=True):
+        assert b.answer and (a.answer, a.confidence) == (b.answer, b.confidence)
+        np.testing.assert_array_equal(a.completed, b.completed)
 
 
 def test_bfloat16_gives_them_within_rounding(ask, expected, exported):
-    found, there = ask(exported), expected.intermediates
-    assert found.answer == expected.answer
-    assert found.confidence == pytest.approx(expected.confidence, rel=0.05)
-    # Level 1 and the codebook are not rounded.
-    np.testing.assert_array_equal(found.intermediates.alpha_HW, there.alpha_HW)
-    np.testing.assert_allclose(
-        found.intermediates.code_probabilities_MC, there.code_probabilities_MC, atol=0.02
-    )
-    assert (found.intermediates.code_probabilities_MC != there.code_probabilities_MC).any()
-    away = np.abs(np.asarray(found.completed, int) - np.asarray(expected.completed, int))
-    assert 0 < away.max() and np.mean(away <= 8) > 0.99
+    away, likely = [], []
+    for a, b in zip(ask(exported), expected, strict=True):
+        assert a.answer == b.answer and a.confidence == pytest.approx(b.confidence, rel=0.1)
+        # Level 1 is not rounded.
+        np.testing.assert_array_equal(a.intermediates.alpha_HW, b.intermediates.alpha_HW)
+        codes_a, codes_b = (r.intermediates.code_probabilities_MC for r in (a, b))
+        likely.append(np.abs(codes_a - codes_b).max())
+        away.append(np.percentile(np.abs(np.int32(a.completed) - np.int32(b.completed)), 99))
+    # Where two codes are as good as each other rounding chooses, and the picture that a
+    # tokenizer of random weights paints is another one; of five pairs this happens to a few.
+    assert 0 < np.median(likely) < 0.01 and np.median(away) <= 8
 
 
 def test_all_weights_and_nothing_else_are_stored(exported, run):
