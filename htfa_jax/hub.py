@@ -12,11 +12,9 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_repository(name: str | Path) -> bool:
-    """Whether a name means a repository, "user/name": what is here goes first."""
-    path = Path(name).expanduser()
-    return (
-        HUB_ID.fullmatch(str(name)) is not None and not path.exists() and not path.parent.is_dir()
-    )
+    """Whether a name means a repository, "user/name": a folder "user" here goes first."""
+    folder = Path(name).expanduser().parent
+    return HUB_ID.fullmatch(str(name)) is not None and not folder.is_dir()
 
 
 def fetch(repository: str, revision: str | None, patterns: Sequence[str]) -> Path:
