@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +23,15 @@ from orbax.checkpoint import checkpoint_managers
 
 from htfa_jax import parts, paths
 from htfa_jax.config import Config
-from htfa_jax.config_io import load_config
 from htfa_jax.errors import CheckpointError
 from htfa_jax.paths import Flat
 from htfa_jax.processes import is_first
+from htfa_jax.runs import CHECKPOINTS
 from htfa_jax.sharding import to_host
 
 log = logging.getLogger(__name__)
 
-CHECKPOINTS, FROZEN = "checkpoints", "frozen"
+FROZEN = "frozen"
 # What a training state holds besides its step; `loss_scale` is there in float16 only.
 STATE = ("params", "opt_state", "loss_scale")
 
@@ -204,43 +204,3 @@ def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
             raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
         frozen |= {f"{part}.{path}": value for path, value in arrays.items()}
     return frozen
-
-
-def find_run(path: str | Path) -> tuple[Path, int | None]:
-    """The workdir and step that a path means: a run, or one of its checkpoints.
-
-    Raises CheckpointError if there is no run.
-    """
-    path = Path(path).expanduser()
-    step = None
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        path, step = path.parent.parent, int(path.name)
-    if not (path / "config.json").is_file() or not (path / CHECKPOINTS).is_dir():
-        raise CheckpointError(
-            f"{path} is not a run: expected config.json and {CHECKPOINTS}/ "
-            f"(or a folder {CHECKPOINTS}/STEP of one)"
-        )
-    return path, step
-
-
-def load_run(
-    path: str | Path, shapes_of: Callable[[Config], Flat]
-) -> tuple[Config, Flat, int, Path]:
-    """Configuration, all weights, step and workdir of a run, or of one of its checkpoints.
-
-    Of a run, the best checkpoint counts if there were evaluations, else the newest.
-
-    Args:
-      path: the run or checkpoint.
-      shapes_of: from the run's configuration to `{path: shape and dtype}` of all parameters.
-    """
-    workdir, step = find_run(path)
-    config = load_config(workdir)
-    with open_checkpoints(workdir, config) as checkpoints:
-        step = checkpoints.best_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{workdir / CHECKPOINTS} holds no complete checkpoint")
-        frozen = load_frozen(workdir, checkpoints.restore(step)["meta"]["frozen"])
-        trainable = {k: v for k, v in shapes_of(config).items() if k not in frozen}
-        params = checkpoints.restore(step, params=trainable)["params"]
-    return config, {**params, **frozen}, step, workdir

@@ -21,7 +21,6 @@ import numpy as np
 from htfa_jax import report
 from htfa_jax.answers import Answerer
 from htfa_jax.batch import Batch
-from htfa_jax.checkpoint import find_run, load_run
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, load_config, parse_args
@@ -29,7 +28,9 @@ from htfa_jax.data.pipeline import Loaded, evaluation_batches
 from htfa_jax.data.records import Record, RecordFile, Turn
 from htfa_jax.data.splits import Split, open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import ConfigError
 from htfa_jax.generate import paint, read_pictures
+from htfa_jax.hub import is_repository
 from htfa_jax.logs import progress
 from htfa_jax.losses import Counts, count, loss_and_metrics
 from htfa_jax.metrics import Answer, score_answers
@@ -39,6 +40,7 @@ from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.pictures import denormalize, normalize
 from htfa_jax.paths import Flat
 from htfa_jax.picture_metrics import flat_fill, picture_scores, picture_sums
+from htfa_jax.runs import find_run, load_run
 from htfa_jax.sampling import Decoding
 from htfa_jax.sharding import Layout, to_host
 from htfa_jax.train_state import Model, build
@@ -280,10 +282,10 @@ def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateArgs:
-    """Evaluates a run, or one of its checkpoints, on a split of its data."""
+    """Evaluates a run, one of its checkpoints or an exported run on a split of its data."""
 
     config: ConfigFlags
-    checkpoint: Path = Path()  # a run, or RUN/checkpoints/STEP
+    checkpoint: Path = Path()  # a run, RUN/checkpoints/STEP, an exported run or its hub id
     split: Split = "test"  # which data
     output_dir: Path | None = None  # where JSON and pictures go (default: RUN/evaluation/SPLIT)
 
@@ -295,6 +297,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         EvaluateArgs, argv, source="checkpoint", read=lambda path: load_config(find_run(path)[0])
     )
     use_compilation_cache(args.config)
+    if args.output_dir is None and is_repository(args.checkpoint):
+        raise ConfigError("--output_dir is missing: nothing is written into the hub's copy")
     workdir, _ = find_run(args.checkpoint)
     _, params, step, _ = load_run(args.checkpoint, lambda c: build(c).shapes)
     log.info("%s, step %d, on split %s", workdir, step, args.split)

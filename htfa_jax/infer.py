@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from htfa_jax.checkpoint import find_run
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
@@ -32,6 +31,7 @@ from htfa_jax.inference_weights import Quantize
 from htfa_jax.metrics import Answer
 from htfa_jax.pairs import FIELDS, as_record
 from htfa_jax.results import Completion, Result
+from htfa_jax.runs import find_run
 from htfa_jax.sampling import Decoding
 from htfa_jax.visualize import PanelRow, panel_png
 
@@ -45,7 +45,7 @@ Box = tuple[float, float, float, float]
 class InferArgs:
     """Answers questions about picture pairs with a trained run, and completes the pictures."""
 
-    checkpoint: Path  # a run, or RUN/checkpoints/STEP
+    checkpoint: Path  # a run, RUN/checkpoints/STEP, an exported run or its hub id
     output_dir: Path  # predictions.jsonl and pictures go here
     image_orig: Path | None = None  # the original, where something hides the object
     image_recon: Path | None = None  # the reconstruction; without it the model paints one first

@@ -8,7 +8,6 @@ print(result.answer, result.confidence)
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -22,16 +21,15 @@ from PIL import Image
 
 from htfa_jax.answers import Answerer, Said
 from htfa_jax.batch import Batch
+from htfa_jax.batching import Query, in_batches
 from htfa_jax.chat import Chat, query_of
-from htfa_jax.checkpoint import load_run
 from htfa_jax.config import DType
 from htfa_jax.config_io import override
 from htfa_jax.data.records import Turn
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import ConfigError, DataError, HTFAError
+from htfa_jax.errors import ConfigError
 from htfa_jax.generate import Prefix, complete, read_pictures
 from htfa_jax.inference_weights import Quantize, for_inference
-from htfa_jax.logs import progress
 from htfa_jax.metrics import to_8bit
 from htfa_jax.models.alignment import SOURCES
 from htfa_jax.models.pictures import denormalize
@@ -46,6 +44,7 @@ from htfa_jax.pairs import (
 )
 from htfa_jax.paths import Flat
 from htfa_jax.results import ONE_PASS, OWN_COMPLETION, Completion, Intermediates, Result
+from htfa_jax.runs import load_run
 from htfa_jax.sampling import Decoding
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build
@@ -65,11 +64,12 @@ class HTFAInference:
     """A model ready to be used.
 
     Args:
-      checkpoint_path: a run, or one of its checkpoints.
+      checkpoint_path: a run, one of its checkpoints, an exported run, or the hub id of one.
       device: JAX device, or a platform such as "cpu" or "gpu"; JAX's own choice by default.
       dtype: of the computation; the run's by default.
       quantize: "int8" keeps the decoder's weights in 8 bits, one scale per output (the package
         Qwix); the computation stays in `dtype`.
+      revision: of a hub repository: branch, tag or commit.
 
     Raises:
       CheckpointError: if there is no such run, or it is damaged.
@@ -82,8 +82,11 @@ class HTFAInference:
         device: jax.Device | str | None = None,
         dtype: DType | None = None,
         quantize: Quantize | None = None,
+        revision: str | None = None,
     ):
-        config, params, step, workdir = load_run(checkpoint_path, lambda c: build(c).shapes)
+        config, params, step, workdir = load_run(
+            checkpoint_path, lambda c: build(c).shapes, revision
+        )
         if dtype is not None:
             config = override(config, {"train.dtype": dtype})
         # One device, however many the run was spread over.
@@ -116,7 +119,7 @@ class HTFAInference:
         self,
         image_orig: Any,
         image_recon: Any = None,
-        query: str | Sequence[str] | None = None,
+        query: Query = None,
         *,
         decoding: Decoding | None = None,
         completion: Completion | None = ONE_PASS,
@@ -145,7 +148,7 @@ class HTFAInference:
     def batch_infer(
         self,
         pairs: Sequence[Pair],
-        queries: Sequence[str | Sequence[str] | None] | str | None = None,
+        queries: Sequence[Query] | str | None = None,
         *,
         batch_size: int = 8,
         decoding: Decoding | None = None,
@@ -175,7 +178,7 @@ class HTFAInference:
     def iterate(
         self,
         pairs: Sequence[Pair],
-        queries: Sequence[str | Sequence[str] | None] | str | None = None,
+        queries: Sequence[Query] | str | None = None,
         *,
         batch_size: int = 8,
         decoding: Decoding | None = None,
@@ -183,57 +186,12 @@ class HTFAInference:
         return_intermediates: bool = False,
     ) -> Iterator[Result | list[Result]]:
         """`batch_infer`, result by result as they come."""
-        if queries is None or isinstance(queries, str):
-            queries = [queries] * len(pairs)
-        if len(queries) != len(pairs):
-            raise DataError(f"{len(pairs)} pairs and {len(queries)} queries: expected one each")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        # A short last batch has a shape of its own only if it is the only one.
-        rows = min(batch_size, 1 << (len(pairs) - 1).bit_length()) if pairs else 1
 
-        def read(i: int) -> Scene | DataError:
-            try:
-                return read_scene(as_record(pairs[i], f"pair {i}"), self.config)
-            except DataError as error:
-                return error
+        def work(scenes: list[Scene], asked: list[Query], rows: int) -> list[Result | list[Result]]:
+            seen = self._see(scenes, rows, return_intermediates)
+            return self._results(seen, asked, decoding, completion, return_intermediates)
 
-        def group(start: int) -> list[concurrent.futures.Future]:
-            return [pool.submit(read, i) for i in range(start, min(start + rows, len(pairs)))]
-
-        with (
-            concurrent.futures.ThreadPoolExecutor(self.config.data.num_threads) as pool,
-            progress(len(pairs), "pairs", unit="pair") as bar,
-        ):
-            ahead = group(0)
-            for start in range(0, len(pairs), rows):
-                # The next pictures are read while the model works on these.
-                ready, ahead = ahead, group(start + rows)
-                read_ = [future.result() for future in ready]
-                asked = [queries[start + i] for i in range(len(read_))]
-                good = [i for i, scene in enumerate(read_) if isinstance(scene, Scene)]
-                results: list[Any] = [_failed(asked[i], error) for i, error in enumerate(read_)]
-                if good:
-                    try:
-                        found = self._results(
-                            self._see([read_[i] for i in good], rows, return_intermediates),
-                            [asked[i] for i in good],
-                            decoding,
-                            completion,
-                            return_intermediates,
-                        )
-                    except HTFAError:
-                        # One pair's question or mask may be what is wrong: each by itself.
-                        found = [
-                            self._alone(
-                                read_[i], asked[i], decoding, completion, return_intermediates
-                            )
-                            for i in good
-                        ]
-                    for i, result in zip(good, found, strict=True):
-                        results[i] = result
-                bar.update(len(read_))
-                yield from results
+        yield from in_batches(self.config, pairs, queries, batch_size, work)
 
     def stream(
         self,
@@ -312,19 +270,10 @@ class HTFAInference:
             prefix = self._look(self.params, batch, with_weights)
         return _Seen(scenes, prefix, np.asarray(prefix.fusion.pair.source_B), own_B)
 
-    def _alone(
-        self, scene: Scene, query: Any, decoding: Any, completion: Any, intermediates: bool
-    ) -> Result | list[Result]:
-        try:
-            seen = self._see([scene], 1, intermediates)
-            return self._results(seen, [query], decoding, completion, intermediates)[0]
-        except HTFAError as error:
-            return _failed(query, error)
-
     def _results(
         self,
         seen: _Seen,
-        queries: Sequence[str | Sequence[str] | None],
+        queries: Sequence[Query],
         decoding: Decoding | None,
         completion: Completion | None,
         return_intermediates: bool,
@@ -429,10 +378,3 @@ def _paint_options(options: Completion) -> dict[str, Any]:
         "temperature": np.float32(options.temperature),
         "passes": None if options.passes == 1 else np.int32(options.passes),
     }
-
-
-def _failed(query: Any, error: Any) -> Any:
-    """Results that hold an error, as many as there were questions."""
-    if query is None or isinstance(query, str):
-        return Result(query=query or "", error=str(error))
-    return [Result(query=q or "", error=str(error)) for q in query]

@@ -99,11 +99,17 @@ class WeightWriter:
     Args:
       path: of the file.
       kinds: `{parameter path: (shape, dtype)}` of all that will be written.
+      facts: more that the file says, as text.
     """
 
     NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-    def __init__(self, path: Path, kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+    def __init__(
+        self,
+        path: Path,
+        kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        facts: Mapping[str, str] | None = None,
+    ):
         header, end = {}, 0
         for name, (shape, dtype) in sorted(kinds.items()):
             start, end = end, end + math.prod(shape) * dtype.itemsize
@@ -112,7 +118,7 @@ class WeightWriter:
                 "shape": list(shape),
                 "data_offsets": [start, end],
             }
-        encoded = json.dumps(header).encode()
+        encoded = json.dumps({"__metadata__": dict(facts or {}), **header}).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._begin = 8 + len(encoded)
         self._starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
@@ -247,13 +253,25 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
     return kept
 
 
-def read_weights(folder: Path) -> Flat:
-    """The arrays of a weight folder. Raises CheckpointError if they cannot be read."""
+def read_weights(folder: Path, name: str = WEIGHTS) -> Flat:
+    """The arrays of a weight file. Raises CheckpointError if they cannot be read."""
+    with _opened(folder / name) as file:
+        return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """What a weight file says besides its arrays. Raises CheckpointError if it cannot be read."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+        with safe_open(path, framework="numpy") as file:
+            yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
 
 
 def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:

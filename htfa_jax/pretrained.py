@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 
 from htfa_jax import parts, paths
-from htfa_jax.checkpoint import load_run
 from htfa_jax.config import Config
 from htfa_jax.paths import Flat
+from htfa_jax.runs import load_run
 from htfa_jax.train_state import Model, build
 
 log = logging.getLogger(__name__)

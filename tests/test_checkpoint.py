@@ -6,9 +6,10 @@ import pytest
 from support import tiny
 
 from htfa_jax import parts
-from htfa_jax.checkpoint import Checkpoints, find_run, load_frozen, save_frozen
+from htfa_jax.checkpoint import Checkpoints, load_frozen, save_frozen
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
+from htfa_jax.runs import find_run
 
 ARRAYS = {"a.kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "a.bias": np.ones(3)}
 

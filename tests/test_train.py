@@ -12,11 +12,12 @@ from support import random_batch, random_weights, tiny
 
 import htfa_jax.train as train_module
 from htfa_jax.batch import in_micro_batches
-from htfa_jax.checkpoint import load_run, open_checkpoints
+from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config_io import load_config, override
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
+from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
 from htfa_jax.train import due, train
 from htfa_jax.train_state import build, new_params, new_state

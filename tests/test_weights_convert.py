@@ -402,7 +402,7 @@ def test_training_takes_sizes_from_the_folders_and_goes_back_bit_for_bit(llama, 
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
     run("siglip", hf / "siglip", tmp_path / "siglip2", "--image_size", 48)
     run("internlm2", hf / "internlm2", tmp_path / "internlm2b")
-    from htfa_jax.checkpoint import load_run
+    from htfa_jax.runs import load_run
 
     _, params, _, _ = load_run(tmp_path / "run", lambda c: build(c).shapes)
     for part, folder in (("siglip", "siglip2"), ("decoder", "internlm2b")):

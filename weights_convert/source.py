@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from htfa_jax import hub
 from htfa_jax.errors import CheckpointError
 
 SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -62,10 +61,7 @@ class HubFiles:
         try:
             info = HfApi().model_info(repository, revision=revision)
         except Exception as error:  # each release raises the errors of another HTTP library
-            raise CheckpointError(
-                f"{repository} is neither a file or folder here nor a repository that the hub "
-                f"gives out: {error}"
-            ) from error
+            raise hub.refusal(repository, error) from error
         self.repository, self.revision = repository, info.sha
         self.names = sorted(s.rfilename for s in info.siblings if "/" not in s.rfilename)
 
@@ -109,7 +105,7 @@ class Source:
             weights = [path.name]
         elif path.is_dir():
             self.files = LocalFiles(path)
-        elif HUB_ID.fullmatch(self.name) and not path.parent.is_dir():
+        elif hub.is_repository(name):
             self.files = HubFiles(self.name, revision)
             self.revision = self.files.revision
         else:

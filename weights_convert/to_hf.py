@@ -12,10 +12,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from htfa_jax import paths
-from htfa_jax.checkpoint import load_run
 from htfa_jax.config import Config, DecoderConfig, SigLIPConfig
 from htfa_jax.parts import new_folder, write_json
 from htfa_jax.paths import Flat
+from htfa_jax.runs import load_run
 from htfa_jax.train_state import build
 from weights_convert import internlm2, siglip
 from weights_convert.convert import Rule, linear, same

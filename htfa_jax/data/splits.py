@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, get_args
 
-from htfa_jax.checkpoint import find_run
 from htfa_jax.config import Config
 from htfa_jax.data.records import RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.runs import find_run
 
 EMBEDDED = "held_objects"
 Split = Literal["train", "validation", "test"]
