@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,10 +82,6 @@ class Abstract:
     def lower(self) -> jax.stages.Lowered:
         """The step's program, for the devices of the layout."""
         return self.step.lower(self.state, self.frozen, self.batch)
-
-    def fingerprint(self) -> str:
-        """Hash of the program, before any compiler has seen it."""
-        return hashlib.sha256(self.lower().as_text().encode()).hexdigest()
 
     def device_bytes(self) -> dict[str, int]:
         """Bytes on each device, by kind."""

@@ -59,8 +59,36 @@ print(describe(config, target))
 """
 
 
+needs_libtpu = pytest.mark.skipif(
+    not importlib.util.find_spec("libtpu"), reason="compiles for TPUs: needs .[tpu]"
+)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu: .[tpu]")
+@needs_libtpu
+@pytest.mark.parametrize(
+    "preset,topology,limit",
+    [
+        ("memory_efficient", "v5e:1x1", 16e9),
+        ("standard", "v5e:2x4", 40e9),
+        ("internlm2_1_8b", "v5e:2x4", 15.75 * 2**30),
+        ("internvl2_8b", "v5p:2x2x4", 95 * 2**30),
+    ],
+)
+def test_a_preset_fits(preset, topology, limit):
+    """Minutes each: the real training step, with the longest text."""
+    command = [sys.executable, str(ROOT / "scripts/plan.py"), "--config", preset]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command, "--topology", topology], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = next(x for x in done.stdout.splitlines() if x.startswith("  peak"))
+    assert int(peak.split()[1].replace(",", "")) * 2**20 <= limit, done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_zero2_on_a_tpu_scatters_gradients_and_gathers_weights():
     code = PROGRAM.format(tests=str(ROOT / "tests"), root=str(ROOT))
     env = {**os.environ, "JAX_PLATFORMS": "cpu"}
