@@ -54,6 +54,8 @@ def find(name: str) -> Target:
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU to fight over
         options, needs, memory = {"topology_name": name}, "jax[tpu]", TPU_MEMORY[kind]
         platform = "tpu"
+        if shape == "1x1":  # less than a host has
+            options["chips_per_host_bounds"] = (1, 1, 1)
     elif kind in GPUS and shape.isdigit():
         options = {"topology_name": "", "topology": f"1x1x{shape}", "target_config": _gpu(kind)}
         needs, memory, platform = "jax[cuda13]", GPUS[kind][0], "cuda"
