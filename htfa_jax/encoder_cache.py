@@ -162,8 +162,8 @@ def _make(
     layout: Layout,
 ) -> None:
     name, started = path.stem, time.time()
-    size = len(records) * _num_bytes(kind) / 1e9
-    log.info("making %s of %d records, %.3g GB on disk", name, len(records), size)
+    size = len(records) * _num_bytes(kind) / 1e6
+    log.info("making %s of %d records, %.3g MB on disk", name, len(records), size)
 
     @functools.partial(jax.jit, out_shardings=layout.batch)
     @layout.inside
