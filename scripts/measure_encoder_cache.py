@@ -5,7 +5,8 @@
 
 Weights are random, which changes no time. For each of nothing, codes, features and both: time and
 disk space to make it, time to load an update's samples, and the median time of a training step,
-compiled before. The four take turns, so that what else the machine does falls on all alike.
+compiled before, and what of it the processor worked (of a CPU that others use too, the steadier
+figure). The four take turns, so that what else the machine does falls on all alike.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Side:
         self.batch = self.layout.put(batch, self.layout.stacked_batch)
         args = (config, model, optimizer, schedule, self.layout, self.state, self.frozen)
         self.run = compile_train_step(*args)
-        self.loading, self.stepping = [], []
+        self.loading, self.stepping, self.working = [], [], []
 
     def step(self) -> float:
         """One step; its loss, which waits for it."""
@@ -87,10 +88,11 @@ class Side:
         """One more timing of loading and of a step."""
         start = time.perf_counter()
         self.load()
-        loaded = time.perf_counter()
+        loaded, worked = time.perf_counter(), time.process_time()
         self.step()
         self.loading.append(loaded - start)
         self.stepping.append(time.perf_counter() - loaded)
+        self.working.append(time.process_time() - worked)
 
 
 @command
@@ -108,14 +110,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for _ in range(args.repeats):
             for side in sides.values():
                 side.measure()
-    without = statistics.median(sides["nothing"].stepping)
     for name, side in sides.items():
-        step = statistics.median(side.stepping)
         print(
             f"{name:<9} made in {side.making:6.1f} s, {side.bytes / 1e6:8.2f} MB; "
             f"{side.samples} samples load in {statistics.median(side.loading):.4f} s; "
-            f"a step takes {step:.4f} s ({min(side.stepping):.4f} to {max(side.stepping):.4f}), "
-            f"{step / without:.2f} of nothing's; first loss {losses[name]:.5f}"
+            f"a step takes {statistics.median(side.stepping):.4f} s "
+            f"({min(side.stepping):.4f} to {max(side.stepping):.4f}; "
+            f"{statistics.median(side.working):.4f} s of the processor); "
+            f"first loss {losses[name]:.5f}"
         )
 
 

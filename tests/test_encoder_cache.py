@@ -216,6 +216,7 @@ def test_a_record_that_cannot_be_read_leaves_nothing_behind(config, tmp_path):
     assert not list((tmp_path / "encoded").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_with_it_is_the_run_without(config, vq_folder, tmp_path, monkeypatch):
     """Here SigLIP sees the reconstruction in the original's frame."""
     config = override(
