@@ -30,6 +30,9 @@ class Batch:
       loss_mask: float32 [B, L], 1 where that token is learned.
       weight: float32 [B], 0 for records that were skipped or pad a batch.
       index: int32 [B], number of the record in its dataset; -1 for padding.
+      target_codes: int32 [B, M], as `HTFA.target_codes` gives them; None unless kept on disk.
+      features: [B, 2, P, D], SigLIP's of the original and of the reconstruction that the record
+        has (whatever `has_recon` says); None unless kept on disk.
     """
 
     image_orig: jax.Array
@@ -52,8 +55,10 @@ class Batch:
     loss_mask: jax.Array
     weight: jax.Array
     index: jax.Array
+    target_codes: jax.Array | None = None
+    features: jax.Array | None = None
 
 
 def in_micro_batches(batch: Batch, steps: int) -> Batch:
     """[samples, ...] -> [micro-steps, samples, ...], on the host."""
-    return Batch(**{name: x.reshape(steps, -1, *x.shape[1:]) for name, x in vars(batch).items()})
+    return jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)

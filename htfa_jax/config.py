@@ -149,7 +149,10 @@ class DataConfig:
     max_bad_records: int = 100  # skipped records after which the run stops
     num_workers: int = 0  # loading processes (0: threads of this one)
     num_threads: int = 4  # loading threads per process
-    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, tokenizers and VQ tokenizers
+    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, VQ tokenizers, what follows
+    cache_codes: bool = False  # keep the targets' codes on disk (see `encoder_cache`)
+    cache_features: bool = False  # keep what a frozen SigLIP sees in both pictures on disk
+    cache_gb: float = 50.0  # disk space that one run's codes and features may take
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,15 @@ def validate(config: Config) -> None:
         f"level3.generation=False has no codes: set loss.code_weight=0 "
         f"(it is {c.loss.code_weight})",
     )
+    need(
+        c.loss.code_weight > 0 or not c.data.cache_codes,
+        "data.cache_codes=True: without code loss (loss.code_weight=0) there are no target codes",
+    )
+    need(
+        c.is_frozen("siglip") or not c.data.cache_features,
+        "data.cache_features=True needs a SigLIP that stays as it is: set freeze.siglip=True and "
+        "pretrained.siglip or pretrained.run",
+    )
     longest = c.patch_grid**2 + c.data.max_text_length + c.eval.max_new_tokens
     longest += c.code_grid**2 if c.level3.generation else 0
     limit = c.decoder.max_positions

@@ -156,7 +156,7 @@ class Evaluator:
             "attention_entropy": jnp.sum(entropy_B * weight_B),
         }
         if prefix.code_logits_BMC is not None:
-            codes_BM = model.target_codes(batch, prefix.fusion)
+            codes_BM = model.target_codes(batch, pair)
             sums["code_usage"] = (
                 jnp.zeros(self.config.vq.codebook_size).at[codes_BM].add(weight_B[:, None])
             )

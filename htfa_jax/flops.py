@@ -82,7 +82,8 @@ def sequence_length(config: Config, text_length: int) -> int:
 def training_step(config: Config, text_length: int) -> dict[str, float]:
     """Operations of one sample in one training step, by part."""
     # Only the fused picture's pass carries gradients past a frozen SigLIP.
-    siglip_passes = 1 + 1 + 2 if config.is_frozen("siglip") else 3 * 3
+    unlearned = 0 if config.data.cache_features else 2
+    siglip_passes = unlearned + 2 if config.is_frozen("siglip") else 3 * 3
     parts = {
         "siglip": siglip_passes * siglip(config),
         "levels": 3 * levels(config),
@@ -90,6 +91,6 @@ def training_step(config: Config, text_length: int) -> dict[str, float]:
     }
     if config.level3.generation:
         once = vq_encoder(config.vq, config.image_size)
-        targets = 1 if config.loss.code_weight else 0
+        targets = 1 if config.loss.code_weight and not config.data.cache_codes else 0
         parts["vq"] = ((2 if config.is_frozen("vq") else 3) + targets) * once
     return parts

@@ -181,7 +181,7 @@ def loss_and_metrics(
         total += config.loss.text_weight * text
     if output.code_logits_BMC is not None:
         weights_BM = code_weights(batch, config)
-        codes_BM = model.target_codes(batch, output.fusion)
+        codes_BM = model.target_codes(batch, output.fusion.pair)
         loss_BM = cross_entropy(
             output.code_logits_BMC, codes_BM, config.vq.codebook_size, config.loss.label_smoothing
         )

@@ -14,6 +14,7 @@ import optax
 from htfa_jax import flops, paths
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.encoder_cache import kinds_of_a_record
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
@@ -56,6 +57,8 @@ def abstract_batch(config: Config, samples: int, text_length: int) -> Batch:
         "weight": ((samples,), jnp.float32),
         "index": ((samples,), jnp.int32),
     }
+    for name, (shape, dtype) in kinds_of_a_record(config).items():
+        kinds[name] = (samples, *shape), dtype
     return Batch(**{name: jax.ShapeDtypeStruct(*kind) for name, kind in kinds.items()})
 
 

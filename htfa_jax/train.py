@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 
-from htfa_jax import parts, report
+from htfa_jax import encoder_cache, parts, report
 from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.checkpoint import (
     Checkpoints,
@@ -106,6 +106,7 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
                 open_split(config, split)
         records = open_split(config, "train")
         tokenizer = open_tokenizer(config, workdir, records)
+    encoder_cache.check(config, len(records))
     model = build(config)
     writer = MetricWriter(workdir / "logs", silent=not is_first())
     evaluations = _Evaluations(config, workdir, model, tokenizer, layout, writer)
@@ -132,6 +133,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             if before is not None:
                 _say_changes(before, config)
                 save_config(config, path)
+        everything = {**state["params"], **frozen}
+        kept = encoder_cache.open_or_make(config, model, everything, names, records, layout)
         step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
         copy = jax.jit(lambda params: compute_copy(config, layout, params))
         steps_per_epoch = max(1, len(records) // samples)
@@ -173,7 +176,9 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             samples,
             len(records),
         )
-        batches = training_batches(config, records, tokenizer, seen, samples, layout.process_share)
+        batches = training_batches(
+            config, records, tokenizer, seen, samples, layout.process_share, kept
+        )
         try:
             state, stopped = loop.run(state, batches)
         except HTFAError:

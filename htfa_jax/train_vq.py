@@ -31,7 +31,7 @@ from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, parse_args, save_config
 from htfa_jax.data.pipeline import evaluation_batches, training_batches
 from htfa_jax.data.records import RecordFile
-from htfa_jax.data.splits import EMBEDDED, cache_folder, open_split
+from htfa_jax.data.splits import cache_folder, describe_training_data, open_split
 from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter, log_to_file
 from htfa_jax.loop import Loop, duration
@@ -342,21 +342,14 @@ def cached_vq(config: Config, workdir: Path) -> Path | None:
 
 def cache_key(config: Config) -> str:
     """A name for all that the trained tokenizer depends on."""
-    held, data = config.held_objects, config.data
-    if data.train == EMBEDDED:
-        from htfa_jax.data.held_objects.scenes import RECIPE
-
-        source: Any = [EMBEDDED, RECIPE, held.seed, held.num_train]
-    else:
-        path = Path(data.train).expanduser().resolve()
-        source = [str(path), path.stat().st_size, path.stat().st_mtime_ns, data.image_root]
+    data = config.data
     described = [
         dataclasses.asdict(config.vq),
         dataclasses.asdict(config.vq_train),
         [config.seed, config.image_size, config.train.dtype],
         [config.level2.alignment, config.level2.intensity_threshold],
         [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
-        source,
+        describe_training_data(config),
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
 

@@ -12,7 +12,7 @@ from PIL import Image
 from support import random_batch, tiny
 
 import htfa_jax.train as train_module
-from htfa_jax import train_vq
+from htfa_jax import encoder_cache, train_vq
 from htfa_jax.answers import Said
 from htfa_jax.batch import in_micro_batches
 from htfa_jax.chat import query_of
@@ -34,6 +34,7 @@ from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
+from htfa_jax.plan import abstract_batch
 from htfa_jax.pretrained import load_pretrained
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build, new_params, new_state
@@ -327,6 +328,15 @@ def run(config):
     return failed, best, kept, logged, evaluated
 
 
+def kept(config):
+    """What a sample of the training step holds, and whether the disk may hold 1,000 of them."""
+    try:
+        encoder_cache.check(config, 1000)
+    except ConfigError as error:
+        return str(error)
+    return str(abstract_batch(config, 2, 70))
+
+
 def decoding(config):
     """How answers are decoded and how many rows the panel gets."""
     config = override(config, {"eval.batch_size": 2})
@@ -431,6 +441,9 @@ CASES = {
     "data.on_error": ("skip", run),
     "data.max_bad_records": (0, run, {"data.on_error": "skip"}),
     "data.cache_dir": ("elsewhere", lambda c: cache_folder(c).name == "elsewhere"),
+    "data.cache_codes": (True, kept),
+    "data.cache_features": (True, kept),
+    "data.cache_gb": (1e-6, kept, {"data.cache_codes": True}),
     "held_objects.num_train": (7, embedded),
     "held_objects.num_validation": (7, embedded),
     "held_objects.num_test": (7, embedded),

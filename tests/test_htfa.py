@@ -60,7 +60,7 @@ def test_no_target_reaches_any_input(model):
     @jax.jit
     def predictions(batch):
         output = structure.merge(weights)(batch)
-        codes = structure.merge(weights).target_codes(batch, output.fusion)
+        codes = structure.merge(weights).target_codes(batch, output.fusion.pair)
         return (output.text_BLD, output.code_logits_BMC), codes
 
     first, codes = predictions(batch)
@@ -202,9 +202,9 @@ def test_targets_of_records_without_one_are_the_aligned_reconstruction(model):
     without = dataclasses.replace(batch, has_target=np.array([False, True, True]))
     module = structure.merge(weights)
     fusion = module.fuse(without)
-    codes = module.target_codes(without, fusion)
+    codes = module.target_codes(without, fusion.pair)
     np.testing.assert_array_equal(codes[0], module.vq.encode(fusion.pair.aligned_BHWC)[0])
-    np.testing.assert_array_equal(codes[1:], module.target_codes(batch, fusion)[1:])
+    np.testing.assert_array_equal(codes[1:], module.target_codes(batch, fusion.pair)[1:])
 
 
 @pytest.mark.parametrize(

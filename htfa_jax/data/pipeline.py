@@ -6,7 +6,7 @@ alone, so a run resumes from its step number.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -18,6 +18,9 @@ from htfa_jax.data.preprocess import load_pictures, without_recon
 from htfa_jax.data.records import Record, RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
+
+# (number of a record) -> more `Batch` fields of it; can be sent to worker processes.
+Kept = Callable[[int], dict[str, np.ndarray]]
 
 
 class Loaded(NamedTuple):
@@ -35,11 +38,24 @@ class Loaded(NamedTuple):
 
 
 class SampleLoader:
-    """Turns a record into the `Batch` fields of one sample; can be sent to worker processes."""
+    """Turns a record into the `Batch` fields of one sample; can be sent to worker processes.
 
-    def __init__(self, records: RecordFile, tokenizer: ChatTokenizer | None, config: Config):
-        # Without a tokenizer samples have no text: the VQ stage looks at pictures only.
+    Args:
+      records: the dataset.
+      tokenizer: None leaves the text out.
+      config: of the run.
+      kept: gives more fields of a record; None if there are none.
+    """
+
+    def __init__(
+        self,
+        records: RecordFile,
+        tokenizer: ChatTokenizer | None,
+        config: Config,
+        kept: Kept | None = None,
+    ):
         self.records, self.tokenizer, self.config = records, tokenizer, config
+        self.kept = kept
 
     def __call__(self, index: int) -> dict[str, Any]:
         """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0."""
@@ -56,6 +72,7 @@ class SampleLoader:
             "weight": np.float32(1),
             "index": np.int32(index),
             "id": record.id,
+            **(self.kept(index) if self.kept else {}),
         }
 
     def for_training(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -90,6 +107,7 @@ class SampleLoader:
             "weight": np.float32(0),
             "index": np.int32(-1),
             "id": "",
+            **({name: np.zeros_like(x) for name, x in self.kept(0).items()} if self.kept else {}),
         }
 
 
@@ -110,7 +128,7 @@ class Collate:
             tokens[i, : len(s["tokens"])] = s["tokens"]
             learned[i, : len(s["tokens"])] = s["learned"]
         text = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": learned[:, 1:]}
-        fields = [name for name in Batch.__annotations__ if name not in text]
+        fields = [f for f in Batch.__annotations__ if f in samples[0] and f not in text]
         batch = Batch(**text, **{f: np.stack([s[f] for s in samples]) for f in fields})
         return Loaded(
             batch, [s["id"] for s in samples], [s["error"] for s in samples if "error" in s]
@@ -144,6 +162,7 @@ def training_batches(
     seen: int,
     samples: int,
     share: tuple[int, int] = (0, 1),
+    kept: Kept | None = None,
 ) -> Iterator[Loaded]:
     """Endless updates' worth of samples; each epoch in another order.
 
@@ -154,9 +173,10 @@ def training_batches(
       seen: samples that are behind the run already.
       samples: of one update, over all processes.
       share: this process's part of them: its number, of how many.
+      kept: as in `SampleLoader`.
     """
     part, parts = share
-    loader = SampleLoader(records, tokenizer, config)
+    loader = SampleLoader(records, tokenizer, config, kept)
     dataset = (
         grain.MapDataset.range(len(records))
         .seed(config.seed)

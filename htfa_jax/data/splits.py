@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from htfa_jax.config import Config
 from htfa_jax.data.records import RecordFile
@@ -49,6 +49,21 @@ def open_split(config: Config, split: Split) -> RecordFile:
             answers=held.answers,
         )
     )
+
+
+def describe_training_data(config: Config) -> list[Any]:
+    """What tells one training dataset from another, for the names of what is made from it.
+
+    Of a file: where it is, its size, when it was written. Pictures that change under the same
+    names are not noticed.
+    """
+    held, data = config.held_objects, config.data
+    if data.train == EMBEDDED:
+        from htfa_jax.data.held_objects.scenes import RECIPE
+
+        return [EMBEDDED, RECIPE, held.seed, held.num_train]
+    path = Path(data.train).expanduser().resolve()
+    return [str(path), path.stat().st_size, path.stat().st_mtime_ns, data.image_root]
 
 
 def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatTokenizer:

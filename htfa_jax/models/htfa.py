@@ -150,9 +150,9 @@ class HTFA(nnx.Module):
         """Levels 1 and 2, with Level 2's attention weights if they are wanted."""
         alignment, grid = self.config.level2.alignment, self.config.patch_grid
         pair = register(batch, self.config)
-        recon_BHWC = pair.aligned_BHWC if alignment == "pixels" else pair.recon_BHWC
+        recon_BHWC = self.seen_recon(pair)
         fused_BHWC, alpha_BHW = self.level1(pair.orig_BHWC, recon_BHWC, pair.object_BHW)
-        orig_BPD, recon_BPD, fused_BPD = self.features(pair.orig_BHWC, recon_BHWC, fused_BHWC)
+        orig_BPD, recon_BPD, fused_BPD = self.features(batch, pair, fused_BHWC)
         if alignment == "features":
             recon_BPD = resample_tokens(recon_BPD, pair.affine, recon_BHWC.shape[1:3])
         recon_BPD *= object_at_cells(pair, grid)[..., None].astype(recon_BPD.dtype)
@@ -166,20 +166,33 @@ class HTFA(nnx.Module):
         )
         return Fusion(pair, alpha_BHW, fused_BHWC, spatial_BPD, attention_BNTS)
 
-    def features(
-        self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, fused_BHWC: jax.Array
-    ) -> list[jax.Array]:
+    def seen_recon(self, pair: Pair) -> jax.Array:
+        """The reconstruction [B, H, W, 3] as Level 1 and SigLIP see it."""
+        return pair.aligned_BHWC if self.config.level2.alignment == "pixels" else pair.recon_BHWC
+
+    def features(self, batch: Batch, pair: Pair, fused_BHWC: jax.Array) -> list[jax.Array]:
         """SigLIP's features of the three pictures, each [B, P, D]."""
         if self.config.is_frozen("siglip"):
-            # Nothing before these two learns, so they store nothing for the backward pass.
-            pair = jax.lax.stop_gradient(jnp.concatenate([orig_BHWC, recon_BHWC]))
-            return [*jnp.split(self.siglip(pair), 2), self.siglip(fused_BHWC)]
-        return jnp.split(self.siglip(jnp.concatenate([orig_BHWC, recon_BHWC, fused_BHWC])), 3)
+            return [*self.frozen_features(batch, pair), self.siglip(fused_BHWC)]
+        pictures = [pair.orig_BHWC, self.seen_recon(pair), fused_BHWC]
+        return jnp.split(self.siglip(jnp.concatenate(pictures)), 3)
 
-    def target_codes(self, batch: Batch, fusion: Fusion) -> jax.Array:
+    def frozen_features(self, batch: Batch, pair: Pair) -> list[jax.Array]:
+        """A frozen SigLIP's features of original and reconstruction, each [B, P, D]."""
+        if batch.features is None:
+            # Nothing before these two learns, so they store nothing for the backward pass.
+            pictures = jnp.concatenate([pair.orig_BHWC, self.seen_recon(pair)])
+            return jnp.split(self.siglip(jax.lax.stop_gradient(pictures)), 2)
+        orig_BPD, recon_BPD = batch.features[:, 0], batch.features[:, 1]
+        # A sample that lost its reconstruction has the original in its place.
+        return [orig_BPD, jnp.where(batch.has_recon[:, None, None], recon_BPD, orig_BPD)]
+
+    def target_codes(self, batch: Batch, pair: Pair) -> jax.Array:
         """Codes [B, M] of the completed picture, or of the aligned reconstruction without one."""
+        if batch.target_codes is not None:
+            return batch.target_codes
         target_BHWC = normalize(batch.image_target, batch.region_orig, self.config.data)
         target_BHWC = jnp.where(
-            batch.has_target[:, None, None, None], target_BHWC, fusion.pair.aligned_BHWC
+            batch.has_target[:, None, None, None], target_BHWC, pair.aligned_BHWC
         )
         return jax.lax.stop_gradient(self.vq.encode(target_BHWC))
