@@ -11,6 +11,9 @@ import numpy as np
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.internlm2 import Cache, InternLM2, num_slots, with_room
 
+# Stands for the word that ends an answer.
+END = "(end)"
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -39,7 +42,7 @@ class AnswerAttention:
     generation branch. What is missing to a sum of 1 went to words.
 
     Attributes:
-      words: of the answer; the one that ended it is "(end)".
+      words: of the answer; the one that ended it is `END`.
       weights: [layers, N, T, S].
       rollout_TS: the weights followed back through all layers, residual connections included:
         how much of each picture token has come into the word's position.

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from htfa_jax.answer_attention import AnswerAttention, watch_text
+from htfa_jax.answer_attention import END, AnswerAttention, watch_text
 from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
@@ -185,7 +185,7 @@ class Answerer:
         return out
 
     def _word(self, token: int) -> str:
-        return "(end)" if token in self.tokenizer.stop_ids else self._text([token])
+        return END if token in self.tokenizer.stop_ids else self._text([token])
 
     def finish(self, params: Any, state: State, decoding: Decoding) -> tuple[State, list[Said]]:
         """All answers to their ends."""
