@@ -32,7 +32,6 @@ from htfa_jax.data.records import ROLES, Record, RecordFile, parse_record
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.inference import HTFAInference
 from htfa_jax.inference_weights import Quantize
-from htfa_jax.look_inside import answer_figures, figures, png
 from htfa_jax.pairs import FIELDS, as_record
 from htfa_jax.report_html import PREDICTIONS, write_report
 from htfa_jax.results import Completion, Result
@@ -234,15 +233,21 @@ def _entry(job: Job, results: list[Result], args: InferArgs) -> dict[str, Any]:
         _folder(args, "completed")
         first.completed.save(args.output_dir / entry["completed"])
     if args.visualize:
-        _folder(args, "figures")
-        drawn = figures(first, _truth(job.record), args.attention)
-        drawn |= answer_figures(results, args.attention)
-        entry["figures"] = {
-            kind: f"figures/{name.removesuffix('.png')}_{kind}.png" for kind in drawn
-        }
-        for kind, path in entry["figures"].items():
-            (args.output_dir / path).write_bytes(png(drawn[kind]))
+        entry["figures"] = _draw(job, results, args, name.removesuffix(".png"))
     return entry
+
+
+def _draw(job: Job, results: list[Result], args: InferArgs, name: str) -> dict[str, str]:
+    """Writes the figures of a pair. Returns their paths by kind."""
+    # Only here: matplotlib takes a second to load, which an answer need not wait for.
+    from htfa_jax.look_inside import figures, png
+
+    _folder(args, "figures")
+    paths = {}
+    for kind, figure in figures(*results, truth=_truth(job.record), view=args.attention).items():
+        paths[kind] = f"figures/{name}_{kind}.png"
+        (args.output_dir / paths[kind]).write_bytes(png(figure))
+    return paths
 
 
 def _folder(args: InferArgs, name: str) -> None:

@@ -39,44 +39,37 @@ MARK = "#f0a500"
 RIM = [patheffects.withStroke(linewidth=3, foreground="black")]
 
 
-def figures(result: Result, truth: Picture | None = None, view: View = ALL) -> dict[str, Figure]:
-    """Every figure that this result has something for, by name.
+def figures(*results: Result, truth: Picture | None = None, view: View = ALL) -> dict[str, Figure]:
+    """Every figure that there is something for, by name.
 
     Args:
-      result: with intermediates.
+      *results: of one pair, with intermediates; each has its own "answer", "answer_2" ...
       truth: the whole object as it is, in the original's frame, if it is known.
       view: of the answer's attention.
 
     Raises:
-      DataError: if the result has no intermediates.
+      DataError: if the results have no intermediates.
       ConfigError: if the decoder has no such layer or head.
     """
+    first = results[0]
     found = {
-        "pictures": pictures_figure(result, truth),
-        "alpha": alpha_figure(result),
-        "alignment": alignment_figure(result),
-        "level2": level2_figure(result),
+        "pictures": pictures_figure(first, truth),
+        "alpha": alpha_figure(first),
+        "alignment": alignment_figure(first),
+        "level2": level2_figure(first),
     }
-    if result.intermediates.code_probabilities_MC is not None:
-        found["codes"] = codes_figure(result)
-    return found | answer_figures([result], view)
-
-
-def answer_figures(results: Sequence[Result], view: View = ALL) -> dict[str, Figure]:
-    """Of each answer the attention behind it: "answer", "answer_2", ..."""
-    return {
-        "answer" if i == 0 else f"answer_{i + 1}": answer_figure(result, view)
-        for i, result in enumerate(results)
-        if result.attention is not None
-    }
+    if first.intermediates.code_probabilities_MC is not None:
+        found["codes"] = codes_figure(first)
+    for i, result in enumerate(results):
+        if result.attention is not None:
+            found["answer" if i == 0 else f"answer_{i + 1}"] = answer_figure(result, view)
+    return found
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a file of at most 256 colours, which is a third as large and looks the same."""
-    drawn, buffer = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=110)
-    with Image.open(drawn) as image:
-        image.convert("RGB").quantize(256).save(buffer, "png")
+    """The figure as a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", pad_inches=0.08)
     return buffer.getvalue()
 
 
@@ -103,10 +96,10 @@ def alpha_figure(result: Result) -> Figure:
     seen = _seen(result)
     figure, axes = _panels(3)
     _draw(axes[0], seen.original_HWC, "original", seen.region)
-    size = seen.alpha_HW.shape
-    image = _heat(axes[1], seen.original_HWC, seen.alpha_HW, "alpha", "cividis", (0, 1))
+    title = f"alpha, mean {seen.alpha_HW.mean():.2f}"
+    image = _heat(axes[1], seen.original_HWC, seen.alpha_HW, title, "cividis", (0, 1))
     _crop(axes[1], seen.region)
-    _outline(axes[1], seen.hidden_HW, size)
+    _outline(axes[1], seen.hidden_HW, seen.alpha_HW.shape)
     _draw(axes[2], seen.fused_HWC, "fused", seen.region)
     _scale(figure, image, axes, "weight of the original")
     return figure
@@ -309,7 +302,7 @@ def _heat(
 ) -> AxesImage:
     """Values of pixels [H, W] or of the cells of a square grid [S], over the picture in grey."""
     # Lighter than it is: what lies under a low value would be black on black.
-    grey = 0.35 + 0.65 * picture.mean(axis=-1, keepdims=True)
+    grey = 0.25 + 0.75 * picture.mean(axis=-1, keepdims=True)
     _draw(ax, grey.repeat(3, axis=-1), title)
     if values.ndim == 1:
         values = values.reshape(math.isqrt(len(values)), -1)
@@ -319,7 +312,7 @@ def _heat(
         cmap=colors,
         vmin=limits[0],
         vmax=limits[1],
-        alpha=0.6,
+        alpha=0.55,
         extent=(0, W, H, 0),
         interpolation="nearest",
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 PREDICTIONS, REPORT = "predictions.jsonl", "report.html"
 
@@ -36,7 +39,7 @@ section { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1rem
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .75rem 0; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; vertical-align: top; }
+  overflow-wrap: break-word; vertical-align: top; }
 figure { margin: 1rem 0; }
 figcaption { font-size: .9rem; opacity: .8; max-width: 45rem; }
 img { display: block; height: auto; max-width: max(100%, 38rem); background: white;
@@ -47,8 +50,6 @@ img { display: block; height: auto; max-width: max(100%, 38rem); background: whi
 
 def write_report(folder: Path, title: str) -> Path:
     """Writes report.html about the predictions in a folder, whole or not at all.
-
-    A page holds its pictures, so it weighs as much as they do and a third more.
 
     Args:
       folder: of predictions.jsonl and the pictures that its lines name.
@@ -126,10 +127,20 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[str]:
         pictures = {"completed": entry["completed"]} if "completed" in entry else {}
     for name, path in pictures.items():
         kind = name.partition("_")[0]
-        data = base64.b64encode((folder / path).read_bytes()).decode("ascii")
+        if not (folder / path).is_file():
+            yield f"<p>{escape(path)} is not there any more.</p>\n"
+            continue
         alt = escape(f"{kind}, {entry['id']}", quote=True)
         yield (
             f'<figure>\n<div class="scroll"><img loading="lazy" alt="{alt}" '
-            f'src="data:image/png;base64,{data}"></div>\n'
+            f'src="{_data_uri(folder / path)}"></div>\n'
             f"<figcaption>{escape(CAPTIONS[kind])}</figcaption>\n</figure>\n"
         )
+
+
+def _data_uri(path: Path) -> str:
+    """A picture inside of its address, as WebP: a page of PNGs would be five times as large."""
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "webp", quality=88)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
