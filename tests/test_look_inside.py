@@ -6,6 +6,7 @@ import io
 import json
 from html.parser import HTMLParser
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from htfa_jax.look_inside import (
     pictures_figure,
     png,
 )
+from htfa_jax.models.internlm2 import with_room
 from htfa_jax.report_html import write_report
 from htfa_jax.results import Intermediates, Result
 
@@ -87,53 +89,32 @@ def test_rollout_is_the_product_of_the_whole_matrices():
 def test_the_attention_of_an_answer_is_at_the_positions_that_chose_its_words(run_folder, dataset):
     """Against one pass over everything that the decoder read, picture tokens and words."""
     engine = HTFAInference(run_folder)
-    record = RecordFile(dataset)[0]
-    asked, options = ["What color is it?", "x"], Decoding(max_new_tokens=6)
-    results, (plain, _) = (
-        engine.infer(
-            record.image_orig,
-            record.image_recon,
-            asked,
-            decoding=options,
-            return_intermediates=wanted,
-        )
-        for wanted in (True, False)
-    )
-    assert plain.attention is None and plain.answer == results[0].answer
-    config, decoder = engine.config, engine._model.merge(engine.params).decoder
-    looked = []
-    look, engine._look = engine._look, lambda *args: looked.append(look(*args)) or looked[0]
-    engine.chat(record.image_orig, record.image_recon)
-    cache = looked[0].cache
-    for question, result in zip(asked, results, strict=True):
-        prompt = engine.tokenizer.encode_prompt([Turn("user", question)])
-        said = engine.answerer.answers(engine.params, cache, [prompt], options)[0]
-        text = np.concatenate([prompt, said.tokens])[None]
-        found = result.attention
-        assert len(found.words) == len(said.tokens) == found.weights.shape[2] > 1
-        # Word by word from the prompt's last on, each step with a cache of its own.
-        start = len(prompt) - 1
-        from_here = P + M + jnp.arange(text.shape[1])[None]
-        filled = tuple(
-            dataclasses.replace(c, k=pad(c.k, text.shape[1]), v=pad(c.v, text.shape[1]))
-            for c in cache
-        )
-        _, filled = decoder(decoder.embed(text[:, :start]), from_here[:, :start], filled)
-        for i in range(len(said.tokens)):
-            at = slice(start + i, start + i + 1)
-            step = decoder.watch(decoder.embed(text[:, at]), from_here[:, at], filled, lambda w: w)
-            filled = step.cache
-            np.testing.assert_allclose(step.kept.sum(axis=-1), 1, rtol=1e-5)
-            np.testing.assert_allclose(
-                found.weights[:, :, i], step.kept[:, 0, :, 0, : P + M], atol=1e-5
-            )
-    assert found.weights.shape[:2] == (config.decoder.num_layers, config.decoder.num_heads)
+    record, options = RecordFile(dataset)[0], Decoding(max_new_tokens=6)
+    pair = record.image_orig, record.image_recon
+    result = engine.infer(*pair, "x", decoding=options, completion=None, return_intermediates=True)
+    prompt = engine.tokenizer.encode_prompt([Turn("user", "x")])
+    cache = engine.chat(*pair)._cache
+    said = engine.answerer.answers(engine.params, cache, [prompt], options)[0]
+    assert said.text == result.answer and said.attention is None
+    text_T = np.concatenate([prompt, said.tokens])
+    length = len(text_T)
+
+    @jax.jit
+    def whole(params, cache):
+        decoder = engine._model.merge(params).decoder
+        positions = P + M + jnp.arange(length)[None]
+        inputs = decoder.embed(text_T[None])
+        return decoder.watch(inputs, positions, with_room(cache, P + M + length), lambda w: w).kept
+
+    weights = np.asarray(whole(engine.params, cache))[:, 0]
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+    found, last = result.attention, len(prompt) - 1
+    assert len(found.words) == len(said.tokens) > 1
+    expected = weights[:, :, last : length - 1, : P + M]
+    np.testing.assert_allclose(found.weights, expected, atol=1e-5)
+    assert np.abs(np.diff(expected, axis=2)).max() > 1e-2  # another row would be another thing
     rollout_T = found.rollout_TS.sum(axis=-1)
     assert np.all(rollout_T > 0) and np.all(rollout_T < 1)
-
-
-def pad(x, more):
-    return jnp.pad(x, [(0, 0)] * 2 + [(0, more), (0, 0)])
 
 
 def test_a_view_is_a_layer_a_head_their_mean_or_the_rollout():
