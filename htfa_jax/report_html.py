@@ -55,8 +55,8 @@ def write_report(folder: Path, title: str) -> Path:
       folder: of predictions.jsonl and the pictures that its lines name.
       title: of the page.
     """
-    lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
-    entries = [json.loads(line) for line in lines]
+    with (folder / PREDICTIONS).open(encoding="utf-8") as file:
+        entries = [json.loads(line) for line in file]
     path = folder / REPORT
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:

@@ -246,7 +246,7 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
     shades = {"pictures": 40, "answer_2": 220, "completed": 130}
     for name, shade in shades.items():
         Image.new("RGB", (32, 24), (shade,) * 3).save(tmp_path / f"{name}.png")
-    said = [{"query": bad, "answer": "a & b", "confidence": 0.456},
+    said = [{"query": bad, "answer": "a & b\u2028", "confidence": 0.456},
             {"query": "Q", "answer": "", "confidence": None}]  # fmt: skip
     facts = {"answers": said, "alignment": "boxes", "reconstruction": "given"}
     entries = [
@@ -256,8 +256,8 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
         {"id": "deleted since", **facts, "figures": {"alpha": "gone.png"}},
         {"id": "failed", "error": f"no file at {bad}"},
     ]  # fmt: skip
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (tmp_path / "predictions.jsonl").write_text(lines)
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    (tmp_path / "predictions.jsonl").write_text(lines, encoding="utf-8")
     text = write_report(tmp_path, bad).read_text()
     page = Page(text)
     assert bad not in text and page.text.count(bad) == 8  # titles, id, questions, error
