@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from htfa_jax.answer_attention import END, AnswerAttention, watch_text
 from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
-from htfa_jax.generate import State, decode_until, prefill
+from htfa_jax.generate import Prefix, State, decode_until, prefill
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, Cache, InternLM2, num_slots
 from htfa_jax.sampling import Decoding, sampling_of
 from htfa_jax.sharding import Layout, to_host
@@ -36,12 +37,14 @@ class Said:
         itself: temperature 1, no penalty, nothing cut off.
       tokens: its words, the one that ended it included.
       ended: whether a stop word or stop text ended it.
+      attention: behind each word; None unless it was watched.
     """
 
     text: str
     confidence: float
     tokens: np.ndarray
     ended: bool
+    attention: AnswerAttention | None = None
 
 
 class Answerer:
@@ -79,10 +82,14 @@ class Answerer:
         def further(params, state, until):
             return decode_until(decoder_of(params), state, until, stop_ids=stop_ids)
 
+        def watch(params, *inputs):
+            return watch_text(decoder_of(params), *inputs)
+
         static = ("num_slots", "max_new_tokens")
         self._prefill = jax.jit(layout.inside(first), static_argnames=static)
         # Donated, so that the words go into the cache that is there.
         self._decode = jax.jit(layout.inside(further), donate_argnums=1)
+        self._watch = jax.jit(layout.inside(watch))
 
     def start(
         self,
@@ -145,6 +152,40 @@ class Answerer:
         """The answer to each prompt."""
         state = self.start(params, cache, prompts, decoding)
         return self.finish(params, state, decoding)[1]
+
+    def watch(
+        self, params: Any, prefix: Prefix, prompts: Sequence[np.ndarray], said: Sequence[Said]
+    ) -> list[Said]:
+        """The answers with their attention, from one more pass over each finished conversation.
+
+        Args:
+          params: what `decoder_of` takes.
+          prefix: of the pictures, with their attention.
+          prompts: what each row was asked.
+          said: what it answered.
+        """
+        # A word is chosen at the position before its own.
+        texts = [np.append(p, s.tokens[:-1]) for p, s in zip(prompts, said, strict=True)]
+        text_BT, _ = pad_prompts(texts, self.tokenizer.pad_id)
+        rows_BR = np.zeros((len(texts), bucket(max(len(s.tokens) for s in said))), np.int32)
+        for row, prompt, s in zip(rows_BR, prompts, said, strict=True):
+            row[: len(s.tokens)] = len(prompt) - 1 + np.arange(len(s.tokens))
+        weights, rollout_BRS = jax.device_get(
+            self._watch(params, prefix.cache, prefix.attention, text_BT, rows_BR)
+        )
+        out = []
+        for i, s in enumerate(said):
+            attention = AnswerAttention(
+                words=tuple(map(self._word, s.tokens)),
+                weights=weights[:, i, :, : len(s.tokens)],
+                rollout_TS=rollout_BRS[i, : len(s.tokens)],
+                num_patches=self.config.patch_grid**2,
+            )
+            out.append(dataclasses.replace(s, attention=attention))
+        return out
+
+    def _word(self, token: int) -> str:
+        return END if token in self.tokenizer.stop_ids else self._text([token])
 
     def finish(self, params: Any, state: State, decoding: Decoding) -> tuple[State, list[Said]]:
         """All answers to their ends."""

@@ -23,23 +23,33 @@ class Prefix:
       cache: keys and values of the picture tokens.
       codes_BMD: tokens of the generation branch, None without one.
       code_logits_BMC: logits of the completed picture's codes, None without codes.
+      attention: the decoder's weights between picture tokens, mean over its heads
+        [layers, B, S, S]; None unless asked for.
     """
 
     fusion: Fusion
     cache: Cache
     codes_BMD: jax.Array | None
     code_logits_BMC: jax.Array | None
+    attention: jax.Array | None
 
 
 def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> Prefix:
     """Encodes the pictures and runs the decoder over them; the batch's text is not looked at.
 
-    Level 2's attention weights come with it if they are wanted.
+    The attention weights of Level 2 and of the decoder come with it if they are wanted.
     """
     config = model.config
     prefix_BTD, fusion = model.encode(batch, with_weights=with_weights)
     B, length, _ = prefix_BTD.shape
-    hidden_BTD, cache = model.decode(prefix_BTD, 0, model.decoder.empty_cache(B, length))
+    cache, attention = model.decoder.empty_cache(B, length), None
+    if with_weights:
+        positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (B, length))
+        # Of all heads they would be too many: thousands of tokens squared, for every layer.
+        seen = model.decoder.watch(prefix_BTD, positions_BT, cache, lambda w: w.mean(axis=1))
+        hidden_BTD, cache, attention = seen.hidden_BTD, seen.cache, seen.kept
+    else:
+        hidden_BTD, cache = model.decode(prefix_BTD, 0, cache)
     code_start = config.patch_grid**2
     return Prefix(
         fusion=fusion,
@@ -48,6 +58,7 @@ def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> P
         code_logits_BMC=model.level3.code_logits(hidden_BTD[:, code_start:])
         if model.has_codes
         else None,
+        attention=attention,
     )
 
 

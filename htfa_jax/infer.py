@@ -20,24 +20,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from PIL import Image
 
+from htfa_jax.answer_attention import View
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
+from htfa_jax.data.preprocess import decode_field, load_image
 from htfa_jax.data.records import ROLES, Record, RecordFile, parse_record
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.inference import HTFAInference
 from htfa_jax.inference_weights import Quantize
-from htfa_jax.metrics import Answer
 from htfa_jax.pairs import FIELDS, as_record
+from htfa_jax.report_html import PREDICTIONS, write_report
 from htfa_jax.results import Completion, Result
 from htfa_jax.runs import find_run
 from htfa_jax.sampling import Decoding
-from htfa_jax.visualize import PanelRow, panel_png
 
 log = logging.getLogger("htfa_jax.infer")  # by name: this module is run as __main__ too
 
-PREDICTIONS, SCRIPT, EXAMPLE = "predictions.jsonl", "infer.sh", "example"
+SCRIPT, EXAMPLE = "infer.sh", "example"
 Box = tuple[float, float, float, float]
 
 
@@ -58,7 +60,8 @@ class InferArgs:
     batch_size: int = 8  # pairs at a time
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
     completion: Completion = Completion()
-    visualize: bool = False  # a figure for every pair
+    visualize: bool = False  # figures of every pair, and report.html with all of them
+    attention: View = View()  # of the answers' attention, in the figures
     device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
     quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
 
@@ -100,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = run(engine, todo, path, args, fresh=args.input is None)
         if failed:
             print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)
+    if args.visualize:
+        write_report(args.output_dir, f"{args.output_dir.resolve().name}: {workdir.name}")
     print(f"written to {args.output_dir}")
     if todo and failed == len(todo):
         sys.exit(2)
@@ -228,28 +233,34 @@ def _entry(job: Job, results: list[Result], args: InferArgs) -> dict[str, Any]:
         _folder(args, "completed")
         first.completed.save(args.output_dir / entry["completed"])
     if args.visualize:
-        entry["figure"] = f"figures/{name}"
-        _folder(args, "figures")
-        (args.output_dir / entry["figure"]).write_bytes(panel_png([_panel_row(job, results)]))
+        entry["figures"] = _draw(job, results, args, name.removesuffix(".png"))
     return entry
+
+
+def _draw(job: Job, results: list[Result], args: InferArgs, name: str) -> dict[str, str]:
+    """Writes the figures of a pair. Returns their paths by kind."""
+    # Only here: matplotlib takes a second to load, which an answer need not wait for.
+    from htfa_jax.look_inside import figures, png
+
+    _folder(args, "figures")
+    paths = {}
+    for kind, figure in figures(*results, truth=_truth(job.record), view=args.attention).items():
+        paths[kind] = f"figures/{name}_{kind}.png"
+        (args.output_dir / paths[kind]).write_bytes(png(figure))
+    return paths
 
 
 def _folder(args: InferArgs, name: str) -> None:
     (args.output_dir / name).mkdir(exist_ok=True)
 
 
-def _panel_row(job: Job, results: list[Result]) -> PanelRow:
-    seen, completed = results[0].intermediates, results[0].completed
-    pictures = {
-        "original": seen.original_HWC,
-        "reconstruction": seen.reconstruction_HWC,
-        "fused": seen.fused_HWC,
-        "alpha": seen.alpha_HW,
-    }
-    if completed is not None:
-        pictures["completion"] = completed
-    answers = [Answer(job.number, r.query, r.query, r.answer, None, None) for r in results]
-    return PanelRow(job.id, pictures, answers)
+def _truth(record: Record) -> Image.Image | None:
+    try:
+        return decode_field(record, "image_target", load_image)
+    except DataError as error:
+        # Nothing else needs it.
+        log.warning("%s", error)
+        return None
 
 
 def _show(entry: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ from htfa_jax.errors import ConfigError
 from htfa_jax.generate import Prefix, complete, read_pictures
 from htfa_jax.inference_weights import Quantize, for_inference
 from htfa_jax.metrics import to_8bit
-from htfa_jax.models.alignment import SOURCES
+from htfa_jax.models.alignment import INTENSITY, SOURCES
 from htfa_jax.models.pictures import denormalize
 from htfa_jax.pairs import (
     Pair,
@@ -285,7 +285,7 @@ class HTFAInference:
             ]
             for query in queries
         ]
-        said = self._answers(seen, asked, self.decoding(decoding))
+        said = self._answers(seen, asked, self.decoding(decoding), return_intermediates)
         completed: list[Image.Image | None] = [None] * len(asked)
         if completion is not None and self.can_paint:
             completed = self._completed(seen, completion)
@@ -298,7 +298,7 @@ class HTFAInference:
                 "intermediates": self._intermediates(seen, i) if return_intermediates else None,
             }
             rows = [
-                Result(answer=s.text, confidence=s.confidence, query=q, **shared)
+                Result(s.text, s.confidence, query=q, attention=s.attention, **shared)
                 if s is not None
                 else Result(query=q, **shared)
                 for q, s in zip(questions, said[i], strict=True)
@@ -308,7 +308,7 @@ class HTFAInference:
         return out
 
     def _answers(
-        self, seen: _Seen, asked: list[list[str]], decoding: Decoding
+        self, seen: _Seen, asked: list[list[str]], decoding: Decoding, watched: bool
     ) -> list[list[Said | None]]:
         """Of every row, one answer for each of its questions; None in a run without text."""
         out: list[list[Said | None]] = [[] for _ in asked]
@@ -325,6 +325,8 @@ class HTFAInference:
                 filled = [spare if p is None else p for p in prompts]
                 filled += [spare] * (rows - len(filled))
                 said = self.answerer.answers(self.params, seen.prefix.cache, filled, decoding)
+                if watched:
+                    said = self.answerer.watch(self.params, seen.prefix, filled, said)
             for row, question, answer in zip(out, questions, said, strict=False):
                 if question is not None:
                     row.append(answer)
@@ -355,6 +357,8 @@ class HTFAInference:
     def _intermediates(self, seen: _Seen, row: int) -> Intermediates:
         fusion, logits = seen.prefix.fusion, seen.prefix.code_logits_BMC
         pair, rgb = fusion.pair, self.config.data
+        sample, boxed = seen.scenes[row].sample, seen.source_B[row] <= INTENSITY
+        known = sample["has_object_mask"] and sample["has_occluder_mask"]
 
         def picture(x_BHWC: jax.Array) -> np.ndarray:
             return np.asarray(denormalize(x_BHWC[row : row + 1], rgb)[0])
@@ -369,6 +373,11 @@ class HTFAInference:
             code_probabilities_MC=None
             if logits is None
             else np.asarray(jax.nn.softmax(logits[row], axis=-1)),
+            region=tuple(sample["region_orig"].tolist()),
+            region_recon=tuple(np.asarray(pair.region_B4[row]).tolist()),
+            box=tuple(np.asarray(pair.box_orig_B4[row]).tolist()) if boxed else None,
+            box_recon=tuple(np.asarray(pair.box_recon_B4[row]).tolist()) if boxed else None,
+            hidden_HW=sample["object_mask"] & sample["occluder_mask"] if known else None,
         )
 
 

@@ -237,6 +237,13 @@ def cached_attention(
 
     Softmax in float32. Slots lie within heads, so that no step has to reorder the cache.
     """
+    weights_BKTGS = cached_weights(q_BTNH, k_BKSH, positions_BT).astype(v_BKSH.dtype)
+    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS, v_BKSH)
+    return out_BKTGH.swapaxes(1, 2).reshape(q_BTNH.shape)
+
+
+def cached_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """The weights [B, K, T, G, S] of `cached_attention`, float32; each row's sum is 1."""
     B, T, N, H = q_BTNH.shape
     K, S = k_BKSH.shape[1:3]
     q_BKTGH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2)
@@ -247,9 +254,7 @@ def cached_attention(
     logits_BKTGS = jnp.where(
         visible_BTS[:, None, :, None], logits_BKTGS, jnp.finfo(jnp.float32).min
     )
-    weights_BKTGS = jax.nn.softmax(logits_BKTGS, axis=-1).astype(v_BKSH.dtype)
-    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS, v_BKSH)
-    return out_BKTGH.swapaxes(1, 2).reshape(B, T, N, H)
+    return jax.nn.softmax(logits_BKTGS, axis=-1)
 
 
 def layer_norm(size: int, epsilon: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

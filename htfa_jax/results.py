@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from htfa_jax.answer_attention import AnswerAttention
+from htfa_jax.data.preprocess import Box
 from htfa_jax.errors import ConfigError
 
 OWN_COMPLETION = "own completion"
@@ -45,6 +47,10 @@ class Intermediates:
       alpha_HW: weight of the original.
       attention_NTS: Level 2's weights, by head, query patch and key patch.
       code_probabilities_MC: of the completed picture's codes; None without codes.
+      region, region_recon: where the pictures are in the square: x, y, w, h.
+      box, box_recon: the object's, with which the reconstruction was aligned; None without.
+      hidden_HW: the part of the object that something covers; None unless the pair has both
+        masks.
     """
 
     original_HWC: np.ndarray
@@ -54,6 +60,11 @@ class Intermediates:
     alpha_HW: np.ndarray
     attention_NTS: np.ndarray
     code_probabilities_MC: np.ndarray | None
+    region: Box
+    region_recon: Box
+    box: Box | None
+    box_recon: Box | None
+    hidden_HW: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +84,7 @@ class Result:
         painted from the original alone; "none" if it cannot paint either.
       query: the question.
       intermediates: where asked for.
+      attention: the decoder's, behind each word of the answer; comes with `intermediates`.
       error: why there is no result.
     """
 
@@ -83,4 +95,5 @@ class Result:
     recon_source: Literal["given", "own completion", "none"] = "given"
     query: str = ""
     intermediates: Intermediates | None = None
+    attention: AnswerAttention | None = None
     error: str | None = None

@@ -73,6 +73,11 @@ def panel_png(rows: list[PanelRow]) -> bytes:
     return buffer.getvalue()
 
 
+def printable(text: str) -> str:
+    """The text without what a font cannot draw."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def read_png(path: Path) -> np.ndarray:
     """A picture as uint8 [H, W, 3]."""
     with Image.open(path) as image:
@@ -81,10 +86,6 @@ def read_png(path: Path) -> np.ndarray:
 
 def _write_answers(ax, row: PanelRow) -> None:
     ax.set_axis_off()
-
-    def shown(text: str) -> str:
-        return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
     ax.text(
         0.0,
         0.97,
@@ -105,8 +106,8 @@ def _write_answers(ax, row: PanelRow) -> None:
         ax.text(
             0.0,
             0.80 - 0.19 * i,
-            f"{sign} {answer.kind}: {shown(answer.answer) or '(nothing)'}"
-            + ("" if right or not known else f"  ({shown(answer.truth)})"),
+            f"{sign} {answer.kind}: {printable(answer.answer) or '(nothing)'}"
+            + ("" if right or not known else f"  ({printable(answer.truth)})"),
             fontsize=9,
             va="top",
             color=color,

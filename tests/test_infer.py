@@ -37,6 +37,7 @@ def test_one_pair(run_folder, dataset, tmp_path, capsys):
         ["--checkpoint", str(run_folder), "--image_orig", str(record.image_orig),
          "--image_recon", str(record.image_recon), "--query", "What color is it?", "x",
          "--output_dir", str(out), "--visualize", "--max_new_tokens", "3",
+         "--attention.layer", "1",
          "--bbox_orig", "4", "5", "20", "22", "--bbox_recon", "8", "6", "18", "30"]
     )  # fmt: skip
     (entry,) = lines(out / "predictions.jsonl")
@@ -45,8 +46,12 @@ def test_one_pair(run_folder, dataset, tmp_path, capsys):
     assert 0 < entry["answers"][0]["confidence"] <= 1
     with Image.open(out / entry["completed"]) as completed:
         assert completed.size == (48, 48)
-    with Image.open(out / entry["figure"]) as figure:
-        assert np.asarray(figure).std() > 20
+    kinds = ["pictures", "alpha", "alignment", "level2", "codes", "answer", "answer_2"]
+    assert list(entry["figures"]) == kinds
+    for path in entry["figures"].values():
+        with Image.open(out / path) as figure:
+            assert np.asarray(figure.convert("RGB")).std() > 20
+    assert (out / "report.html").read_text().count("data:image/") == len(kinds)
     assert "What color is it?" in capsys.readouterr().out
 
 

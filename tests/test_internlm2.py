@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
 from htfa_jax.layers import run_layers
-from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.internlm2 import InternLM2, decoding_layout
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 
@@ -90,6 +90,29 @@ def test_every_layer_agrees_with_transformers_on_a_long_prompt(pair):
         logits[..., : CONFIG.vocab_size], target, rtol=0, atol=1e-4 * np.abs(target).max()
     )
     assert np.all(logits[..., CONFIG.vocab_size :] == -np.inf)
+
+
+@pytest.mark.parametrize("decoding", [False, True])
+def test_watched_attention_is_that_of_transformers(pair, decoding):
+    """Of words that follow others in a cache, in both layouts of the weights."""
+    _, weights, theirs = pair
+    start, ids = 50, tokens(length=90)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids), output_attentions=True)
+    decoder = structure_of(decoding=decoding).merge(
+        decoding_layout(weights) if decoding else weights
+    )
+    x = decoder.embed(ids)
+    _, cache = decoder(x[:, :start], positions(2, start), decoder.empty_cache(2, 100))
+    rest = positions(2, 40, start)
+    seen = decoder.watch(x[:, start:], rest, cache, lambda weights_BNTS: weights_BNTS)
+    assert seen.kept.shape == (3, 2, 6, 40, 100)
+    for ours, target in zip(seen.kept, expected.attentions, strict=True):
+        np.testing.assert_allclose(ours[..., :90], target.numpy()[:, :, start:], atol=1e-4)
+        np.testing.assert_allclose(ours.sum(axis=-1), 1, rtol=1e-5)
+    hidden, after = decoder(x[:, start:], rest, cache)
+    np.testing.assert_allclose(seen.hidden_BTD, hidden, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), seen.cache, after)
 
 
 def test_internlm2_names_give_the_same_weights(pair):

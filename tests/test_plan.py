@@ -112,6 +112,6 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch)
     tokens = 16 + 36 + random_batch(config, length=70).tokens.shape[1]
     assert rows["tokens"][0] == str(tokens)
     assert "1 x cpu" in shown or "8 x cpu" in shown
-    for said in ("GFLOP per sample", "2 micro-steps per update", "optimizer state", "temporaries"):
+    for said in ("GFLOP per sample", "2 micro-steps per update", "optimizer state", "activations"):
         assert said in shown
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,7 @@ kernels are rows [out, in] (`layers.RowLinear`). `decoding_layout` turns one int
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from htfa_jax.layers import (
     RowLinear,
     apply_rope,
     cached_attention,
+    cached_weights,
     dropout,
     float32_dot,
     linear,
@@ -71,6 +72,21 @@ def num_slots(cache: Cache) -> int:
     return jax.tree.leaves(cache)[0].shape[-2]
 
 
+@dataclasses.dataclass
+class Watched:
+    """What `InternLM2.watch` gives back.
+
+    Attributes:
+      hidden_BTD: hidden states after the final norm.
+      cache: with the new positions in it.
+      kept: what was kept of every layer's weights, with a leading layer axis.
+    """
+
+    hidden_BTD: jax.Array
+    cache: "Cache"
+    kept: Any
+
+
 class Attention(nnx.Module):
     """Causal grouped-query attention."""
 
@@ -100,6 +116,14 @@ class Attention(nnx.Module):
             cache = KVCache(k=k_BKSH, v=v_BKSH)
             out_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT)
         return self.o_proj(out_BTNH.reshape(x_BTD.shape)), cache
+
+    def weights(self, x_BTD: jax.Array, positions_BT: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+        """The weights [B, N, T, S] with which inputs attend to the slots of a filled cache."""
+        B, T, _ = x_BTD.shape
+        q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
+        q_BTNH = apply_rope(q_BTNH, positions_BT, *self.rope)
+        weights_BKTGS = cached_weights(q_BTNH, k_BKSH, positions_BT)
+        return weights_BKTGS.swapaxes(2, 3).reshape(B, q_BTNH.shape[2], T, k_BKSH.shape[2])
 
 
 class Block(nnx.Module):
@@ -223,6 +247,37 @@ class InternLM2(nnx.Module):
 
         x_BTD, cache = run_layers(self.layers, x_BTD, apply, (cache, keys), self.remat)
         return self.norm(x_BTD), cache
+
+    def watch(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        cache: Cache,
+        keep: Callable[[jax.Array], Any],
+    ) -> Watched:
+        """`__call__` with a cache, which also looks at the attention weights.
+
+        Args:
+          x_BTD, positions_BT, cache: as in `__call__`.
+          keep: from one layer's weights [B, N, T, S] to what is wanted of them: all of a long
+            sequence would not fit.
+        """
+
+        def apply(block, x_BTD, cache):
+            out_BTD, cache = block(x_BTD, positions_BT, cache, None)
+            # From the queries once more: nothing on the way of an answer knows of the watching.
+            weights_BNTS = block.attention.weights(block.norm1(x_BTD), positions_BT, cache.k)
+            return out_BTD, (cache, keep(weights_BNTS))
+
+        if not self.decoding:
+            x_BTD, (cache, kept) = run_layers(self.layers, x_BTD, apply, cache, self.remat)
+            return Watched(self.norm(x_BTD), cache, kept)
+        seen = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x_BTD, one = apply(layer, x_BTD, layer_cache)
+            seen.append(one)
+        filled, kept = zip(*seen, strict=True)
+        return Watched(self.norm(x_BTD), filled, jax.tree.map(lambda *x: jnp.stack(x), *kept))
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Text logits [B, T, padded V] in float32."""

@@ -25,6 +25,8 @@ class Pair:
       recon_BHWC: normalised reconstruction, in its own frame.
       aligned_BHWC: reconstruction in the original's frame.
       affine: reconstruction point -> original point.
+      box_orig_B4: the object's box in the original, of which the affine was made.
+      box_recon_B4: the same in the reconstruction.
       source_B: index into `alignment.SOURCES`: where the affine came from.
       object_BHW: object mask that the model may use, zeros where there is none.
       has_object_B: whether there is one.
@@ -35,6 +37,8 @@ class Pair:
     recon_BHWC: jax.Array
     aligned_BHWC: jax.Array
     affine: Affine
+    box_orig_B4: jax.Array
+    box_recon_B4: jax.Array
     source_B: jax.Array
     object_BHW: jax.Array
     has_object_B: jax.Array
@@ -83,6 +87,8 @@ def register(batch: Batch, config: Config) -> Pair:
         recon_BHWC=recon_BHWC,
         aligned_BHWC=alignment.resample(recon_BHWC, affine, orig_BHWC.shape[1:3]),
         affine=affine,
+        box_orig_B4=box_orig_B4,
+        box_recon_B4=box_recon_B4,
         source_B=source_B,
         object_BHW=object_BHW.astype(jnp.float32),
         has_object_B=has_object_B,
