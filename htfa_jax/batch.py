@@ -3,6 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+from htfa_jax.config import Config
+
+# Shape and type of an array.
+Kind = tuple[tuple[int, ...], np.dtype]
 
 
 @jax.tree_util.register_dataclass
@@ -62,3 +69,14 @@ class Batch:
 def in_micro_batches(batch: Batch, steps: int) -> Batch:
     """[samples, ...] -> [micro-steps, samples, ...], on the host."""
     return jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
+
+
+def kinds_of_a_record(config: Config) -> dict[str, Kind]:
+    """Shapes and types of what a configuration keeps of a record, by field of `Batch`."""
+    kinds: dict[str, Kind] = {}
+    if config.data.cache_codes:
+        kinds["target_codes"] = (config.code_grid**2,), np.dtype(np.int32)
+    if config.data.cache_features:
+        shape = (2, config.patch_grid**2, config.siglip.embed_dim)
+        kinds["features"] = shape, jnp.dtype(config.train.dtype)
+    return kinds

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from htfa_jax import parts
-from htfa_jax.batch import Batch
+from htfa_jax.batch import Batch, Kind, kinds_of_a_record
 from htfa_jax.config import Config
 from htfa_jax.config_io import override
 from htfa_jax.data.pipeline import evaluation_batches
@@ -38,8 +38,6 @@ from htfa_jax.models.registration import register
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import Model
-
-Kind = tuple[tuple[int, ...], np.dtype]
 
 # Field of `Batch`: the part of the model that makes it, what asks for it.
 ENCODERS = {
@@ -69,17 +67,6 @@ class EncoderCache:
             name: np.array(np.load(path, mmap_mode="r")[index]).view(self.kinds[name][1])
             for name, path in self.files.items()
         }
-
-
-def kinds_of_a_record(config: Config) -> dict[str, Kind]:
-    """Shapes and types of what a configuration keeps of a record, by field of `Batch`."""
-    kinds: dict[str, Kind] = {}
-    if config.data.cache_codes:
-        kinds["target_codes"] = (config.code_grid**2,), np.dtype(np.int32)
-    if config.data.cache_features:
-        shape = (2, config.patch_grid**2, config.siglip.embed_dim)
-        kinds["features"] = shape, jnp.dtype(config.train.dtype)
-    return kinds
 
 
 def check(config: Config, num_records: int) -> None:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from htfa_jax import flops, paths
-from htfa_jax.batch import Batch
+from htfa_jax.batch import Batch, kinds_of_a_record
 from htfa_jax.config import Config
-from htfa_jax.encoder_cache import kinds_of_a_record
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout

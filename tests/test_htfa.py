@@ -256,11 +256,10 @@ def test_a_record_that_was_skipped_changes_nothing(model):
 
     def mixed(source):
         rows = np.array([False, True, False])
-        fields = {}
-        for f in dataclasses.fields(batch):
-            a, b = getattr(batch, f.name), getattr(source, f.name)
-            fields[f.name] = np.where(rows.reshape(-1, *[1] * (a.ndim - 1)), b, a)
-        return dataclasses.replace(batch, **{**fields, "weight": weight})
+        chosen = jax.tree.map(
+            lambda a, b: np.where(rows.reshape(-1, *[1] * (a.ndim - 1)), b, a), batch, source
+        )
+        return dataclasses.replace(chosen, weight=weight)
 
     empty = jax.tree.map(np.zeros_like, batch)
     expected, _ = loss(weights, mixed(other))
