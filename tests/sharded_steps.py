@@ -31,7 +31,6 @@ STEPS, SAMPLES = 5, 8
 CASES = {
     "one": (1, 1, {}),
     "replicated": (8, 1, {"mode": "replicated"}),
-    "zero2": (8, 1, {"mode": "zero2"}),
     "zero2 data": (4, 2, {"mode": "zero2", "data": 2}),
     "zero2 tensor": (8, 1, {"mode": "zero2", "tensor": 2}),
     "fsdp": (8, 1, {"mode": "fsdp"}),
