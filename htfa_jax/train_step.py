@@ -13,6 +13,7 @@ import optax
 from htfa_jax import loss_scale
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.errors import ConfigError
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
@@ -134,7 +135,14 @@ def compile_train_step(
       config, model, optimizer, schedule, layout: of the run.
       state: training state, or its shapes.
       frozen: frozen weights, or their shapes.
+
+    Raises ConfigError if the devices cannot compute in `train.dtype`.
     """
+    if config.train.dtype == "float16" and layout.mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError(
+            "train.dtype=float16 needs a GPU: XLA multiplies no float16 on CPUs. Use bfloat16 or "
+            "float32"
+        )
     places = layout.state(state)
     return jax.jit(
         make_train_step(config, model, optimizer, schedule, layout),

@@ -16,7 +16,8 @@ from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
 from htfa_jax.parts import CONFIG, WEIGHTS, read_weights, with_sizes
-from htfa_jax.train_state import build, load_pretrained
+from htfa_jax.pretrained import load_pretrained
+from htfa_jax.train_state import build
 from weights_convert.folder import CONVERSION, write_folder
 from weights_convert.htfa import LEFT_ENTRIES, LEFT_TENSORS, RESERVATIONS, UNKNOWN_ENTRY, layout
 from weights_convert.source import Source

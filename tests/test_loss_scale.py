@@ -1,4 +1,4 @@
-"""Dynamic loss scaling against its rules, one by one, and in a whole float16 step."""
+"""Dynamic loss scaling against its rules, one by one, and in a whole step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,10 @@ from support import random_batch, random_weights, tiny
 
 from htfa_jax import loss_scale
 from htfa_jax.batch import in_micro_batches
+from htfa_jax.errors import ConfigError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
+from htfa_jax.plan import abstract_step
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build, new_state
 from htfa_jax.train_step import make_train_step
@@ -49,12 +51,9 @@ def test_other_types_have_no_scale():
 
 
 @pytest.fixture(scope="module")
-def float16():
-    """A step in float16, its state and everything else that it takes."""
-    config = tiny(
-        train__dtype="float16", level3__generation=False, loss__code_weight=0.0,
-        optim__schedule="constant",
-    )  # fmt: skip
+def scaled():
+    """A step whose state has a loss scale (in float32: CPUs multiply no float16)."""
+    config = tiny(level3__generation=False, loss__code_weight=0.0, optim__schedule="constant")
     layout, model = Layout(config), build(config)
     frozen, trainable = split(random_weights(model), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
@@ -65,25 +64,34 @@ def float16():
     return step, state, frozen, batch
 
 
-def test_a_float16_step_has_the_gradient_of_float32(float16):
-    step, state, frozen, batch = float16
-    _, metrics = step(state, frozen, batch)
-    config = tiny(level3__generation=False, loss__code_weight=0.0, optim__schedule="constant")
-    layout, model = Layout(config), build(config)
-    schedule = learning_rate(config.optim, 10)
-    optimizer = make_optimizer(config.optim, schedule)
-    exact = jax.jit(make_train_step(config, model, optimizer, schedule, layout))
-    plain = {name: value for name, value in state.items() if name != "loss_scale"}
-    _, expected = exact(plain, frozen, batch)
-    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=2e-3)
-    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=2e-2)
-    assert float(metrics["loss_scale"]) == loss_scale.FIRST
+def with_scale(state, scale):
+    """The state with a loss scale."""
+    return state | {"loss_scale": {"scale": jnp.float32(scale), "steps": jnp.int32(5)}}
 
 
-def test_an_overflow_leaves_the_weights_and_halves_the_scale(float16):
-    step, state, frozen, batch = float16
-    huge = {"scale": jnp.float32(2.0**24), "steps": jnp.int32(5)}
-    after, metrics = step(state | {"loss_scale": huge}, frozen, batch)
-    assert bool(metrics["finite"]) and float(after["loss_scale"]["scale"]) == 2.0**23
+def test_a_scaled_loss_gives_the_step_of_the_loss_itself(scaled):
+    step, state, frozen, batch = scaled
+    expected, expected_metrics = step(state, frozen, batch)
+    got, metrics = step(with_scale(state, 1024), frozen, batch)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
+    assert float(metrics["loss_scale"]) == 1024 and int(got["loss_scale"]["steps"]) == 6
+    moments = zip(
+        jax.tree.leaves(got["opt_state"]), jax.tree.leaves(expected["opt_state"]), strict=True
+    )
+    for a, b in moments:
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_an_overflow_leaves_the_weights_and_halves_the_scale(scaled):
+    step, state, frozen, batch = scaled
+    after, metrics = step(with_scale(state, 3e38), frozen, batch)
+    assert bool(metrics["finite"]) and float(after["loss_scale"]["scale"]) < 3e38
     for path, value in state["params"].items():
         np.testing.assert_array_equal(after["params"][path], value, err_msg=path)
+
+
+def test_float16_is_refused_on_a_cpu():
+    config = tiny(train__dtype="float16", level3__generation=False, loss__code_weight=0.0)
+    with pytest.raises(ConfigError, match="train.dtype=float16 .* GPU"):
+        abstract_step(config)

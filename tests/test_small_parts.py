@@ -139,7 +139,10 @@ def test_the_loop_finishes_its_step_when_asked_to_stop(tmp_path):
     assert state == {"step": 2} and stopped
 
 
-def test_the_second_signal_kills():
+def test_the_second_signal_kills(request):
+    # What is started in the background of a shell ignores SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested

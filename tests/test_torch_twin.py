@@ -57,7 +57,7 @@ def ours(config, model, trainable, frozen, batch):
 
 def arrays(batch):
     """The batch's arrays by name."""
-    return {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: value for name, value in vars(batch).items() if value is not None}
 
 
 @pytest.mark.parametrize(
