@@ -106,11 +106,12 @@ class Evaluator:
                 for error in loaded.errors:
                     log.warning("skipped: %s", error)
                 batch = self.layout.put(loaded.batch)
-                found = [records[i] if i >= 0 else None for i in to_host(batch.index)]
+                index_B = to_host(batch.index)  # over all processes
+                found = [records[i] if i >= 0 else None for i in index_B]
                 cache, sums, seen = self._look(params, batch)
                 said = [self._ask(params, cache, prompts) for prompts in self._prompts(found)]
                 shares = jax.device_get(seen.pop("hidden_share"))
-                rows = _answers(found, said, to_host(batch.index), shares)
+                rows = _answers(found, said, index_B, shares)
                 answers += [answer for row in rows for answer in row]
                 totals.update(jax.device_get(self._losses(params, batch)))
                 totals.update(jax.device_get(sums))

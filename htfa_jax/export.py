@@ -25,9 +25,8 @@ from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.model_card import model_card
 from htfa_jax.runs import MODEL, is_export, load_run
-from htfa_jax.train_state import ALWAYS_FLOAT32 as CODEBOOK
-from htfa_jax.train_state import build
-from htfa_jax.train_step import ALWAYS_FLOAT32 as ALPHA
+from htfa_jax.train_state import CODEBOOK, build
+from htfa_jax.train_step import ALPHA
 
 log = logging.getLogger("htfa_jax.export")  # by name: this module is run as __main__ too
 

@@ -140,9 +140,7 @@ class HTFAInference:
         Raises:
           DataError: for pictures or boxes that cannot be used, naming the field.
         """
-        pair = {"image_orig": image_orig, "image_recon": image_recon, **fields}
-        scene = read_scene(as_record(pair, "this pair"), self.config)
-        seen = self._see([scene], 1, return_intermediates)
+        seen = self._see_pair(image_orig, image_recon, fields, return_intermediates)
         return self._results(seen, [query], decoding, completion, return_intermediates)[0]
 
     def batch_infer(
@@ -208,8 +206,7 @@ class HTFAInference:
     def chat(self, image_orig: Any, image_recon: Any = None, **fields: Any) -> Chat:
         """A conversation about a pair, which is encoded once."""
         self._need_text()
-        pair = {"image_orig": image_orig, "image_recon": image_recon, **fields}
-        seen = self._see([read_scene(as_record(pair, "this pair"), self.config)], 1)
+        seen = self._see_pair(image_orig, image_recon, fields)
         return Chat(self, seen.prefix.cache)
 
     def complete(
@@ -239,8 +236,7 @@ class HTFAInference:
                 "this run cannot paint: it was trained without codes (loss.code_weight=0), or its "
                 "VQ tokenizer has no decoder (vq.has_decoder=False)"
             )
-        pair = {"image_orig": image_orig, "image_recon": image_recon, **fields}
-        seen = self._see([read_scene(as_record(pair, "this pair"), self.config)], 1)
+        seen = self._see_pair(image_orig, image_recon, fields)
         options = Completion(temperature, passes, paste_back, seed)
         return [
             self._completed(seen, dataclasses.replace(options, seed=seed + i))[0]
@@ -258,6 +254,13 @@ class HTFAInference:
     def _need_text(self) -> None:
         if not self.can_answer:
             raise ConfigError("this run has no text head (loss.text_weight=0): it only completes")
+
+    def _see_pair(
+        self, orig: Any, recon: Any, fields: dict[str, Any], with_weights: bool = False
+    ) -> _Seen:
+        pair = {"image_orig": orig, "image_recon": recon, **fields}
+        scene = read_scene(as_record(pair, "this pair"), self.config)
+        return self._see([scene], 1, with_weights)
 
     def _see(self, scenes: list[Scene], rows: int, with_weights: bool = False) -> _Seen:
         """Encodes the pictures; completes them first where there is no reconstruction."""

@@ -19,7 +19,7 @@ from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
 from htfa_jax.topologies import Target, collectives
 from htfa_jax.train_state import State, build, frozen_dtype, new_state
-from htfa_jax.train_step import compile_train_step
+from htfa_jax.train_step import compile_train_step, copy_dtype
 
 
 def size_table(shapes: Mapping[str, Any], config: Config) -> str:
@@ -160,8 +160,7 @@ def make_plan(abstract: Abstract, config: Config) -> Plan:
     def shard(path: str, place: Any) -> int:
         return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
 
-    wide = config.sharding.reduce_dtype == "float32"
-    width = jnp.dtype(jnp.float32 if wide else config.train.dtype).itemsize
+    width = copy_dtype(config).itemsize
     copy = 0
     if layout.mesh.size > 1 or width < 4:
         copy = width * sum(shard(path, layout.used) for path in params)

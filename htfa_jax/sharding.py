@@ -10,6 +10,7 @@ and a batch is cut over (data, fsdp). XLA's partitioner inserts the communicatio
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -164,7 +165,7 @@ class Layout:
 
         return traced
 
-    @property
+    @functools.cached_property
     def process_share(self) -> tuple[int, int]:
         """Which part of every batch this process loads: its number, of how many.
 

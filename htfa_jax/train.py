@@ -19,7 +19,6 @@ import optax
 from clu import parameter_overview
 
 from htfa_jax import encoder_cache, parts, report
-from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.checkpoint import (
     Checkpoints,
     load_frozen,
@@ -54,7 +53,7 @@ from htfa_jax.pretrained import load_pretrained
 from htfa_jax.processes import Distributed, first_goes_ahead, is_first
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import Model, State, build, new_params, new_state
-from htfa_jax.train_step import compile_train_step, compute_copy
+from htfa_jax.train_step import compile_train_step, compute_copy, put_update
 from htfa_jax.train_vq import cached_vq
 from htfa_jax.visualize import panel_png, read_png
 
@@ -128,12 +127,12 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
         else:
             state, frozen = _resume(config, workdir, model, optimizer, layout, checkpoints, meta)
             names = meta["frozen"]
+        everything = {**state["params"], **frozen}
         if is_first():
-            _write_overview(workdir, config, model, {**state["params"], **frozen}, layout)
+            _write_overview(workdir, config, model, everything, layout)
             if before is not None:
                 _say_changes(before, config)
                 save_config(config, path)
-        everything = {**state["params"], **frozen}
         kept = encoder_cache.open_or_make(config, model, everything, names, records, layout)
         step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
         copy = jax.jit(lambda params: compute_copy(config, layout, params))
@@ -153,14 +152,10 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             if saves or (metrics and train.save != "no"):
                 save(state, metrics)
 
-        def put(batch: Batch) -> Batch:
-            batch = in_micro_batches(batch, config.train.accumulation_steps)
-            return layout.put(batch, layout.stacked_batch)
-
         loop = Loop(
             name="train",
             step_fn=lambda state, batch: step_fn(state, frozen, batch),
-            put=put,
+            put=lambda batch: put_update(config, layout, batch),
             num_steps=steps,
             log_every=config.train.log_every,
             writer=writer,

@@ -26,8 +26,8 @@ from htfa_jax.sharding import Layout
 
 State = dict[str, Any]
 
-# Rounding the codebook would change which code is nearest.
-ALWAYS_FLOAT32 = r"vq\.codebook"
+# Parameters stored in float32 always: rounding the codebook would change which code is nearest.
+CODEBOOK = r"vq\.codebook"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def build(config: Config, decoding: bool = False) -> Model:
 
 def frozen_dtype(path: str, config: Config) -> jnp.dtype:
     """What a frozen parameter is stored as."""
-    keeps = re.fullmatch(ALWAYS_FLOAT32, path)
+    keeps = re.fullmatch(CODEBOOK, path)
     return jnp.dtype(jnp.float32 if keeps else config.train.frozen_dtype)
 
 

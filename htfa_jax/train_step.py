@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from htfa_jax import loss_scale
-from htfa_jax.batch import Batch
+from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
 from htfa_jax.losses import count, loss_and_metrics
@@ -21,8 +21,8 @@ from htfa_jax.train_state import Model, State
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-# Alpha moves by less than bfloat16 can tell.
-ALWAYS_FLOAT32 = r"level1\..*"
+# Parameters whose copy stays float32: alpha moves by less than bfloat16 can tell.
+ALPHA = r"level1\..*"
 
 
 def make_train_step(
@@ -107,17 +107,27 @@ def sum_over(
 def compute_copy(config: Config, layout: Layout, params: Flat) -> Flat:
     """Inside a program: what the forward pass computes with, made of the trained weights.
 
-    With `sharding.reduce_dtype="compute"` it has the compute type, and so have the gradients
-    while devices add them up; with "float32" both are float32, at twice the memory and traffic.
+    Gradients have its type (`copy_dtype`) while devices add them up.
+    """
+    dtype = copy_dtype(config)
+    return layout.gather(
+        {path: x if re.fullmatch(ALPHA, path) else x.astype(dtype) for path, x in params.items()}
+    )
+
+
+def copy_dtype(config: Config) -> jnp.dtype:
+    """Type of the compute copy: the compute type, or float32 if gradients add up in float32.
+
+    Float32 costs twice the memory and traffic of 16 bits.
     """
     wide = config.sharding.reduce_dtype == "float32"
-    dtype = jnp.dtype(jnp.float32 if wide else config.train.dtype)
-    return layout.gather(
-        {
-            path: x if re.fullmatch(ALWAYS_FLOAT32, path) else x.astype(dtype)
-            for path, x in params.items()
-        }
-    )
+    return jnp.dtype(jnp.float32 if wide else config.train.dtype)
+
+
+def put_update(config: Config, layout: Layout, batch: Batch) -> Batch:
+    """The samples of an update [samples, ...], from the host, as the training step takes them."""
+    micro_batches = in_micro_batches(batch, config.train.accumulation_steps)
+    return layout.put(micro_batches, layout.stacked_batch)
 
 
 def compile_train_step(

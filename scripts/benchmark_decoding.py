@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
 from htfa_jax.config_io import load_config
@@ -34,6 +34,7 @@ from htfa_jax.paths import flatten, unflatten
 from htfa_jax.sampling import Decoding, sampling_of
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
+from weights_convert.reference import llama_config
 
 SIZES = {"small": lambda: load_config("debug").decoder, "wide": DecoderConfig}
 PROBE_BYTES = 2**28
@@ -42,20 +43,8 @@ PIECE = 8  # words that are timed by themselves
 
 def llama(sizes: DecoderConfig) -> LlamaForCausalLM:
     """transformers' model with random weights."""
-    config = LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.embed_dim,
-        intermediate_size=sizes.mlp_dim,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
-        rms_norm_eps=sizes.rms_norm_eps,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(llama_config(sizes, eos_token_id=None, pad_token_id=0)).eval()
 
 
 def ours(sizes: DecoderConfig, theirs: LlamaForCausalLM) -> tuple[Any, dict[str, jax.Array]]:

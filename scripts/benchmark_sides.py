@@ -164,9 +164,10 @@ def jax_side(
     use_cores(threads)
     import jax
 
-    from htfa_jax.batch import Batch, in_micro_batches
+    from htfa_jax.batch import Batch
     from htfa_jax.flops import training_step
     from htfa_jax.train_state import build, new_params, new_state
+    from htfa_jax.train_step import put_update
 
     device, length = jax.devices()[0], arrays["tokens"].shape[1]
     compiled, _, abstract = compile_step(config, length, cache)
@@ -174,8 +175,7 @@ def jax_side(
     trainable, frozen = new_params(config, build(config), {}, layout)
     state = new_state(config, trainable, abstract.optimizer, layout)
     del trainable
-    batch = in_micro_batches(Batch(**arrays), config.train.accumulation_steps)
-    batch = layout.put(batch, layout.stacked_batch)
+    batch = put_update(config, layout, Batch(**arrays))
     jax.clear_caches()
 
     def run() -> float:

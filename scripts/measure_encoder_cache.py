@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 
 from htfa_jax import encoder_cache
-from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoint import save_frozen
 from htfa_jax.commands import command
 from htfa_jax.config import Config
@@ -33,7 +32,7 @@ from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build, new_params, new_state
-from htfa_jax.train_step import compile_train_step
+from htfa_jax.train_step import compile_train_step, put_update
 
 KEPT = {
     "nothing": {},
@@ -73,8 +72,7 @@ class Side:
         self.samples = min(samples_per_step(config, self.layout.num_shards), len(records))
         loader, collate = SampleLoader(records, tokenizer, config, kept), Collate(config, tokenizer)
         self.load = lambda: collate([loader(i) for i in range(self.samples)]).batch
-        batch = in_micro_batches(self.load(), config.train.accumulation_steps)
-        self.batch = self.layout.put(batch, self.layout.stacked_batch)
+        self.batch = put_update(config, self.layout, self.load())
         args = (config, model, optimizer, schedule, self.layout, self.state, self.frozen)
         self.run = compile_train_step(*args)
         self.loading, self.stepping, self.working = [], [], []

@@ -16,15 +16,13 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
-from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoint import Checkpoints
 from htfa_jax.config_io import override
-from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
-from htfa_jax.paths import split
+from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.plan import abstract_step
 from htfa_jax.sharding import Layout
-from htfa_jax.train_state import build, new_state
-from htfa_jax.train_step import compile_train_step
+from htfa_jax.train_state import build, new_params, new_state
+from htfa_jax.train_step import compile_train_step, put_update
 
 STEPS, SAMPLES = 5, 8
 # name: (devices, micro-steps, settings of `sharding`)
@@ -81,13 +79,10 @@ class Run:
         }
         self.config = config = override(config, size)
         model = build(config)
-        frozen, trainable = split(random_weights(model), frozen_pattern(config))
-        places = {path: layout.stored(path, x.shape) for path, x in trainable.items()}
-        trainable = {p: layout.put_parameter(x, x.dtype, places[p]) for p, x in trainable.items()}
+        trainable, self.frozen = new_params(config, model, random_weights(model), layout)
         schedule = learning_rate(config.optim, STEPS)
         optimizer = make_optimizer(config.optim, schedule)
         self.state = new_state(config, trainable, optimizer, layout)
-        self.frozen = layout.put_parameters(frozen)
         self.step = compile_train_step(
             config, model, optimizer, schedule, layout, self.state, self.frozen
         )
@@ -97,8 +92,7 @@ class Run:
         found = []
         for i in range(first, last):
             batch = random_batch(self.config, size=SAMPLES, seed=i)
-            batch = in_micro_batches(batch, self.config.train.accumulation_steps)
-            batch = self.layout.put(batch, self.layout.stacked_batch)
+            batch = put_update(self.config, self.layout, batch)
             self.state, metrics = self.step(self.state, self.frozen, batch)
             found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         return found

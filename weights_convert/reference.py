@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,28 +78,38 @@ def siglip(read: Read, keys: list[str], sizes: SigLIPConfig, image_size: int) ->
     return _loaded(model, state)
 
 
-def decoder(read: Read, keys: list[str], sizes: DecoderConfig) -> torch.nn.Module:
-    """transformers' Llama, which computes what InternLM2 does. See `siglip` for the arguments."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def llama_config(sizes: DecoderConfig, **options: Any) -> Any:
+    """transformers' configuration of the Llama that computes what InternLM2 does.
+
+    Args:
+      sizes: of the decoder.
+      **options: more of transformers' own.
+    """
+    from transformers import LlamaConfig
 
     rope = {"rope_type": "default", "rope_theta": sizes.rope_theta}
     if sizes.rope_factor != 1.0:
         rope |= {"rope_type": "linear", "factor": sizes.rope_factor}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=sizes.vocab_size,
-            hidden_size=sizes.embed_dim,
-            intermediate_size=sizes.mlp_dim,
-            num_hidden_layers=sizes.num_layers,
-            num_attention_heads=sizes.num_heads,
-            num_key_value_heads=sizes.num_kv_heads,
-            rope_parameters=rope,
-            rms_norm_eps=sizes.rms_norm_eps,
-            max_position_embeddings=sizes.max_positions or 32768,
-            tie_word_embeddings=sizes.tie_head,
-            attn_implementation="eager",
-        )
-    ).eval()
+    return LlamaConfig(
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.embed_dim,
+        intermediate_size=sizes.mlp_dim,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_kv_heads,
+        rope_parameters=rope,
+        rms_norm_eps=sizes.rms_norm_eps,
+        max_position_embeddings=sizes.max_positions or 32768,
+        tie_word_embeddings=sizes.tie_head,
+        **options,
+    )
+
+
+def decoder(read: Read, keys: list[str], sizes: DecoderConfig) -> torch.nn.Module:
+    """transformers' Llama, which computes what InternLM2 does. See `siglip` for the arguments."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(llama_config(sizes, attn_implementation="eager")).eval()
     names = {
         "tok_embeddings": "embed_tokens",
         "attention_norm": "input_layernorm",
