@@ -131,10 +131,12 @@ class PretrainedConfig:
 class DataConfig:
     """Where records come from and how they become arrays."""
 
-    train: str = "held_objects"  # JSON or JSON-lines file, or the embedded dataset
+    train: str = "held_objects"  # file, shards, URL or tfds:NAME (README), or the embedded dataset
+    sources: tuple[tuple[str, float], ...] = ()  # (source, weight): a mixture instead of train
     validation: str | None = None  # same, for evaluation during training
     test: str | None = None  # same, for the evaluation at the end
-    image_root: str | None = None  # folder of relative picture paths (None: the file's own)
+    image_root: str | None = None  # folder or URL that holds all pictures (None: the file's own)
+    recon_template: str | None = None  # path of a missing image_recon, as in "recon/{id}.png"
     tokenizer: str | None = None  # Hugging Face folder (None: the decoder's, or a trained one)
     tokenizer_vocab_size: int = 512  # of a tokenizer that is trained on the data's text
     resize: Literal["letterbox", "squash"] = "letterbox"  # how pictures become square
@@ -149,7 +151,7 @@ class DataConfig:
     max_bad_records: int = 100  # skipped records after which the run stops
     num_workers: int = 0  # loading processes (0: threads of this one)
     num_threads: int = 4  # loading threads per process
-    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, VQ tokenizers, what follows
+    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, VQ tokenizers, indexed data, and:
     cache_codes: bool = False  # keep the targets' codes on disk (see `encoder_cache`)
     cache_features: bool = False  # keep what a frozen SigLIP sees in both pictures on disk
     cache_gb: float = 50.0  # disk space that one run's codes and features may take

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import string
 
 from htfa_jax.config import Config, get, leaves
 from htfa_jax.errors import ConfigError
@@ -100,10 +101,29 @@ def validate(config: Config) -> None:
         f"the last of data.text_buckets={buckets} must reach "
         f"data.max_text_length={c.data.max_text_length}",
     )
+    for source, weight in c.data.sources:
+        need(
+            math.isfinite(weight) and weight > 0,
+            f"data.sources: the weight of {source} must be above 0, it is {weight}",
+        )
+    need(
+        c.data.recon_template is None or _is_template(c.data.recon_template),
+        f"data.recon_template={c.data.recon_template!r} must name fields of a record in braces, "
+        "as in recon/{id}.png; braces that are meant as such are doubled",
+    )
     rest = [name for name in _MESH if get(c, name) == -1]
     need(len(rest) <= 1, f"{' and '.join(rest)} are both -1: one of them can take what is left")
     if problems:
         raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
+
+def _is_template(text: str) -> bool:
+    """Whether it is a format string of plain names, one at least."""
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError:
+        return False
+    return bool(names) and all(name.isidentifier() for name in names)
 
 
 _MESH = ("sharding.data", "sharding.fsdp", "sharding.tensor")

@@ -28,7 +28,7 @@ from htfa_jax.batch import Batch, Kind, kinds_of_a_record
 from htfa_jax.config import Config
 from htfa_jax.config_io import override
 from htfa_jax.data.pipeline import evaluation_batches
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.logs import progress
@@ -91,7 +91,7 @@ def open_or_make(
     model: Model,
     params: Flat,
     names: Mapping[str, str],
-    records: RecordFile,
+    records: Dataset,
     layout: Layout,
 ) -> EncoderCache | None:
     """The cache that a run asks for, made now if it is not there; None if it asks for none.
@@ -145,7 +145,7 @@ def _make(
     config: Config,
     model: Model,
     params: Flat,
-    records: RecordFile,
+    records: Dataset,
     layout: Layout,
 ) -> None:
     name, started = path.stem, time.time()

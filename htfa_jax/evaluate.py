@@ -25,7 +25,7 @@ from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, load_config, parse_args
 from htfa_jax.data.pipeline import Loaded, evaluation_batches
-from htfa_jax.data.records import Record, RecordFile, Turn
+from htfa_jax.data.records import Dataset, Record, Turn
 from htfa_jax.data.splits import Split, open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError
@@ -89,7 +89,7 @@ class Evaluator:
             config, tokenizer, lambda params: model.merge(params).decoder, layout
         )
 
-    def __call__(self, params: Flat, records: RecordFile, max_samples: int | None = None) -> Report:
+    def __call__(self, params: Flat, records: Dataset, max_samples: int | None = None) -> Report:
         """Evaluates weights on a dataset.
 
         Args:
@@ -120,7 +120,7 @@ class Evaluator:
                 bar.update(sum(record is not None for record in found))
         return Report(_scores(totals, answers, self.config), answers, panel)
 
-    def _batches(self, records: RecordFile, max_samples: int | None) -> Iterator[Loaded]:
+    def _batches(self, records: Dataset, max_samples: int | None) -> Iterator[Loaded]:
         layout = self.layout
         shards, share = layout.num_shards, layout.process_share
         return evaluation_batches(self.config, records, self.tokenizer, max_samples, shards, share)

@@ -109,7 +109,8 @@ def portable(config: Config) -> Config:
     """The configuration without places on the machine of the run."""
     given = {name: get(config, name) for name in NAMES}
     changes: dict[str, Any] = {name: value and Path(value).name for name, value in given.items()}
-    changes |= {"data.image_root": None, "data.tokenizer": None}
+    changes |= {"data.image_root": None, "data.recon_template": None, "data.sources": ()}
+    changes |= {"data.tokenizer": None}
     return override(config, changes | {"data.cache_dir": DataConfig.cache_dir})
 
 

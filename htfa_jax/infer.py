@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,8 +25,9 @@ from htfa_jax.answer_attention import View
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
+from htfa_jax.data.places import StoredPicture
 from htfa_jax.data.preprocess import decode_field, load_image
-from htfa_jax.data.records import ROLES, Record, RecordFile, parse_record
+from htfa_jax.data.records import ROLES, Dataset, Record, parse_record
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.inference import HTFAInference
 from htfa_jax.inference_weights import Quantize
@@ -136,7 +136,7 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
             raw = json.loads(line)
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
-            record = parse_record(raw, where, path.parent, with_turns=False)
+            record = parse_record(raw, where, path.parent.joinpath, with_turns=False)
             job = Job(number, name, record, _queries(raw, record) or queries or None)
         except json.JSONDecodeError as error:
             job = Job(number, name, DataError(f"{where}: not valid JSON: {error}"), None)
@@ -274,7 +274,7 @@ def _show(entry: dict[str, Any]) -> None:
     print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}")
 
 
-def write_example(workdir: Path, config: Config, records: RecordFile) -> None:
+def write_example(workdir: Path, config: Config, records: Dataset) -> None:
     """Puts a pair of the data and `infer.sh`, which looks at it, into a run's workdir."""
     record = next((r for r in _readable(records)), None)
     if record is None:
@@ -284,9 +284,9 @@ def write_example(workdir: Path, config: Config, records: RecordFile) -> None:
     words = ["--checkpoint", ".", "--output_dir", f"{EXAMPLE}/out"]
     for field in FIELDS:
         value = getattr(record, field)
-        if isinstance(value, Path):
+        if isinstance(value, Path | StoredPicture):
             name = f"{EXAMPLE}/{field}{value.suffix}"
-            shutil.copyfile(value, workdir / name)
+            (workdir / name).write_bytes(value.read_bytes())
             words += [f"--{field}", name]
         elif value is not None:
             words += [f"--{field}", *map(str, value)]
@@ -303,7 +303,7 @@ def write_example(workdir: Path, config: Config, records: RecordFile) -> None:
     script.chmod(0o755)
 
 
-def _readable(records: RecordFile):
+def _readable(records: Dataset):
     for i in range(len(records)):
         try:
             record = records[i]

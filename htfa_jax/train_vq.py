@@ -30,7 +30,7 @@ from htfa_jax.commands import command
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, parse_args, save_config
 from htfa_jax.data.pipeline import evaluation_batches, training_batches
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data, open_split
 from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter, log_to_file
@@ -198,7 +198,7 @@ def make_step(
 
 
 def evaluate(
-    config: Config, model: Model, params: Flat, records: RecordFile, layout: Layout
+    config: Config, model: Model, params: Flat, records: Dataset, layout: Layout
 ) -> dict[str, float]:
     """PSNR of the round trip of a split's targets, and how many codes they use.
 

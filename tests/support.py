@@ -13,7 +13,7 @@ from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import open_checkpoints, save_frozen
 from htfa_jax.config import Config
 from htfa_jax.config_io import override, save_config
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.optim import frozen_pattern
 from htfa_jax.paths import Flat, flatten, split

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from support import random_batch, tiny
+from support import random_batch, tiny, write_dataset
 
 import htfa_jax.train as train_module
 from htfa_jax import encoder_cache, train_vq
@@ -20,13 +20,13 @@ from htfa_jax.checkpoint import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
 from htfa_jax.data import held_objects
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.pipeline import (
     evaluation_batches,
     num_steps,
     samples_per_step,
     training_batches,
 )
-from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
 from htfa_jax.evaluate import Evaluator, Report
@@ -425,9 +425,11 @@ CASES = {
     "pretrained.htfa": ("nowhere", opened),
     "pretrained.random_parts": ("train", frozen),
     "data.train": ("nowhere.json", opened),
+    "data.sources": ((("nowhere.json", 1.0),), opened),
     "data.validation": ("nowhere.json", opened),
     "data.test": ("nowhere.json", opened),
-    "data.image_root": (".", lambda c: open_split(c, "train").root),
+    "data.image_root": (".", lambda c: open_split(c, "train").place),
+    "data.recon_template": ("{image_orig}", batches),
     "data.tokenizer": ("nowhere", opened),
     "data.tokenizer_vocab_size": (300, batches),
     "data.resize": ("squash", batches),
@@ -512,6 +514,7 @@ ODD_RECORD = {
     "data.on_error": "missing.png",
     "data.max_bad_records": "missing.png",
     "data.resize": "wide.png",
+    "data.recon_template": "orig3.png",
 }
 
 
@@ -532,14 +535,12 @@ def test_it_reaches_the_code(name, dataset, before, tmp_path):
     value, look, needs = (*CASES[name], {})[:3]
     records = dataset
     if name in ODD_RECORD:
-        Image.new("RGB", (40, 20)).save(tmp_path / "wide.png")
-        picture = str(tmp_path / ODD_RECORD[name])
-        lines = [json.loads(line) for line in dataset.read_text().splitlines()]
+        records = write_dataset(tmp_path / "odd", 7)
+        Image.new("RGB", (40, 20)).save(records.parent / "wide.png")
+        lines = [json.loads(line) for line in records.read_text().splitlines()]
         talk = lines[3]["conversations"]
-        lines[3] = {"id": "r3", "image_orig": picture, "conversations": talk}
-        records = tmp_path / "data.jsonl"
+        lines[3] = {"id": "r3", "image_orig": ODD_RECORD[name], "conversations": talk}
         records.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        needs = {**needs, "data.image_root": str(dataset.parent)}
     base = tiny() if name != "train.epochs" else override(tiny(), needs)
     base = override(base, BASE | (RUN if look in (run, vq_settings) else {}) | needs)
 

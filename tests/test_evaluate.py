@@ -10,7 +10,8 @@ from support import random_batch, random_weights, tiny
 
 from htfa_jax import evaluate, report, train
 from htfa_jax.config_io import override, save_config
-from htfa_jax.data.records import RecordFile, Turn
+from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.data.records import Turn
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.evaluate import Evaluator, hidden_share, questions, rules, stated_share
 from htfa_jax.metrics import to_8bit

@@ -15,7 +15,7 @@ from support import write_run
 
 from htfa_jax import HTFAInference, evaluate, export, parts
 from htfa_jax.config_io import load_config, override, save_config
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.export import export_run
 from htfa_jax.runs import MODEL, find_run, load_run

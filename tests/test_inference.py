@@ -12,7 +12,8 @@ from support import write_run
 from htfa_jax import Completion, Decoding, HTFAInference
 from htfa_jax.answers import settled
 from htfa_jax.chat import common_prefix
-from htfa_jax.data.records import RecordFile, Turn
+from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.data.records import Turn
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
 
 LONG = Decoding(max_new_tokens=24)

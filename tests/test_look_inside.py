@@ -14,7 +14,8 @@ from PIL import Image
 
 from htfa_jax import Decoding, HTFAInference
 from htfa_jax.answer_attention import END, AnswerAttention, View, rollout
-from htfa_jax.data.records import RecordFile, Turn
+from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.data.records import Turn
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.look_inside import (
     answer_figure,

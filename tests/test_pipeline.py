@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from support import tiny, write_dataset
 
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.pipeline import (
     evaluation_batches,
     num_steps,
     samples_per_step,
     training_batches,
 )
-from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.errors import DataError
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.preprocess import fit, load_pictures, place, without_recon
-from htfa_jax.data.records import RecordFile, parse_record
+from htfa_jax.data.records import parse_record
 from htfa_jax.errors import DataError
 
 
@@ -74,7 +75,9 @@ def test_photographs_are_turned_upright(tmp_path):
     exif[0x0112] = 6  # lies on its side
     Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
     record = parse_record(
-        {"image_orig": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}, "here", tmp_path
+        {"image_orig": "a.png", "conversations": [{"from": "gpt", "value": "x"}]},
+        "here",
+        tmp_path.joinpath,
     )
     sample = load_pictures(record, 40, "letterbox")
     np.testing.assert_array_equal(sample["region_orig"], [10, 0, 20, 40])

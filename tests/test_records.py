@@ -1,11 +1,8 @@
-import json
-import pickle
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from htfa_jax.data.records import RecordFile, Turn, parse_record
+from htfa_jax.data.records import MAX_CHARACTERS, Turn, parse_record
 from htfa_jax.errors import DataError
 
 GOOD = {
@@ -21,7 +18,7 @@ GOOD = {
 
 def parse(**changes):
     raw = {k: v for k, v in {**GOOD, **changes}.items() if v is not ...}
-    return parse_record(raw, "data.jsonl, record 3", Path("/root"))
+    return parse_record(raw, "data.jsonl, record 3", Path("/root").joinpath)
 
 
 def test_a_record_is_read():
@@ -56,8 +53,10 @@ def talk(*turns):
         ({"image_recon": 5}, "image_recon must be a path, it is 5"),
         ({"image_orig": ""}, "image_orig must be a path"),
         ({"bbox_orig": [1, 2, 3]}, r"bbox_orig must be \[x, y, w, h\]"),
-        ({"bbox_orig": [1, 2, float("nan"), 3]}, "bbox_orig must be"),
-        ({"bbox_recon": [1, 2, 0, 3]}, "bbox_recon=.* has no area"),
+        ({"bbox_orig": [1, 2, float("nan"), 3]}, r"bbox_orig=\[1, 2, nan, 3\] must be finite"),
+        ({"bbox_orig": [1, 2, 4, 10**400]}, "bbox_orig=.* must be finite numbers"),
+        ({"bbox_recon": [1, 2, 0, 3]}, r"bbox_recon=\[1, 2, 0, 3\] has no area"),
+        ({"bbox_recon": [1, 2, 5, -3]}, "bbox_recon=.* has no area"),
         ({"bbox_orig": "1234"}, "bbox_orig must be"),
         ({"conversations": ...}, "conversations must be a list"),
         ({"conversations": []}, "conversations must be a list"),
@@ -65,7 +64,26 @@ def talk(*turns):
         (talk(("robot", "hi"), ("gpt", "x")), r"conversations\[0\].from='robot', expected one of"),
         (talk(("human", "hi"), ("gpt", "  ")), r"conversations\[1\].value is empty"),
         (talk(("human", 3), ("gpt", "x")), r"conversations\[0\].value must be text"),
+        (
+            talk(("human", "hi"), ("gpt", "x"), ("gpt", "y")),
+            r"conversations\[1\] and \[2\] are two assistant turns in a row",
+        ),
+        (
+            talk(("human", "hi"), ("gpt", "y" * 200_000)),
+            r"conversations\[1\].value has 200000 characters, more than 100000",
+        ),
+        (
+            talk(("human", "hi"), ("gpt", "\ud83d")),
+            r"conversations\[1\].* half of a surrogate",
+        ),
         ({"meta": 3}, "meta must be an object"),
+        (
+            {"image_orig": ..., "image": ["a", "b", "c"]},
+            "image has 3 pictures, expected one or two",
+        ),
+        ({"image_orig": ..., "image": []}, "image has 0 pictures"),
+        ({"image_orig": ..., "image": ["a", "b"]}, "image has a second picture and image_recon"),
+        ({"image_orig": ..., "image": None}, "image_orig is missing"),
     ],
 )
 def test_a_bad_record_says_where_and_why(changes, reason):
@@ -73,53 +91,67 @@ def test_a_bad_record_says_where_and_why(changes, reason):
         parse(**changes)
 
 
-def write(path, records, array=False):
-    text = json.dumps(records) if array else "".join(json.dumps(r) + "\n" for r in records)
-    path.write_text(text, encoding="utf-8")
-    return path
+def test_the_longest_answer_is_read():
+    text = "y" * MAX_CHARACTERS
+    assert parse(**talk(("human", "hi"), ("gpt", text))).turns[1].text == text
 
 
-def many(num):
-    return [{**GOOD, "id": str(i), "note": "ü" * (i % 7)} for i in range(num)]
+@pytest.mark.parametrize(
+    "text,left",
+    [
+        ("<image>\nWhat is it?", "What is it?"),
+        ("What's the object in the hand?\n<image>", "What's the object in the hand?"),
+        ("Image-1: <image>\nImage-2: <image>\nCompare.", "Compare."),
+        ("What does <image> show?\n  Be brief.", "What does show?\n  Be brief."),
+        ("Is <image> like <image>?", "Is like?"),
+        ("x  <b>\n\n y", "x  <b>\n\n y"),
+    ],
+)
+def test_markers_may_stand_anywhere(text, left):
+    assert parse(**talk(("human", text), ("gpt", "x"))).turns[0].text == left
 
 
-@pytest.mark.parametrize("array", [False, True])
-def test_files_are_read_at_random(tmp_path, array):
-    records = RecordFile(write(tmp_path / "d.json", many(40), array))
-    assert len(records) == 40
-    assert [records[i].id for i in (39, 0, 17)] == ["39", "0", "17"]
-    assert records[0].image_orig == tmp_path / "a.jpg"
-    assert RecordFile(records.path, "/pictures")[0].image_orig == Path("/pictures/a.jpg")
+TALK = [{"from": "human", "value": "What's in the hand?\n<image>"}, {"from": "gpt", "value": "A."}]
 
 
-def test_threads_and_processes_read_the_right_lines(tmp_path):
-    records = RecordFile(write(tmp_path / "d.jsonl", many(300)))
-    assert records[5].id == "5"
-    copy = pickle.loads(pickle.dumps(records))
-    with ThreadPoolExecutor(8) as pool:
-        for source in (records, copy):
-            ids = pool.map(lambda i, s=source: s[i].id, range(300))
-            assert list(ids) == [str(i) for i in range(300)]
+def read(raw, template=None):
+    return parse_record(raw, "here", Path("/root").joinpath, template)
 
 
-def test_blank_lines_do_not_count(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text("\n" + json.dumps(GOOD) + "\n\n  \n" + json.dumps(GOOD), encoding="utf-8")
-    assert len(RecordFile(path)) == 2
+def test_internvl_s_form():
+    raw = {"id": 3, "image": ["o.jpg", "r.png"], "conversations": TALK, "width_list": [4, 4]}
+    record = read(raw)
+    assert (record.image_orig, record.image_recon) == (Path("/root/o.jpg"), Path("/root/r.png"))
+    assert record.id == "3" and record.raw["width_list"] == [4, 4] and "image" not in record.raw
+    assert read({**raw, "image": ["o.jpg"]}).image_recon is None
 
 
-def test_bad_files_say_so(tmp_path):
-    with pytest.raises(DataError, match="no dataset at"):
-        RecordFile(tmp_path / "none.jsonl")
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
-    with pytest.raises(DataError, match="holds no records"):
-        RecordFile(empty)
-    broken = tmp_path / "broken.json"
-    broken.write_text("[{]")
-    with pytest.raises(DataError, match="broken.json is not valid JSON"):
-        RecordFile(broken)
-    half = tmp_path / "half.jsonl"
-    half.write_text(json.dumps(GOOD) + '\n{"id": ')
-    with pytest.raises(DataError, match="half.jsonl, record 1: not valid JSON"):
-        RecordFile(half)[1]
+def test_llava_s_form():
+    record = read({"id": "c/1", "image": "coco/1.jpg", "conversations": TALK})
+    assert record.image_orig == Path("/root/coco/1.jpg") and record.image_recon is None
+
+
+def test_a_template_finds_the_reconstruction():
+    """OCC-MLLM's records and MOHO's file names."""
+    raw = {"id": "00007561", "image": "00007561.jpg", "conversations": TALK}
+    template = "views/{id}_0_obman_test_rgb_{id}.jpg.png"
+    found = Path("/root/views/00007561_0_obman_test_rgb_00007561.jpg.png")
+    assert read(raw, template).image_recon == found
+    assert read(raw, template).raw["image_recon"] == str(found.relative_to("/root"))
+    assert read({**raw, "meta": {"view": 4}}, "{view:02d}/{image}").image_recon == Path(
+        "/root/04/00007561.jpg"
+    )
+
+
+def test_a_record_s_own_reconstruction_goes_before_the_template():
+    assert parse_record(GOOD, "here", Path, "{id}.png").image_recon == Path("b.png")
+    none = {**GOOD, "image_recon": None}
+    assert parse_record(none, "here", Path, "{id}.png").image_recon is None
+
+
+def test_a_template_that_does_not_fit_says_so():
+    raw = {"id": "7", "image": "a.jpg", "conversations": TALK}
+    with pytest.raises(DataError, match=r"needs the field name, .* it has id, image"):
+        read(raw, "{name}.png")
+    with pytest.raises(DataError, match="does not fit its fields"):
+        read(raw, "{id:03d}.png")

@@ -14,8 +14,9 @@ import numpy as np
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.data.mixture import training_order
 from htfa_jax.data.preprocess import load_pictures, without_recon
-from htfa_jax.data.records import Record, RecordFile
+from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
 
@@ -49,7 +50,7 @@ class SampleLoader:
 
     def __init__(
         self,
-        records: RecordFile,
+        records: Dataset,
         tokenizer: ChatTokenizer | None,
         config: Config,
         kept: Kept | None = None,
@@ -157,7 +158,7 @@ def num_steps(config: Config, num_records: int, samples: int, step: int = 0, see
 
 def training_batches(
     config: Config,
-    records: RecordFile,
+    records: Dataset,
     tokenizer: ChatTokenizer | None,
     seen: int,
     samples: int,
@@ -177,13 +178,7 @@ def training_batches(
     """
     part, parts = share
     loader = SampleLoader(records, tokenizer, config, kept)
-    dataset = (
-        grain.MapDataset.range(len(records))
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(loader.for_training)
-    )
+    dataset = training_order(records, config.seed).random_map(loader.for_training)
     # Whatever the number of processes, the samples of an update are the same.
     dataset = dataset[seen + part :: parts].batch(
         samples // parts,
@@ -196,7 +191,7 @@ def training_batches(
 
 def evaluation_batches(
     config: Config,
-    records: RecordFile,
+    records: Dataset,
     tokenizer: ChatTokenizer | None,
     max_samples: int | None = None,
     num_shards: int = 1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from htfa_jax.data.records import Record
+from htfa_jax.data.places import StoredPicture
+from htfa_jax.data.records import Picture, Record
 
 Box = tuple[float, float, float, float]
 
@@ -54,7 +56,7 @@ def place(
     return Placement(size, ((image_size - w) // 2, (image_size - h) // 2, w, h))
 
 
-Source = Path | Image.Image | np.ndarray
+Source = Picture | Image.Image | np.ndarray
 
 
 def load_image(source: Source) -> Image.Image:
@@ -92,6 +94,8 @@ def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
                 "(or [H, W], or with alpha [H, W, 4]), a mask may be bool [H, W]"
             )
         return contextlib.nullcontext(Image.fromarray(source))
+    if isinstance(source, StoredPicture):
+        return Image.open(io.BytesIO(source.read_bytes()))
     return Image.open(source)
 
 
@@ -177,7 +181,8 @@ def decode_field(
     source = getattr(record, field)
     if source is None:
         return None
-    name = source if isinstance(source, Path) else f"the {type(source).__name__}"
+    is_file = isinstance(source, Path | StoredPicture)
+    name = source if is_file else f"the {type(source).__name__}"
     try:
         return loader(source)
     except FileNotFoundError:

@@ -1,17 +1,20 @@
-"""Records: the data contract, checked, and random access to them in JSON and JSON-lines files."""
+"""Records: the data contract, checked. Where they come from is in `sources`."""
 
 from __future__ import annotations
 
-import json
-import mmap
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from htfa_jax.data.forms import in_own_form
+from htfa_jax.data.places import StoredPicture
 from htfa_jax.errors import DataError
+
+Picture = Path | StoredPicture
 
 ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "human": "user",
@@ -20,7 +23,27 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-IMAGE_MARKER = "<image>"
+# A marker where a picture stands in a conversation, with what InternVL writes in front of it.
+IMAGE_MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>")
+# No answer is a book: so much text is damage, or another file's content.
+MAX_CHARACTERS = 100_000
+# No picture has so many pixels.
+LARGEST = 1e9
+
+
+class Dataset(Protocol):
+    """Random access to records; can be sent to worker processes, and says what it is.
+
+    Attributes:
+      identity: JSON values that tell this content from another's: places, sizes, times.
+    """
+
+    identity: list[Any]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record:
+        """Raises DataError for a record that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +63,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: pictures by path, boxes (x, y, w, h) in their pixels, a conversation.
+    """One sample: pictures as files, boxes (x, y, w, h) in their pixels, a conversation.
 
-    In a program a picture or an array may stand in a path's place.
+    In a program a picture or an array may stand in a file's place.
 
     Attributes:
       where: file and record number, for messages.
@@ -56,32 +79,42 @@ class Record:
       bbox_recon: the object in the reconstruction.
       turns: the conversation.
       meta: anything else.
+      raw: the JSON values that it was read from, pictures named as in this project's form.
     """
 
     where: str
     id: str
-    image_orig: Path
-    image_recon: Path | None
-    image_target: Path | None
-    object_mask: Path | None
-    occluder_mask: Path | None
+    image_orig: Picture
+    image_recon: Picture | None
+    image_target: Picture | None
+    object_mask: Picture | None
+    occluder_mask: Picture | None
     bbox_orig: tuple[float, float, float, float] | None
     bbox_recon: tuple[float, float, float, float] | None
     turns: tuple[Turn, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def error(self, reason: str) -> DataError:
         """An error that names this record."""
         return DataError(f"{self.where} (id {self.id}): {reason}")
 
 
-def parse_record(raw: Any, where: str, root: Path, with_turns: bool = True) -> Record:
+def parse_record(
+    raw: Any,
+    where: str,
+    place: Callable[[str], Picture],
+    recon_template: str | None = None,
+    with_turns: bool = True,
+) -> Record:
     """Checks one decoded record. Raises DataError with `where`, the id, the field and the reason.
 
     Args:
-      raw: what the JSON held.
+      raw: what the JSON held; instead of its path a picture itself may be there.
       where: file and record number.
-      root: folder of relative picture paths.
+      place: from a picture's path in the record to the picture; raises ValueError if it may not
+        be read.
+      recon_template: path of the reconstruction of records that name none.
       with_turns: False reads no conversation.
     """
     if not isinstance(raw, Mapping):
@@ -91,19 +124,25 @@ def parse_record(raw: Any, where: str, root: Path, with_turns: bool = True) -> R
     def fail(reason: str) -> DataError:
         return DataError(f"{where} (id {name}): {reason}")
 
-    def picture(*fields: str) -> Path | None:
+    def picture(*fields: str) -> Picture | None:
         for f in fields:
             value = raw.get(f)
             if value is None:
                 continue
+            if isinstance(value, StoredPicture):
+                return value
             if not isinstance(value, str) or not value:
                 raise fail(f"{f} must be a path, it is {value!r}")
-            return root / value
+            try:
+                return place(value)
+            except ValueError as error:
+                raise fail(f"{f}={value!r} {error}") from error
         return None
 
+    raw = in_own_form(raw, recon_template, fail)
     image_orig = picture("image_orig")
     if image_orig is None:
-        raise fail("image_orig is missing")
+        raise fail("image_orig is missing (or image, in other projects' forms)")
     meta = {} if raw.get("meta") is None else raw["meta"]
     if not isinstance(meta, Mapping):
         raise fail(f"meta must be an object, it is {meta!r}")
@@ -119,6 +158,7 @@ def parse_record(raw: Any, where: str, root: Path, with_turns: bool = True) -> R
         bbox_recon=checked_box(raw.get("bbox_recon"), "bbox_recon", fail),
         turns=_turns(raw.get("conversations"), fail) if with_turns else (),
         meta=meta,
+        raw=raw,
     )
 
 
@@ -131,10 +171,12 @@ def checked_box(
     numbers = isinstance(value, Sequence | np.ndarray) and all(
         isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in value
     )
-    if not numbers or len(value) != 4 or not np.isfinite(value).all():
+    if not numbers or len(value) != 4:
         raise fail(f"{name} must be [x, y, w, h] in pixels, it is {value!r}")
+    if not all(abs(v) < LARGEST for v in value):
+        raise fail(f"{name}={list(value)} must be finite numbers: x, y, w, h in pixels")
     if value[2] <= 0 or value[3] <= 0:
-        raise fail(f"{name}={value} has no area: width and height must be above 0")
+        raise fail(f"{name}={list(value)} has no area: width and height must be above 0")
     return tuple(map(float, value))
 
 
@@ -152,77 +194,39 @@ def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
             raise fail(f"conversations[{i}].value must be text, it is {text!r}")
         if kind is not None and not isinstance(kind, str):
             raise fail(f"conversations[{i}].kind must be text, it is {kind!r}")
-        text = text.replace(IMAGE_MARKER + "\n", "").replace(IMAGE_MARKER, "").strip()
+        if len(text) > MAX_CHARACTERS:
+            raise fail(
+                f"conversations[{i}].value has {len(text)} characters, more than {MAX_CHARACTERS}: "
+                "shorten it, or leave the record out"
+            )
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise fail(f"conversations[{i}].value has half of a surrogate pair: not a character")
+        text = without_markers(text)
         if not text:
             raise fail(f"conversations[{i}].value is empty")
+        if ROLES[role] == "assistant" and turns and turns[-1].role == "assistant":
+            raise fail(
+                f"conversations[{i - 1}] and [{i}] are two assistant turns in a row: join them, "
+                "or put the question between them"
+            )
         turns.append(Turn(ROLES[role], text, kind))
     if not any(turn.role == "assistant" for turn in turns):
         raise fail("conversations has no assistant turn: nothing to learn from")
     return tuple(turns)
 
 
-class RecordFile:
-    """Random access to the records of a JSON array or JSON-lines file.
+def without_markers(text: str) -> str:
+    """A turn's text without image markers: the pictures always come before the conversation.
 
-    Of a JSON-lines file only the places of the lines are held in memory. Every process maps
-    the file itself, so that an instance can be sent to worker processes.
+    A line of markers alone goes, and so do the blanks that a marker leaves in others.
     """
-
-    def __init__(self, path: str | Path, image_root: str | Path | None = None):
-        self.path = Path(path).expanduser()
-        self.root = Path(image_root).expanduser() if image_root else self.path.parent
-        if not self.path.is_file():
-            raise DataError(f"no dataset at {self.path}: expected a .json or .jsonl file")
-        self._records = self._spans = self._mapped = None
-        if self._is_array():
-            self._records = self._load_array()
-        else:
-            self._spans = self._line_spans()
-        if len(self) == 0:
-            raise DataError(f"{self.path} holds no records")
-
-    def _is_array(self) -> bool:
-        with self.path.open("rb") as file:
-            return file.read(4096).lstrip()[:1] == b"["
-
-    def _load_array(self) -> list[Any]:
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{self.path} is not valid JSON: {error}") from error
-
-    def _line_spans(self) -> np.ndarray:
-        """Start and end of each line that is not blank, int64 [lines, 2]."""
-        spans, position = [], 0
-        with self.path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    spans.append((position, position + len(line)))
-                position += len(line)
-        return np.array(spans, np.int64).reshape(-1, 2)
-
-    def __len__(self) -> int:
-        return len(self._spans if self._records is None else self._records)
-
-    def __getitem__(self, index: int) -> Record:
-        where = f"{self.path}, record {index}"
-        return parse_record(self._raw(int(index), where), where, self.root)
-
-    def _raw(self, index: int, where: str) -> Any:
-        if self._records is not None:
-            return self._records[index]
-        if self._mapped is None:
-            with self.path.open("rb") as file:
-                # A map, because threads that share a file would move each other's position.
-                self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        start, end = self._spans[index]
-        try:
-            return json.loads(self._mapped[start:end].decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise DataError(f"{where}: not valid JSON: {error}") from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": None}
-
-    def __repr__(self) -> str:
-        return f"RecordFile({self.path}, {len(self)} records)"
+    if not IMAGE_MARKER.search(text):
+        return text.strip()
+    lines = []
+    for line in text.split("\n"):
+        rest, markers = IMAGE_MARKER.subn(" ", line)
+        if markers:
+            rest = re.sub(r" ([.,;:!?])", r"\1", " ".join(rest.split()))
+        if rest or not markers:
+            lines.append(rest)
+    return "\n".join(lines).strip()

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from htfa_jax.config import Config
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.data.mixture import Mixture
+from htfa_jax.data.records import Dataset
+from htfa_jax.data.sources import open_source
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.runs import find_run
@@ -25,16 +28,24 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache_dir).expanduser()
 
 
-def open_split(config: Config, split: Split) -> RecordFile:
-    """The records of a split; the embedded dataset is made on first use.
+def open_split(config: Config, split: Split) -> Dataset:
+    """The records of a split: for training those of the mixture `data.sources`, if it is set.
 
     Raises DataError if there is no such split or file.
     """
+    if split == "train" and config.data.sources:
+        names, weights = zip(*config.data.sources, strict=True)
+        return Mixture([open_named(config, name, split) for name in names], weights)
     source = getattr(config.data, split)
     if source is None:
-        raise DataError(f"data.{split} is not set: give a .json or .jsonl file, or {EMBEDDED}")
+        raise DataError(f"data.{split} is not set: give a source, or {EMBEDDED}")
+    return open_named(config, source, split)
+
+
+def open_named(config: Config, source: str, split: Split) -> Dataset:
+    """The records of a source; the embedded dataset is made on first use. Raises DataError."""
     if source != EMBEDDED:
-        return RecordFile(source, config.data.image_root)
+        return open_source(source, config.data, split)
     from htfa_jax.data import held_objects  # ray-casting is loaded only where it is needed
 
     held = config.held_objects
@@ -58,15 +69,15 @@ def describe_training_data(config: Config) -> list[Any]:
     names are not noticed.
     """
     held, data = config.held_objects, config.data
-    if data.train == EMBEDDED:
+    if data.train == EMBEDDED and not data.sources:
         from htfa_jax.data.held_objects.scenes import RECIPE
 
         return [EMBEDDED, RECIPE, held.seed, held.num_train]
-    path = Path(data.train).expanduser().resolve()
-    return [str(path), path.stat().st_size, path.stat().st_mtime_ns, data.image_root]
+    template = [data.recon_template] if data.recon_template else []
+    return [*open_split(config, "train").identity, data.image_root, *template]
 
 
-def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatTokenizer:
+def open_tokenizer(config: Config, workdir: Path, train: Dataset) -> ChatTokenizer:
     """The run's tokenizer, kept in its workdir.
 
     The first that exists: what the workdir holds, `data.tokenizer`, that of the run or decoder
@@ -81,7 +92,7 @@ def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatToke
         elif config.pretrained.decoder is not None:
             ChatTokenizer(config.pretrained.decoder).save(folder)
         else:
-            log.info("training a tokenizer on the text of %s", train.path)
+            log.info("training a tokenizer on the text of %s", train)
             train_tokenizer(_texts(config, train), config.data.tokenizer_vocab_size, folder)
     tokenizer = ChatTokenizer(folder)
     if len(tokenizer) > config.decoder.vocab_size:
@@ -92,7 +103,7 @@ def open_tokenizer(config: Config, workdir: Path, train: RecordFile) -> ChatToke
     return tokenizer
 
 
-def _texts(config: Config, records: RecordFile) -> Iterator[str]:
+def _texts(config: Config, records: Dataset) -> Iterator[str]:
     for i in range(len(records)):
         try:
             turns = records[i].turns

@@ -1,0 +1,167 @@
+"""Where files are: in a folder, behind a URL, or packed with their record.
+
+`gs://`, `s3://`, `memory://` and what else fsspec knows can stand wherever a path can. Pictures
+stay inside one root: paths in a dataset come from whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import os
+import posixpath
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from htfa_jax.errors import DataError
+
+# What must be installed to read a scheme: an extra of this package.
+EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}
+
+
+class StoredPicture(abc.ABC):
+    """A picture that is no local file; the methods are those of a `Path`."""
+
+    name: str  # as messages call it
+
+    @abc.abstractmethod
+    def read_bytes(self) -> bytes:
+        """The file's content. Raises OSError."""
+
+    @abc.abstractmethod
+    def is_file(self) -> bool:
+        """Whether it is there."""
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its name, with the dot."""
+        return PurePosixPath(self.name).suffix
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class RemotePicture(StoredPicture):
+    """A picture behind a URL."""
+
+    name: str
+
+    def read_bytes(self) -> bytes:
+        with remote(self.name) as (files, path):
+            return files.cat_file(path)
+
+    def is_file(self) -> bool:
+        with remote(self.name) as (files, path):
+            return files.isfile(path)
+
+
+@dataclass(frozen=True)
+class PackedPicture(StoredPicture):
+    """A picture whose content came with its record."""
+
+    name: str
+    content: bytes
+
+    def read_bytes(self) -> bytes:
+        return self.content
+
+    def is_file(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"PackedPicture({self.name}, {len(self.content)} bytes)"
+
+
+@dataclass(frozen=True)
+class ImageRoot:
+    """Finds a record's pictures in a folder or under a URL, and nowhere else.
+
+    A relative path must stay inside; an absolute one, or a URL, must lie inside a root that the
+    user gave. Links are followed.
+
+    Attributes:
+      folder: a local folder, or a URL.
+      given: whether the user named it (`data.image_root`); else it is where the records are.
+    """
+
+    folder: str
+    given: bool = False
+
+    def __call__(self, name: str) -> Path | RemotePicture:
+        """The picture of that path. Raises ValueError that says why it may not be read."""
+        if "\0" in name:
+            raise ValueError("is no path: it has a zero byte")
+        absolute = is_url(name) or name.startswith("/")
+        if absolute and not self.given:
+            raise ValueError(
+                "is an absolute path: set data.image_root to a folder that holds it, or write it "
+                f"relative to {self.folder}"
+            )
+        inside = self._inside(name) if absolute else posixpath.normpath(name)
+        if inside is None or inside == ".." or inside.startswith("../"):
+            raise ValueError(f"leads out of {self.folder}, where the dataset's pictures are")
+        if is_url(self.folder):
+            return RemotePicture(f"{self._root}/{inside}")
+        return self._local / inside
+
+    def _inside(self, name: str) -> str | None:
+        """The part of an absolute path that is behind the root; None if it is elsewhere."""
+        if is_url(name) != is_url(self.folder):
+            return None
+        plain = name if is_url(name) else os.path.normpath(name)
+        start = self._root.rstrip("/") + "/"
+        return posixpath.normpath(plain.removeprefix(start)) if plain.startswith(start) else None
+
+    @cached_property
+    def _local(self) -> Path:
+        return Path(self.folder).expanduser()
+
+    @cached_property
+    def _root(self) -> str:
+        if is_url(self.folder):
+            return self.folder.rstrip("/")
+        return os.path.abspath(self._local)
+
+
+def image_root(given: str | None, beside: str) -> ImageRoot:
+    """`data.image_root` if it is set, else the folder of the record file `beside`."""
+    if given is not None:
+        return ImageRoot(str(given), given=True)
+    if is_url(beside):
+        return ImageRoot(beside.rpartition("/")[0])
+    return ImageRoot(str(Path(beside).parent))
+
+
+def is_url(name: str) -> bool:
+    """Whether a name is for fsspec; all others are local paths."""
+    return "://" in name
+
+
+@contextlib.contextmanager
+def remote(url: str) -> Iterator[tuple[Any, str]]:
+    """The file system of a URL and the path in it.
+
+    What goes wrong inside is raised as OSError. Raises DataError if the scheme is unknown or what
+    reads it is not installed.
+    """
+    import fsspec  # a tenth of a second that only remote files need
+
+    scheme = url.partition("://")[0]
+    try:
+        files, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        extra = EXTRAS.get(scheme)
+        mend = f"pip install 'htfa-jax[{extra}]'" if extra else str(error)
+        raise DataError(f"{url}: reading {scheme}:// needs more packages: {mend}") from error
+    except ValueError as error:
+        raise DataError(f"{url}: {error}") from error
+    try:
+        yield files, path
+    except (OSError, DataError):
+        raise
+    except Exception as error:  # each service has its own
+        raise OSError(f"{type(error).__name__}: {error}") from error
