@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,13 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
                 sys.exit(1 if isinstance(error, TrainingError) else 2)
 
     return run
+
+
+def available_processors() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def use_compilation_cache(config: Config) -> None:

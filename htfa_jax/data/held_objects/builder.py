@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from htfa_jax.commands import available_processors
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
 from htfa_jax.errors import DataError
@@ -96,13 +97,6 @@ def prepare(folder: Path, split: str, settings: dict[str, int]) -> None:
             (folder / split / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot write the scenes to {folder}: {error}") from error
-
-
-def available_processors() -> int:
-    """Processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def missing_scenes(folder: Path, num: int) -> list[int]:
