@@ -9,12 +9,14 @@ large one a part, with the rest in the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from htfa_jax.data.records import Dataset, Record
+
+if TYPE_CHECKING:
+    import grain
 
 
 class Mixture:
@@ -46,6 +48,8 @@ class Mixture:
 
 def training_order(records: Dataset, seed: int) -> grain.MapDataset:
     """Numbers of records without end, each epoch in another order; a function of the seed alone."""
+    import grain  # a second that who only reads records need not wait
+
     if not isinstance(records, Mixture):
         return grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat()
     starts = [0, *records.ends[:-1].tolist()]

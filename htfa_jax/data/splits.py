@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from htfa_jax.config import Config
+from htfa_jax.config import Config, HeldObjectsConfig
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.mixture import Mixture
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.sources import open_source
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.errors import ConfigError, DataError
-from htfa_jax.runs import find_run
 
 EMBEDDED = "held_objects"
 Split = Literal["train", "validation", "test"]
@@ -46,16 +45,22 @@ def open_named(config: Config, source: str, split: Split) -> Dataset:
     """The records of a source; the embedded dataset is made on first use. Raises DataError."""
     if source != EMBEDDED:
         return open_source(source, config.data, split)
+    folder, size = cache_folder(config), config.image_size
+    return drawn_scenes(config.held_objects, size, split, folder)
+
+
+def drawn_scenes(
+    held: HeldObjectsConfig, image_size: int, split: Split, cache_dir: Path
+) -> RecordFile:
+    """The embedded dataset's records of a split, drawn where they are missing."""
     from htfa_jax.data import held_objects  # ray-casting is loaded only where it is needed
 
-    held = config.held_objects
-    folder = cache_folder(config) / EMBEDDED / f"{config.image_size}px-seed{held.seed}"
     return RecordFile(
         held_objects.build(
-            folder,
+            cache_dir / EMBEDDED / f"{image_size}px-seed{held.seed}",
             split,
             getattr(held, f"num_{split}"),
-            image_size=config.image_size,
+            image_size=image_size,
             seed=held.seed,
             answers=held.answers,
         )
@@ -83,6 +88,8 @@ def open_tokenizer(config: Config, workdir: Path, train: Dataset) -> ChatTokeniz
     The first that exists: what the workdir holds, `data.tokenizer`, that of the run or decoder
     that weights come from, one trained on the text of the training data.
     """
+    from htfa_jax.runs import find_run  # with JAX, which commands about data do without
+
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():
         if config.data.tokenizer is not None:

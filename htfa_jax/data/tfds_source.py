@@ -19,6 +19,8 @@ from htfa_jax.data.records import Record, parse_record
 from htfa_jax.errors import DataError
 
 EMBEDDED = "held_objects"
+# A split may be a part: train[:10%].
+_NAME = re.compile(r"(?P<name>[^:]+(?::[\d*]+\.[\d*]+\.[\d*]+)?)(?::(?P<split>.+))?")
 
 
 class TfdsRecords:
@@ -40,10 +42,10 @@ class TfdsRecords:
             raise DataError(
                 f"tfds:{name} needs TensorFlow Datasets: pip install 'htfa-jax[tfds]'"
             ) from error
-        first, _, last = name.rpartition(":")
-        if first and not re.fullmatch(r"[\d.*]+", last):
-            name, split = first, last
-        if name.split("/")[0].split(":")[0] == EMBEDDED:
+        if (parts := _NAME.fullmatch(name)) is None:
+            raise DataError(f"tfds:{name} must be tfds:NAME[/config][:version][:split]")
+        name, split = parts["name"], parts["split"] or split
+        if re.split("[/:]", name)[0] == EMBEDDED:
             import htfa_jax.data.held_objects.held_objects_dataset_builder  # noqa: F401, registers
         self.name, self.split = f"tfds:{name}", split
         self.recon_template = recon_template
