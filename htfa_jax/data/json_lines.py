@@ -14,7 +14,7 @@ from htfa_jax.data.places import image_root as root_of
 from htfa_jax.data.records import Record, parse_record
 from htfa_jax.errors import DataError
 
-PIECE = 16 * 2**20
+PIECE = 2**20
 # Longer lines count as records without being looked at.
 LONGEST_BLANK = 64
 
@@ -116,4 +116,4 @@ def line_spans(path: Path) -> np.ndarray:
             for i in short.tolist()
             if not os.pread(file.fileno(), int(spans[i, 1] - spans[i, 0]), int(spans[i, 0])).strip()
         ]
-    return np.delete(spans, blank, axis=0)
+    return np.delete(spans, blank, axis=0) if blank else spans
