@@ -109,6 +109,16 @@ def test_lines_that_cannot_be_pairs_name_themselves(tmp_path):
         assert said in str(jobs[i].record)
 
 
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    """JSON may hold U+2028 and its like as they are."""
+    odd = "a\u2028b\u0085c"
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"id": odd, "image_orig": "a.png"}, ensure_ascii=False) + "\n")
+    assert infer.keep_finished(path) == {odd}
+    (job,) = infer.read_jobs(path, ("Q?",))
+    assert job.id == odd and isinstance(job.record, Record)
+
+
 def test_one_input_or_the_other(run_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         infer.main(["--checkpoint", str(run_folder), "--output_dir", str(tmp_path)])
