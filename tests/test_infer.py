@@ -10,7 +10,7 @@ from PIL import Image
 
 from htfa_jax import infer
 from htfa_jax.config_io import load_config
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.records import Record, RecordFile
 
 
 def lines(path):
