@@ -57,10 +57,11 @@ class PretrainArgs:
 
     out: Path  # where the parts and their trainings go
     part: tuple[str, ...] = ("internlm2", "siglip", "vq")  # which
-    num_scenes: int = 12000  # training scenes of HeldObjects
-    siglip_steps: int = 2500  # updates of 4 pictures from each of 32 records
-    vq_steps: int = 6000  # updates of 16 pictures
+    num_scenes: int = 20000  # training scenes of HeldObjects
+    siglip_steps: int = 10000  # updates of 4 pictures from each of 32 records
+    vq_steps: int = 10000  # updates of 32 pictures
     decoder_steps: int = 800  # updates of 32 rows of 128 tokens
+    num_workers: int = 0  # loading processes (0: threads of this one)
 
 
 def tiny_config(args: PretrainArgs) -> Config:
@@ -72,6 +73,7 @@ def tiny_config(args: PretrainArgs) -> Config:
             "held_objects.num_train": args.num_scenes,
             "held_objects.num_validation": 1000,
             "data.validation": "held_objects",
+            "data.num_workers": args.num_workers,
             "siglip.embed_dim": 160,
             "siglip.num_layers": 5,
             "siglip.num_heads": 5,
