@@ -23,7 +23,7 @@ from htfa_jax.attention import attention
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config, SigLIPConfig
 from htfa_jax.data.pipeline import Loaded, training_batches
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.records import Dataset
 from htfa_jax.layers import layer_norm, linear, run_layers, stack_layers
 from htfa_jax.models.alignment import Affine, resample
 from htfa_jax.models.pictures import normalize
@@ -176,7 +176,7 @@ def views(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
 
 
 def captioned_batches(
-    config: Config, records: RecordFile, tokenizer: Tokenizer, step: int, samples: int
+    config: Config, records: Dataset, tokenizer: Tokenizer, step: int, samples: int
 ) -> Iterator[Loaded]:
     """Batches with a caption for each view, and which facts captions state and pictures show."""
     metas = [records[i].meta for i in range(len(records))]
@@ -221,7 +221,7 @@ def zero_shot(
     model: TwoTowers,
     tokenizer: Tokenizer,
     batches: Iterator[Loaded],
-    records: RecordFile,
+    records: Dataset,
 ) -> dict[str, float]:
     """Share of a split's pictures whose category (and colour) the nearest caption names."""
     vectors = {}

@@ -123,9 +123,7 @@ def caption(picture: Truth, rng: np.random.Generator) -> tuple[str, tuple[str, .
 
 def name(group: str, value: str) -> str:
     """The plainest caption of one category or colour."""
-    return TEMPLATES[group,][1].format(
-        a_category=with_article(value), a_color=with_article(value)
-    )
+    return TEMPLATES[group,][1].format(a_category=with_article(value), a_color=with_article(value))
 
 
 def vectors(facts: Mapping[str, str] | tuple[str, ...]) -> np.ndarray:
