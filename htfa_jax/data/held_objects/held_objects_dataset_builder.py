@@ -1,8 +1,8 @@
 """HeldObjects as a TFDS dataset: `tfds.data_source("held_objects/448px", split="train")`.
 
 Importing this module makes the name known. The same scenes as those of the embedded dataset are
-drawn, into the same cache, then written as ArrayRecord files. `tfds.data_source` builds and reads it
-without TensorFlow; the command `tfds build`, which does the same in this folder, imports
+drawn, into the same cache, then written as ArrayRecord files. `tfds.data_source` builds and reads
+them without TensorFlow; the command `tfds build`, which does the same in this folder, imports
 tensorflow, apache_beam and mlcroissant, whatever it builds.
 """
 
