@@ -70,9 +70,9 @@ class Record:
     turns: tuple[Turn, ...]
     meta: Mapping[str, Any] = field(default_factory=dict)
 
-    def error(self, reason: str) -> DataError:
-        """An error that names this record."""
-        return DataError(f"{self.where} (id {self.id}): {reason}")
+    def error(self, reason: str, kind: str = "") -> DataError:
+        """An error that names this record; `kind` as in `DataError`."""
+        return DataError(f"{self.where} (id {self.id}): {reason}", kind)
 
 
 def parse_record(raw: Any, where: str, root: Path, with_turns: bool = True) -> Record:
