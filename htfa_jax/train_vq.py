@@ -349,6 +349,7 @@ def cache_key(config: Config) -> str:
         [config.seed, config.image_size, config.train.dtype],
         [config.level2.alignment, config.level2.intensity_threshold],
         [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
+        dataclasses.asdict(config.augment),
         describe_training_data(config),
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

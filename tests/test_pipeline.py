@@ -17,6 +17,14 @@ from htfa_jax.data.records import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.errors import DataError
 
+# All that is random in a training sample.
+RANDOM = {
+    "data__drop_recon": 0.5,
+    "augment__crop": 0.3,
+    "augment__flip": 0.5,
+    "augment__brightness": 0.2,
+}
+
 
 @pytest.fixture(scope="module")
 def source(dataset, tmp_path_factory):
@@ -51,11 +59,11 @@ def test_batches_of_one_are_the_same_order(source):
 
 
 def test_starting_late_gives_the_batches_that_would_have_come(source):
-    """Random drops of the reconstruction included; threads make no difference."""
-    config = tiny(data__drop_recon=0.5)
+    """Random drops of the reconstruction and augmentation included; threads do not matter."""
+    config = tiny(**RANDOM)
     whole = take(config, source, 0, 9)
     assert {bool(x) for loaded in whole for x in loaded.batch.has_recon} == {True, False}
-    one_thread = tiny(data__drop_recon=0.5, data__num_threads=1)
+    one_thread = tiny(**RANDOM, data__num_threads=1)
     for a, b in zip(whole[4:], take(one_thread, source, 4, 5), strict=True):
         same(a, b)
 

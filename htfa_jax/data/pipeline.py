@@ -14,9 +14,10 @@ import numpy as np
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.preprocess import load_pictures, without_recon
 from htfa_jax.data.records import Record, RecordFile
-from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
 from htfa_jax.errors import DataError
 
 # (number of a record) -> more `Batch` fields of it; can be sent to worker processes.
@@ -57,17 +58,24 @@ class SampleLoader:
         self.records, self.tokenizer, self.config = records, tokenizer, config
         self.kept = kept
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0."""
+    def __call__(self, index: int, change: Change | None = None) -> dict[str, Any]:
+        """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0.
+
+        Args:
+          index: number of the record.
+          change: of its pictures.
+        """
+        image_size, resize = self.config.image_size, self.config.data.resize
+        crop = change.window if change and self.config.augment.crop else None
         try:
             record = self.records[index]
-            sample = load_pictures(record, self.config.image_size, self.config.data.resize)
+            sample = load_pictures(record, image_size, resize, crop)
             text = self._text(record) if self.tokenizer else self._no_text()
         except DataError as error:
             if self.config.data.on_error == "raise":
                 raise
             return {**self.empty(), "error": str(error)}
-        return sample | {
+        return (change.applied(sample) if change else sample) | {
             **text,
             "weight": np.float32(1),
             "index": np.int32(index),
@@ -76,19 +84,14 @@ class SampleLoader:
         }
 
     def for_training(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The sample, its reconstruction dropped with probability `data.drop_recon`."""
-        sample = self(index)
-        return without_recon(sample) if rng.random() < self.config.data.drop_recon else sample
+        """The sample, augmented, its reconstruction dropped with probability `data.drop_recon`."""
+        dropped = rng.random() < self.config.data.drop_recon
+        sample = self(index, draw(self.config.augment, rng))
+        return without_recon(sample) if dropped else sample
 
     def _text(self, record: Record) -> dict[str, np.ndarray]:
-        limit = self.config.data.max_text_length
-        encoded = self.tokenizer.encode(record.turns)
-        if not encoded.learned[:limit].any():
-            raise record.error(
-                f"no answer is left within data.max_text_length={limit} tokens "
-                f"(the conversation has {len(encoded.tokens)})"
-            )
-        return {"tokens": encoded.tokens[:limit], "learned": encoded.learned[:limit]}
+        encoded = encode_record(record, self.tokenizer, self.config.data.max_text_length)
+        return {"tokens": encoded.tokens, "learned": encoded.learned}
 
     def _no_text(self) -> dict[str, np.ndarray]:
         return {"tokens": np.zeros(0, np.int32), "learned": np.zeros(0, bool)}

@@ -16,8 +16,9 @@ Box = tuple[float, float, float, float]
 
 PICTURES = ("image_orig", "image_recon", "image_target")
 MASKS = ("object_mask", "occluder_mask")
-# Boxes, and the picture that each is of.
+# What a box is measured in, and what lies where a region says.
 BOXES = {"bbox_orig": "image_orig", "bbox_recon": "image_recon"}
+REGIONS = {"region_orig": "image_orig", "region_recon": "image_recon"}
 NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
@@ -128,13 +129,14 @@ def load_pictures(
             where = placements["image_recon" if field == "image_recon" else "image_orig"]
             array = fit(image, where, image_size)
             sample[field] = array > 127 if field in MASKS else array
+    for field, picture in REGIONS.items():
+        region = placements[picture].region if picture in sizes else NOWHERE
+        sample[field] = np.array(region, np.float32)
     for field, picture in BOXES.items():
-        where = placements.get(picture)
-        box = None if where is None else getattr(record, field)
-        region = "region" + field.removeprefix("bbox")
-        sample[region] = np.array(NOWHERE if where is None else where.region, np.float32)
+        box = getattr(record, field) if picture in sizes else None
         sample["has_" + field] = np.bool_(box is not None)
-        sample[field] = np.array(NOWHERE if box is None else where.box(box), np.float32)
+        box = NOWHERE if box is None else placements[picture].box(box)
+        sample[field] = np.array(box, np.float32)
     return sample
 
 
