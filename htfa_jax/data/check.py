@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -282,7 +282,8 @@ class CheckArgs:
     """Looks through a dataset. --config FILE says how it would be used (default: `standard`)."""
 
     config: ConfigFlags
-    source: tyro.conf.Positional[str] = ""  # what data.train would be
+    # What data.train would be.
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")] = ""
     limit: int | None = None  # look only at so many of its first records
     report: Path | None = None  # write everything that was found to this JSON file
     drop: Path | None = None  # write the good records to this JSON-lines file

@@ -18,7 +18,7 @@ from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.preprocess import load_pictures, without_recon
 from htfa_jax.data.records import Record, RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
-from htfa_jax.errors import DataError
+from htfa_jax.errors import DataError, TrainingError
 
 # (number of a record) -> more `Batch` fields of it; can be sent to worker processes.
 Kept = Callable[[int], dict[str, np.ndarray]]
@@ -223,7 +223,10 @@ def evaluation_batches(
 
 
 def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
-    """Reads a dataset in order, ahead of its use, in threads or in worker processes."""
+    """Reads a dataset in order, ahead of its use, in threads or in worker processes.
+
+    Raises TrainingError if a worker process dies, and what loading raises, from wherever it is.
+    """
     data = config.data
     options = grain.ReadOptions(
         num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads
@@ -238,6 +241,14 @@ def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
     iterator = iter(iterable)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that loads data was killed, maybe for want of memory: {error} Try fewer "
+            f"with data.num_workers ({data.num_workers} now) or data.num_threads "
+            f"({data.num_threads} in each)"
+        ) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()
