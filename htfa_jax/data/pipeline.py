@@ -132,10 +132,20 @@ class Collate:
             learned[i, : len(s["tokens"])] = s["learned"]
         text = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": learned[:, 1:]}
         fields = [f for f in Batch.__annotations__ if f in samples[0] and f not in text]
-        batch = Batch(**text, **{f: np.stack([s[f] for s in samples]) for f in fields})
+        batch = Batch(**text, **{f: _stack(f, samples) for f in fields})
         return Loaded(
             batch, [s["id"] for s in samples], [s["error"] for s in samples if "error" in s]
         )
+
+
+def _stack(field: str, samples: Sequence[dict[str, Any]]) -> np.ndarray:
+    """A field of all samples. What a sample does not have is zero as it is, and not copied."""
+    flag, first = "has_" + field.removeprefix("image_"), np.asarray(samples[0][field])
+    stacked = np.zeros((len(samples), *first.shape), first.dtype)
+    for i, sample in enumerate(samples):
+        if sample.get(flag, True):
+            stacked[i] = sample[field]
+    return stacked
 
 
 def samples_per_step(config: Config, num_shards: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -173,9 +174,10 @@ class ChatTokenizer:
 
     def _end_of_turn(self, text: str, end: int) -> int:
         """`end`, moved behind the special token that closes a turn."""
-        closing = [t for t in self._closing_tokens() if text.startswith(t, end)]
+        closing = [t for t in self._closing_tokens if text.startswith(t, end)]
         return end + max(map(len, closing), default=0)
 
+    @functools.cached_property
     def _closing_tokens(self) -> list[str]:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
