@@ -6,19 +6,24 @@ alone, so a run resumes from its step number.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change, draw
-from htfa_jax.data.preprocess import load_pictures, without_recon
+from htfa_jax.data.preprocess import MASKS, PICTURES, load_pictures, without_recon
 from htfa_jax.data.records import Record, RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
 from htfa_jax.errors import DataError, TrainingError
+
+# Bytes from which on a worker's array comes through shared memory, each in a file of its own.
+MIN_SHARED = 4096
 
 # (number of a record) -> more `Batch` fields of it; can be sent to worker processes.
 Kept = Callable[[int], dict[str, np.ndarray]]
@@ -138,9 +143,34 @@ class Collate:
         )
 
 
+def _flag(field: str) -> str:
+    """Name of what says whether a sample has a field; not every field has such a flag."""
+    return "has_" + field.removeprefix("image_")
+
+
+def _without_zeros(loaded: Loaded) -> Loaded:
+    """Pictures and masks that no sample has by their shape: a worker need not send them."""
+    batch, changes = loaded.batch, {}
+    for field in (*PICTURES, *MASKS):
+        if not np.any(getattr(batch, _flag(field), True)):
+            zeros = getattr(batch, field)
+            changes[field] = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
+    return loaded._replace(batch=dataclasses.replace(batch, **changes))
+
+
+def _with_zeros(loaded: Loaded) -> Loaded:
+    """The reverse of `_without_zeros`."""
+
+    def whole(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return np.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    return loaded._replace(batch=jax.tree.map(whole, loaded.batch))
+
+
 def _stack(field: str, samples: Sequence[dict[str, Any]]) -> np.ndarray:
     """A field of all samples. What a sample does not have is zero as it is, and not copied."""
-    flag, first = "has_" + field.removeprefix("image_"), np.asarray(samples[0][field])
+    flag, first = _flag(field), np.asarray(samples[0][field])
     stacked = np.zeros((len(samples), *first.shape), first.dtype)
     for i, sample in enumerate(samples):
         if sample.get(flag, True):
@@ -241,13 +271,19 @@ def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
     options = grain.ReadOptions(
         num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads
     )
-    iterable = dataset.to_iter_dataset(options)
     if data.num_workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
+        iterable = grain.experimental.WithOptionsIterDataset(
+            dataset.map(_without_zeros).to_iter_dataset(options),
+            grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED),
+        )
+        workers = grain.MultiprocessingOptions(num_workers=data.num_workers)
+        iterable = iterable.mp_prefetch(workers).map(_with_zeros)
+    else:
+        iterable = dataset.to_iter_dataset(options)
     iterator = iter(iterable)
     try:
         yield from iterator

@@ -16,7 +16,7 @@ Box = tuple[float, float, float, float]
 
 PICTURES = ("image_orig", "image_recon", "image_target")
 MASKS = ("object_mask", "occluder_mask")
-# What a box is measured in, and what lies where a region says.
+# The picture that a box or a region is of.
 BOXES = {"bbox_orig": "image_orig", "bbox_recon": "image_recon"}
 REGIONS = {"region_orig": "image_orig", "region_recon": "image_recon"}
 NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
