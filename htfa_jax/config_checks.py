@@ -32,6 +32,11 @@ def validate(config: Config) -> None:
     for name in _PROBABILITIES:
         need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
 
+    need(
+        not c.vq_train.perceptual_weight or c.pretrained.siglip is not None,
+        f"vq_train.perceptual_weight={c.vq_train.perceptual_weight} compares the features of "
+        "pretrained.siglip, which is not given",
+    )
     divides("siglip.patch_size", "image_size")
     divides("siglip.num_heads", "siglip.embed_dim")
     divides("level2.num_heads", "siglip.embed_dim")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 
@@ -221,7 +222,13 @@ def sizes_of(
 
     down = re.escape(f"{prefix}encoder.{names.down}.")
     levels = count_layers(source, down + r"(\d+)\..*")
-    base = shape("encoder.conv_in.weight")[0]
+    base, channels = shape("encoder.conv_in.weight")[:2]
+    stem = math.isqrt(channels // 3)
+    if channels != 3 * stem**2:
+        raise CheckpointError(
+            f"{source.name}: the encoder reads pictures of {channels} channels; expected 3, or "
+            "3 x n x n for squares of n x n pixels"
+        )
     widths = [
         shape(f"encoder.{names.down}.{i}.{names.block}.0.conv1.weight")[0] for i in range(levels)
     ]
@@ -240,6 +247,7 @@ def sizes_of(
         )
     codebook_size, codebook_dim = shape(codebook, 2)
     return VQConfig(
+        stem=stem,
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
         num_res_blocks=count_layers(source, down + rf"0\.{names.block}\.(\d+)\..*"),
