@@ -145,7 +145,7 @@ class DataConfig:
     use_object_mask: bool = True  # give the model the records' object masks
     drop_recon: float = 0.0  # probability that a training sample loses its reconstruction
     default_query: str = "What's the object in the hand?"  # where a user asks nothing
-    max_text_length: int = 2048  # tokens of a conversation, cut at the end
+    max_text_length: int = 2048  # tokens of a conversation; the answers that are whole within it
     text_buckets: tuple[int, ...] = (128, 512, 2048)  # lengths that text is padded to
     on_error: Literal["raise", "skip"] = "raise"  # bad records stop the run, or are skipped
     max_bad_records: int = 100  # skipped records after which the run stops
@@ -155,6 +155,17 @@ class DataConfig:
     cache_codes: bool = False  # keep the targets' codes on disk (see `encoder_cache`)
     cache_features: bool = False  # keep what a frozen SigLIP sees in both pictures on disk
     cache_gb: float = 50.0  # disk space that one run's codes and features may take
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training samples, the same for all pictures of a record (see `augment`)."""
+
+    crop: float = 0.0  # part of both sides that a crop cuts off at most; the object's box stays
+    flip: float = 0.0  # probability that left and right change places (answers may speak of them)
+    brightness: float = 0.0  # values are multiplied by 1 +- up to this
+    gamma: float = 0.0  # values in [0, 1] are raised to 1 +- up to this
+    saturation: float = 0.0  # distances from grey are multiplied by 1 +- up to this
 
 
 @dataclass(frozen=True)
@@ -265,6 +276,7 @@ class Config:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     held_objects: HeldObjectsConfig = field(default_factory=HeldObjectsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)

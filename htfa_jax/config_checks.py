@@ -82,6 +82,13 @@ def validate(config: Config) -> None:
         "data.cache_features=True needs a SigLIP that stays as it is: set freeze.siglip=True and "
         "pretrained.siglip or pretrained.run",
     )
+    kept = [n for n in ("data.cache_codes", "data.cache_features") if get(c, n)]
+    changed = [f"{n}={v}" for n, v in leaves(c) if n.startswith("augment.") and v]
+    need(
+        not kept or not changed,
+        f"{' and '.join(kept)} would keep what the encoders make of unchanged pictures, while "
+        f"{', '.join(changed)} changes them in every epoch: leave one of the two off",
+    )
     longest = c.patch_grid**2 + c.data.max_text_length + c.eval.max_new_tokens
     longest += c.code_grid**2 if c.level3.generation else 0
     limit = c.decoder.max_positions
@@ -147,5 +154,5 @@ _POSITIVE = """
 """.split()
 _PROBABILITIES = """
     decoder.dropout level2.dropout level3.adapter_dropout loss.label_smoothing optim.b1 optim.b2
-    optim.warmup_ratio
+    optim.warmup_ratio augment.crop augment.flip augment.brightness augment.gamma augment.saturation
 """.split()

@@ -25,8 +25,8 @@ from htfa_jax.answer_attention import View
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
+from htfa_jax.data.decode import decode_field, load_image
 from htfa_jax.data.places import StoredPicture
-from htfa_jax.data.preprocess import decode_field, load_image
 from htfa_jax.data.records import ROLES, Dataset, Record, parse_record
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.inference import HTFAInference

@@ -13,14 +13,8 @@ from PIL import Image
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
-from htfa_jax.data.preprocess import (
-    Placement,
-    decode_field,
-    load_image,
-    load_mask,
-    load_pictures,
-    place,
-)
+from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.preprocess import Placement, load_pictures, place
 from htfa_jax.data.records import Record, checked_box
 from htfa_jax.errors import DataError
 

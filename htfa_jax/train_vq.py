@@ -403,6 +403,7 @@ def cache_key(config: Config) -> str:
         [config.seed, config.image_size, config.train.dtype],
         [config.level2.alignment, config.level2.intensity_threshold],
         [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
+        dataclasses.asdict(config.augment),
         [config.pretrained.siglip] if config.vq_train.perceptual_weight else [],
         describe_training_data(config),
     ]

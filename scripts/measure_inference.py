@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from htfa_jax import Completion, HTFAInference
-from htfa_jax.data.preprocess import load_image, load_mask
+from htfa_jax.data.decode import load_image, load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.splits import open_split
 from htfa_jax.evaluate import questions

@@ -42,6 +42,7 @@ from htfa_jax.train_step import make_train_step
 
 # What nothing but speed or a place depends on.
 EXEMPT = {
+    "vq_train.perceptual_weight": "needs a folder of weights; test_train_vq shows what it does",
     "data.num_workers": "changes only how fast batches come; test_pipeline shows they are equal",
     "data.num_threads": "changes only how fast batches come; test_pipeline shows they are equal",
 }
@@ -437,6 +438,11 @@ CASES = {
     "data.image_std": ((0.4, 0.5, 0.5), pixels),
     "data.use_object_mask": (False, loss),
     "data.drop_recon": (0.9, batches),
+    "augment.crop": (0.5, batches),
+    "augment.flip": (0.9, batches),
+    "augment.brightness": (0.5, batches),
+    "augment.gamma": (0.5, batches),
+    "augment.saturation": (0.5, batches),
     "data.default_query": ("What?", lambda c: query_of(c, None)),
     "data.max_text_length": (20, batches),
     "data.text_buckets": ((80, 90), batches),

@@ -1,6 +1,10 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
+import signal
+import time
 
 import jax
 import numpy as np
@@ -15,7 +19,15 @@ from htfa_jax.data.pipeline import (
     training_batches,
 )
 from htfa_jax.data.splits import open_tokenizer
-from htfa_jax.errors import DataError
+from htfa_jax.errors import DataError, TrainingError
+
+# All that is random in a training sample.
+RANDOM = {
+    "data__drop_recon": 0.5,
+    "augment__crop": 0.3,
+    "augment__flip": 0.5,
+    "augment__brightness": 0.2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,22 +63,101 @@ def test_batches_of_one_are_the_same_order(source):
 
 
 def test_starting_late_gives_the_batches_that_would_have_come(source):
-    """Random drops of the reconstruction included; threads make no difference."""
-    config = tiny(data__drop_recon=0.5)
+    """Random drops of the reconstruction and augmentation included; threads do not matter."""
+    config = tiny(**RANDOM)
     whole = take(config, source, 0, 9)
     assert {bool(x) for loaded in whole for x in loaded.batch.has_recon} == {True, False}
-    one_thread = tiny(data__drop_recon=0.5, data__num_threads=1)
+    one_thread = tiny(**RANDOM, data__num_threads=1)
     for a, b in zip(whole[4:], take(one_thread, source, 4, 5), strict=True):
         same(a, b)
 
 
-@pytest.mark.slow
-def test_worker_processes_change_nothing(source):
-    config = tiny(data__drop_recon=0.5, data__num_workers=2)
-    for a, b in zip(
-        take(tiny(data__drop_recon=0.5), source, 3, 4), take(config, source, 3, 4), strict=True
-    ):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_going_on_with_other_workers_gives_the_batches_that_would_have_come(source, workers):
+    """From the middle of an epoch into the next, all that is random included."""
+    config = tiny(**RANDOM)
+    expected = take(config, source, 2, 4)
+    for a, b in zip(expected, take(tiny(**RANDOM, data__num_workers=workers), source, 2, 4),
+                    strict=True):  # fmt: skip
         same(a, b)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_processes_share_an_update_whatever_their_number(source, parts):
+    """Row by row what one process would see, from the middle of an epoch over several more."""
+    config = tiny(**RANDOM)
+    steps, samples, start = 6, 6, 2
+    whole = take(config, source, start, steps, samples)
+    found = []
+    for part in range(parts):
+        batches = training_batches(config, *source, start * samples, samples, (part, parts))
+        found.append(list(itertools.islice(batches, steps)))
+        batches.close()
+    for step, expected in enumerate(whole):
+        assert sorted(expected.ids) == sorted(i for part in found for i in part[step].ids)
+        for part in range(parts):
+            rows = jax.tree.map(lambda x, part=part: x[part::parts], expected.batch)
+            assert found[part][step].ids == expected.ids[part::parts]
+            jax.tree.map(np.testing.assert_array_equal, found[part][step].batch, rows)
+    # Every epoch that lies in these steps whole has every record once, over all processes.
+    ids = [i for step in range(steps) for row in range(samples // parts)
+           for part in range(parts) for i in [found[part][step].ids[row]]]  # fmt: skip
+    for epoch in (2, 3, 4):
+        begin = 7 * epoch - start * samples
+        assert sorted(ids[begin : begin + 7]) == [f"r{i}" for i in range(7)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("max_samples", [None, 5, 1])
+def test_processes_share_an_evaluation_and_none_is_lost(source, parts, max_samples):
+    config = tiny(eval__batch_size=1)
+    found = [
+        list(evaluation_batches(config, *source, max_samples, num_shards=4, share=(part, parts)))
+        for part in range(parts)
+    ]
+    # As many batches in each, or they would wait for each other for ever.
+    assert len({len(batches) for batches in found}) == 1
+    ids = [i for batches in found for loaded in batches for i in loaded.ids if i]
+    assert sorted(ids) == [f"r{i}" for i in range(max_samples or 7)]
+    for batches in found:
+        for loaded in batches:
+            real = np.array([bool(i) for i in loaded.ids])
+            np.testing.assert_array_equal(loaded.batch.weight, real)
+            np.testing.assert_array_equal(loaded.batch.index >= 0, real)
+            assert len(loaded.ids) == 4 // parts
+            # Padding has nothing that a metric could count.
+            assert not loaded.batch.loss_mask[~real].any()
+            assert not loaded.batch.has_target[~real].any()
+
+
+def test_a_worker_that_is_killed_ends_the_run_with_the_reason(source):
+    batches = training_batches(tiny(data__num_workers=2), *source, 0, 2)
+    try:
+        next(batches)
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(TrainingError, match=r"killed, .* exit code -9.*data.num_workers \(2 "):
+            for _ in range(1000):
+                next(batches)
+        assert time.monotonic() - started < 30
+    finally:
+        batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_picture_that_disappears_under_way_is_told_from_a_worker(tmp_path, source):
+    records = RecordFile(write_dataset(tmp_path, 7))
+    batches = training_batches(tiny(data__num_workers=1), records, source[1], 0, 2)
+    try:
+        next(batches)
+        for i in range(7):
+            (tmp_path / f"orig{i}.png").unlink()
+        with pytest.raises(DataError, match=r"record \d \(id r\d\): image_orig: no file") as caught:
+            for _ in range(1000):
+                next(batches)
+        assert caught.value.kind == "missing picture"
+    finally:
+        batches.close()
 
 
 def test_labels_are_the_next_tokens_of_the_assistant(source):

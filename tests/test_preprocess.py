@@ -1,5 +1,4 @@
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -82,32 +81,6 @@ def test_photographs_are_turned_upright(tmp_path):
     sample = load_pictures(record, 40, "letterbox")
     np.testing.assert_array_equal(sample["region_orig"], [10, 0, 20, 40])
     assert sample["image_orig"][5, 20, 0] == 255 and sample["image_orig"][35, 20, 0] == 0
-
-
-@pytest.mark.parametrize(
-    "field,content,reason",
-    [
-        ("image_orig", None, "image_orig: no file at"),
-        ("image_recon", b"not a picture", "image_recon: .* cannot be decoded"),
-        ("image_target", b"", "image_target: .* cannot be decoded"),
-        ("object_mask", None, "object_mask: no file at"),
-    ],
-)
-def test_bad_pictures_name_record_field_and_file(dataset, tmp_path, field, content, reason):
-    path = tmp_path / "bad.png"
-    if content is not None:
-        path.write_bytes(content)
-    record = replace(RecordFile(dataset)[2], **{field: path})
-    with pytest.raises(DataError, match=rf"record 2 \(id r2\): {reason}"):
-        load_pictures(record, 48, "letterbox")
-
-
-def test_a_truncated_picture_is_refused(dataset, tmp_path):
-    record = RecordFile(dataset)[0]
-    path = tmp_path / "cut.png"
-    path.write_bytes(Path(record.image_orig).read_bytes()[:900])
-    with pytest.raises(DataError, match="image_orig: .*cut.png cannot be decoded"):
-        load_pictures(replace(record, image_orig=path), 48, "letterbox")
 
 
 def test_a_mask_of_another_shape_is_refused(dataset, tmp_path):

@@ -1,12 +1,14 @@
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.records import Turn
-from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
+from htfa_jax.data.tokenizer import ChatTokenizer, encode_record, train_tokenizer
 from htfa_jax.errors import DataError
 
 TALK = (
@@ -125,3 +127,51 @@ def test_a_template_that_hides_the_answer_is_refused(folder, tmp_path):
     )
     with pytest.raises(DataError, match="does not put an assistant turn right behind"):
         ChatTokenizer(tmp_path).encode(TALK)
+
+
+def test_what_is_too_long_ends_behind_its_last_whole_answer(tokenizer):
+    """At every length: never half an answer, never a question without one."""
+    whole = tokenizer.encode(TALK)
+    texts = {0: ""}
+    for limit in range(len(whole.tokens) + 1):
+        encoded = whole.within(limit)
+        assert len(encoded.tokens) <= limit
+        text = tokenizer._tokenizer.decode(encoded.tokens, skip_special_tokens=False)
+        if text not in texts.values():
+            texts[limit] = text
+    first, second = whole.ends
+    assert list(texts) == [0, first, second, len(whole.tokens)]
+    assert texts[first] == tokenizer.render(TALK[:3]).removesuffix("\n")
+    assert texts[second] == tokenizer.render(TALK).removesuffix("\n")
+    assert texts[len(whole.tokens)] == tokenizer.render(TALK)
+    np.testing.assert_array_equal(whole.within(first).learned, whole.learned[:first])
+    assert whole.learned[first - 1] and whole.within(first).ends == (first,)
+
+
+def test_turns_of_every_kind_are_read(tokenizer):
+    """System turns within, two questions in a row, a question at the end that nobody answers."""
+    talk = (
+        *TALK,
+        Turn("system", "Now in full sentences."),
+        Turn("user", "Look again."),
+        Turn("user", "What is it?"),
+        Turn("assistant", "The object is bottle."),
+        Turn("user", "Sure?"),
+    )
+    encoded = tokenizer.encode(talk)
+    said = tokenizer._tokenizer.decode(encoded.tokens[encoded.learned], skip_special_tokens=False)
+    assert said == "bottle<|im_end|>40 percent<|im_end|>The object is bottle.<|im_end|>"
+    assert len(encoded.ends) == 3
+    cut = encoded.within(len(encoded.tokens) - 1)
+    assert tokenizer._tokenizer.decode(cut.tokens, skip_special_tokens=False).endswith(
+        "The object is bottle.<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("text", ["word " * 40_000, "a" * 200_000, "🙂" * 50_000])
+def test_an_answer_of_200000_characters_is_refused_with_its_length(tokenizer, text, dataset):
+    record = replace(RecordFile(dataset)[1], turns=(TALK[1], Turn("assistant", text.strip())))
+    reason = r"\(id r1\): no answer is left within data.max_text_length=500 tokens: .*ends at token"
+    with pytest.raises(DataError, match=reason) as caught:
+        encode_record(record, tokenizer, 500)
+    assert caught.value.kind == "too long a text"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from support import random_batch, random_weights, tiny
 
-from htfa_jax import parts, train_vq
+from htfa_jax import parts, paths, train_state, train_vq
 from htfa_jax.config_io import override
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.registration import register
@@ -182,3 +182,33 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
     dataset_copy.write_text(dataset.read_text())
     keys.add(cache_key(override(config, {"data.train": str(dataset_copy)})))
     assert len(keys) == 3
+
+
+def test_the_perceptual_loss_is_the_error_of_features(tokenizer, tmp_path):
+    config, model, params = tokenizer
+    siglip = train_state.build(config)
+    inside, _ = paths.split(random_weights(siglip), r"siglip\..*")
+    weights = {path.removeprefix("siglip."): x for path, x in inside.items()}
+    parts.save_part(tmp_path / "siglip", "siglip", config.siglip, weights)
+    config = override(
+        config,
+        {"pretrained.siglip": str(tmp_path / "siglip"), "vq_train.perceptual_weight": 0.5},
+    )
+    eye, eye_params = train_vq.perceptual_encoder(config)
+    image = jax.random.uniform(jax.random.key(0), (2, 48, 48, 3), minval=-1)
+    ones = jnp.ones(2)
+
+    @jax.jit
+    def look(params):
+        vq, see = model.merge(params), eye.merge(eye_params)
+        painted = vq.decode(vq.encode(image))
+        expected = jnp.mean((see(painted) - see(image)) ** 2)
+        plain = losses(vq, image, ones, config)[0]
+        return expected, plain, losses(vq, image, ones, config, see)
+
+    expected, plain, (total, found) = look(params)
+    assert float(found["perceptual"]) == pytest.approx(float(expected), rel=1e-4) and expected > 0
+    assert float(total - plain) == pytest.approx(0.5 * float(expected), rel=1e-4)
+    assert cache_key(config) != cache_key(tiny())
+    with pytest.raises(ConfigError, match="perceptual_weight=0.5 compares .* not given"):
+        tiny(vq_train__perceptual_weight=0.5)

@@ -8,13 +8,12 @@ from typing import Any
 
 from PIL import Image
 
-from htfa_jax.data.preprocess import Box, Placement, decode_field, load_image, load_mask, place
+from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, Box, Placement, place
 from htfa_jax.data.records import Record
 
-# Fields of pictures, in a record's JSON by these names (or by the older one of the mask).
-FIELDS = ("image_orig", "image_recon", "image_target", "object_mask", "occluder_mask")
+# What a record's JSON may call a picture, where that is not its field.
 NAMES = {"object_mask": ("object_mask", "occlusion_mask")}
-BOXES = {"bbox_orig": "image_orig", "bbox_recon": "image_recon"}
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 
 
@@ -31,7 +30,7 @@ def read_files(
     Raises DataError that names the field and the file.
     """
     raw, pictures = dict(record.raw), {}
-    for field in FIELDS:
+    for field in (*PICTURES, *MASKS):
         picture = getattr(record, field)
         if picture is None:
             continue

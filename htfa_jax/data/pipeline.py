@@ -6,19 +6,25 @@ alone, so a run resumes from its step number.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.mixture import training_order
-from htfa_jax.data.preprocess import load_pictures, without_recon
+from htfa_jax.data.preprocess import MASKS, PICTURES, load_pictures, without_recon
 from htfa_jax.data.records import Dataset, Record
-from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import DataError
+from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
+from htfa_jax.errors import DataError, TrainingError
+
+# Bytes from which on a worker's array comes through shared memory, each in a file of its own.
+MIN_SHARED = 4096
 
 # (number of a record) -> more `Batch` fields of it; can be sent to worker processes.
 Kept = Callable[[int], dict[str, np.ndarray]]
@@ -58,17 +64,24 @@ class SampleLoader:
         self.records, self.tokenizer, self.config = records, tokenizer, config
         self.kept = kept
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0."""
+    def __call__(self, index: int, change: Change | None = None) -> dict[str, Any]:
+        """The sample; with `data.on_error="skip"` a bad record gives an empty one, weight 0.
+
+        Args:
+          index: number of the record.
+          change: of its pictures.
+        """
+        image_size, resize = self.config.image_size, self.config.data.resize
+        crop = change.window if change and self.config.augment.crop else None
         try:
             record = self.records[index]
-            sample = load_pictures(record, self.config.image_size, self.config.data.resize)
+            sample = load_pictures(record, image_size, resize, crop)
             text = self._text(record) if self.tokenizer else self._no_text()
         except DataError as error:
             if self.config.data.on_error == "raise":
                 raise
             return {**self.empty(), "error": str(error)}
-        return sample | {
+        return (change.applied(sample) if change else sample) | {
             **text,
             "weight": np.float32(1),
             "index": np.int32(index),
@@ -77,19 +90,14 @@ class SampleLoader:
         }
 
     def for_training(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """The sample, its reconstruction dropped with probability `data.drop_recon`."""
-        sample = self(index)
-        return without_recon(sample) if rng.random() < self.config.data.drop_recon else sample
+        """The sample, augmented, its reconstruction dropped with probability `data.drop_recon`."""
+        dropped = rng.random() < self.config.data.drop_recon
+        sample = self(index, draw(self.config.augment, rng))
+        return without_recon(sample) if dropped else sample
 
     def _text(self, record: Record) -> dict[str, np.ndarray]:
-        limit = self.config.data.max_text_length
-        encoded = self.tokenizer.encode(record.turns)
-        if not encoded.learned[:limit].any():
-            raise record.error(
-                f"no answer is left within data.max_text_length={limit} tokens "
-                f"(the conversation has {len(encoded.tokens)})"
-            )
-        return {"tokens": encoded.tokens[:limit], "learned": encoded.learned[:limit]}
+        encoded = encode_record(record, self.tokenizer, self.config.data.max_text_length)
+        return {"tokens": encoded.tokens, "learned": encoded.learned}
 
     def _no_text(self) -> dict[str, np.ndarray]:
         return {"tokens": np.zeros(0, np.int32), "learned": np.zeros(0, bool)}
@@ -130,10 +138,45 @@ class Collate:
             learned[i, : len(s["tokens"])] = s["learned"]
         text = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": learned[:, 1:]}
         fields = [f for f in Batch.__annotations__ if f in samples[0] and f not in text]
-        batch = Batch(**text, **{f: np.stack([s[f] for s in samples]) for f in fields})
+        batch = Batch(**text, **{f: _stack(f, samples) for f in fields})
         return Loaded(
             batch, [s["id"] for s in samples], [s["error"] for s in samples if "error" in s]
         )
+
+
+def _flag(field: str) -> str:
+    """Name of what says whether a sample has a field; not every field has such a flag."""
+    return "has_" + field.removeprefix("image_")
+
+
+def _without_zeros(loaded: Loaded) -> Loaded:
+    """Pictures and masks that no sample has by their shape: a worker need not send them."""
+    batch, changes = loaded.batch, {}
+    for field in (*PICTURES, *MASKS):
+        if not np.any(getattr(batch, _flag(field), True)):
+            zeros = getattr(batch, field)
+            changes[field] = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)
+    return loaded._replace(batch=dataclasses.replace(batch, **changes))
+
+
+def _with_zeros(loaded: Loaded) -> Loaded:
+    """The reverse of `_without_zeros`."""
+
+    def whole(leaf: Any) -> Any:
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return np.zeros(leaf.shape, leaf.dtype) if is_shape else leaf
+
+    return loaded._replace(batch=jax.tree.map(whole, loaded.batch))
+
+
+def _stack(field: str, samples: Sequence[dict[str, Any]]) -> np.ndarray:
+    """A field of all samples. What a sample does not have is zero as it is, and not copied."""
+    flag, first = _flag(field), np.asarray(samples[0][field])
+    stacked = np.zeros((len(samples), *first.shape), first.dtype)
+    for i, sample in enumerate(samples):
+        if sample.get(flag, True):
+            stacked[i] = sample[field]
+    return stacked
 
 
 def samples_per_step(config: Config, num_shards: int) -> int:
@@ -215,21 +258,38 @@ def evaluation_batches(
 
 
 def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
-    """Reads a dataset in order, ahead of its use, in threads or in worker processes."""
+    """Reads a dataset in order, ahead of its use, in threads or in worker processes.
+
+    Raises TrainingError if a worker process dies, and what loading raises, from wherever it is.
+    """
     data = config.data
     options = grain.ReadOptions(
         num_threads=data.num_threads, prefetch_buffer_size=2 * data.num_threads
     )
-    iterable = dataset.to_iter_dataset(options)
     if data.num_workers:
         from absl import flags
 
         if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
             flags.FLAGS.mark_as_parsed()
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.num_workers))
+        iterable = grain.experimental.WithOptionsIterDataset(
+            dataset.map(_without_zeros).to_iter_dataset(options),
+            grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED),
+        )
+        workers = grain.MultiprocessingOptions(num_workers=data.num_workers)
+        iterable = iterable.mp_prefetch(workers).map(_with_zeros)
+    else:
+        iterable = dataset.to_iter_dataset(options)
     iterator = iter(iterable)
     try:
         yield from iterator
+    except RuntimeError as error:
+        if "Worker process was terminated" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that loads data was killed, maybe for want of memory: {error} Try fewer "
+            f"with data.num_workers ({data.num_workers} now) or data.num_threads "
+            f"({data.num_threads} in each)"
+        ) from error
     finally:
         if hasattr(iterator, "close"):
             iterator.close()

@@ -95,9 +95,9 @@ class Record:
     meta: Mapping[str, Any] = field(default_factory=dict)
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def error(self, reason: str) -> DataError:
-        """An error that names this record."""
-        return DataError(f"{self.where} (id {self.id}): {reason}")
+    def error(self, reason: str, kind: str = "") -> DataError:
+        """An error that names this record; `kind` as in `DataError`."""
+        return DataError(f"{self.where} (id {self.id}): {reason}", kind)
 
 
 def parse_record(

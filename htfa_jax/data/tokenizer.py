@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from htfa_jax.data.records import Turn
+from htfa_jax.data.records import Record, Turn
 from htfa_jax.errors import DataError
 
 # InternLM2's turns: <|im_start|>role, a line break, the text, <|im_end|>, a line break.
@@ -32,10 +33,24 @@ class Encoded:
     Attributes:
       tokens: int32 [length].
       learned: bool [length], tokens that an assistant says, its end of turn included.
+      ends: number of tokens up to the end of each assistant turn.
     """
 
     tokens: np.ndarray
     learned: np.ndarray
+    ends: tuple[int, ...]
+
+    def within(self, limit: int) -> Encoded:
+        """The conversation, or as many of its answers as are whole within `limit` tokens.
+
+        What follows the last of them goes with the answers that do not fit: a question without
+        its answer teaches nothing, and half an answer teaches to stop nowhere.
+        """
+        if len(self.tokens) <= limit:
+            return self
+        ends = tuple(end for end in self.ends if end <= limit)
+        length = max(ends, default=0)
+        return Encoded(self.tokens[:length], self.learned[:length], ends)
 
 
 class ChatTokenizer:
@@ -104,10 +119,12 @@ class ChatTokenizer:
             spans.append((start, end))
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         offsets = np.array(encoding.offsets).reshape(-1, 2)
-        learned = np.zeros(len(offsets), bool)
+        learned, ends = np.zeros(len(offsets), bool), []
         for start, end in spans:
-            learned |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-        return Encoded(np.array(encoding.ids, np.int32), learned)
+            said = (offsets[:, 0] < end) & (offsets[:, 1] > start)
+            learned |= said
+            ends.append(int(np.flatnonzero(said)[-1]) + 1)
+        return Encoded(np.array(encoding.ids, np.int32), learned, tuple(ends))
 
     def encode_prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """Tokens of some turns and of the opening of the assistant's answer, int32 [length]."""
@@ -157,9 +174,10 @@ class ChatTokenizer:
 
     def _end_of_turn(self, text: str, end: int) -> int:
         """`end`, moved behind the special token that closes a turn."""
-        closing = [t for t in self._closing_tokens() if text.startswith(t, end)]
+        closing = [t for t in self._closing_tokens if text.startswith(t, end)]
         return end + max(map(len, closing), default=0)
 
+    @functools.cached_property
     def _closing_tokens(self) -> list[str]:
         added = self._tokenizer.get_added_tokens_decoder().values()
         return [token.content for token in added if token.special]
@@ -175,6 +193,22 @@ class ChatTokenizer:
         if closing:
             ids.add(self._tokenizer.token_to_id(closing))
         return frozenset(ids - {-1, None})
+
+
+def encode_record(record: Record, tokenizer: ChatTokenizer, limit: int) -> Encoded:
+    """A record's conversation in at most `limit` tokens. Raises DataError if no answer fits."""
+    try:
+        whole = tokenizer.encode(record.turns)
+    except DataError as error:
+        raise record.error(str(error), "chat template") from error
+    encoded = whole.within(limit)
+    if not encoded.learned.any():
+        raise record.error(
+            f"no answer is left within data.max_text_length={limit} tokens: the first one ends at "
+            f"token {whole.ends[0]} of {len(whole.tokens)}; shorten it, or raise the length",
+            "too long a text",
+        )
+    return encoded
 
 
 def _compile(template: str):

@@ -1,0 +1,166 @@
+"""Pictures and masks out of files: refused before they are decoded, or as 8 bits, upright."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from htfa_jax.data.places import StoredPicture
+from htfa_jax.data.records import Picture, Record
+from htfa_jax.errors import DataError
+
+# By their contents, whatever a file is called. Pillow knows more, some of which start programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+MAX_BYTES = 256 * 2**20  # of a file
+MAX_PIXELS = 64 * 2**20  # of a picture: 200 MB once it is decoded
+
+# A file, its contents, or a picture in memory.
+Source = Picture | bytes | Image.Image | np.ndarray
+
+
+def load_image(source: Source) -> Image.Image:
+    """Opens and decodes a picture as RGB.
+
+    It is turned upright as its EXIF tag says: boxes and masks are of the upright picture. What is
+    transparent is black, as the background of a reconstruction is. Of an animation it is the
+    first picture. Of 16 bits the upper 8 count.
+
+    Raises DataError that says what is wrong with it, and whatever else Pillow raises.
+    """
+    with _opened(source) as image:
+        return _rgb(_eight_bits(_upright(image)))
+
+
+def load_mask(source: Source) -> Image.Image:
+    """Opens and decodes a mask as 8-bit grey, upright; above 127 is true.
+
+    Values 0 and 1 are taken for 0 and 255. Raises DataError if nothing would be true in it
+    although it is not black, and as `load_image` does.
+    """
+    with _opened(source) as image:
+        mask = _eight_bits(_upright(image))
+        mask = (_rgb(mask) if mask.has_transparency_data else mask).convert("L")
+    largest = mask.getextrema()[1]
+    if largest == 1:
+        return mask.point(lambda value: 255 * value)
+    if 1 < largest <= 127:
+        raise DataError(
+            f"is no mask: its largest value is {largest}; a mask is white (255, or 1) on black",
+            "mask",
+        )
+    return mask
+
+
+def decode_field(
+    record: Record, field: str, loader: Callable[[Source], Image.Image]
+) -> Image.Image | None:
+    """A picture of a record, None if it has none. Raises DataError naming record, field, file."""
+    source = getattr(record, field)
+    if source is None:
+        return None
+    is_file = isinstance(source, Path | StoredPicture)
+    name = source if is_file else f"the {type(source).__name__}"
+    try:
+        return loader(source)
+    except DataError as error:
+        raise record.error(f"{field}: {name} {error}", error.kind) from error
+    except FileNotFoundError:
+        raise record.error(
+            f"{field}: no file at {name}: put it there, or mend the path", "missing picture"
+        ) from None
+    except UnidentifiedImageError:
+        raise record.error(
+            f"{field}: {name} is no picture that can be read: save it as one of "
+            + ", ".join(FORMATS),
+            "unknown picture format",
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # of a damaged file Pillow's decoders raise nearly anything
+        raise record.error(
+            f"{field}: {name} cannot be decoded: {error or type(error).__name__}: copy it again, "
+            "or leave the record out",
+            "damaged picture",
+        ) from error
+
+
+def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
+    """A picture whose size is known and is not too much, not decoded yet."""
+    if isinstance(source, Image.Image):
+        # The caller's own stays as it is.
+        return contextlib.nullcontext(source.copy())
+    if isinstance(source, np.ndarray):
+        is_mask = source.dtype == np.bool_ and source.ndim == 2
+        is_picture = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if not is_mask and not (is_picture and source.dtype == np.uint8):
+            raise DataError(
+                f"is {source.dtype} {list(source.shape)}; an array must be uint8 [H, W, 3] "
+                "(or [H, W], or with alpha [H, W, 4]), a mask may be bool [H, W]",
+                "array",
+            )
+        return contextlib.nullcontext(Image.fromarray(source))
+    if isinstance(source, StoredPicture):
+        source = source.read_bytes()
+    if isinstance(source, Path):
+        found = source.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError("is not a file", "missing picture")
+        size = found.st_size
+    else:
+        size = len(source)
+    if size == 0:
+        raise DataError("is empty (0 bytes): copy it again", "empty picture")
+    if size > MAX_BYTES:
+        raise DataError(
+            f"has {size / 2**20:.0f} MiB, more than {MAX_BYTES >> 20}: make it smaller",
+            "too large a picture",
+        )
+    try:
+        opened = source if isinstance(source, Path) else io.BytesIO(source)
+        image = Image.open(opened, formats=FORMATS)
+    except Image.DecompressionBombError:  # at more than MAX_PIXELS of Pillow's own
+        raise _too_large("far") from None
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise _too_large(f"{image.width}x{image.height} pixels,")
+    return image
+
+
+def _too_large(size: str) -> DataError:
+    return DataError(
+        f"has {size} more than {MAX_PIXELS >> 20} mebipixels: make it smaller",
+        "too large a picture",
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        return image
+    return ImageOps.exif_transpose(image)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of 16 bits with the upper 8 of them, where Pillow would cut its values off."""
+    if image.mode == "F":
+        raise DataError("holds floating-point numbers: save it with 8 bits", "number format")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError("holds numbers of 32 bits: save it with 8 bits", "number format")
+    # Some programs write 8 bits into 16.
+    return Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
