@@ -130,7 +130,7 @@ class Checkpoints:
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
                     temporary_path_class=_Hashed,
-                    **best,
+                    **(best | ({"save_interval_steps": 0, "create": False} if read_only else {})),
                 ),
                 item_handlers={
                     **{name: ocp.StandardCheckpointHandler() for name in STATE},

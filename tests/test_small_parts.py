@@ -3,6 +3,8 @@
 import json
 import logging
 import signal
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +15,14 @@ from support import tiny
 from htfa_jax import paths, report
 from htfa_jax.batch import Batch
 from htfa_jax.commands import command
+from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import ConfigError, DataError, TrainingError
 from htfa_jax.logs import MetricWriter, log_to_file, log_to_terminal
-from htfa_jax.loop import Loop, StopSignal, duration
+from htfa_jax.loop import Loop, duration
+from htfa_jax.loss_guard import LossGuard
 from htfa_jax.metrics import Answer
+from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.visualize import PanelRow, panel_png, read_png
 
 
@@ -97,7 +102,9 @@ def loop(tmp_path, step_fn, **settings):
         "name": "train", "step_fn": step_fn, "put": lambda batch: batch, "num_steps": 4,
         "log_every": 2,
         "writer": MetricWriter(tmp_path), "samples_per_step": 2,
-        "after_step": lambda step, state: None, "max_bad_records": 1,
+        "due": lambda step: True, "after_step": lambda step, state: None,
+        "save": lambda state: None, "max_bad_records": 1, "guard": LossGuard(TrainConfig()),
+        "stop": StopSignal(),
     }  # fmt: skip
     return Loop(**(defaults | settings))
 
@@ -135,19 +142,36 @@ def test_the_loop_finishes_its_step_when_asked_to_stop(tmp_path):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    state, stopped = loop(tmp_path, count_up, after_step=ask).run({"step": 0}, batches())
-    assert state == {"step": 2} and stopped
+    saved = []
+    with StopSignal() as stop:
+        state, stopped = loop(tmp_path, count_up, after_step=ask, stop=stop, save=saved.append).run(
+            {"step": 0}, batches()
+        )
+    assert state == {"step": 2} and stopped and saved == [state]
 
 
-def test_the_second_signal_kills(request):
-    # What is started in the background of a shell ignores SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("first,second", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_the_second_signal_kills_whichever_it_is(first, second):
+    code = (
+        "import signal\n"
+        "from htfa_jax.signals import StopSignal\n"
+        "with StopSignal() as stop, stop.patiently():\n"
+        f"    signal.raise_signal(signal.{first})\n"
+        "    assert stop.requested\n"
+        "    try:\n"
+        f"        signal.raise_signal(signal.{second})\n"
+        "    finally:\n"
+        "        print('went on')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.Signals[second] and ended.stdout == "", ended.stderr
+
+
+def test_a_signal_with_nothing_to_finish_stops_there_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped, match="SIGTERM"), StopSignal():
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_the_panel_shows_every_scene_and_every_picture(tmp_path):

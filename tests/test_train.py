@@ -190,8 +190,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*batch: r\d, r\d"):
         train(config, tmp_path / "a")
     _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
-    # The step after it was under way already; the poisoned one changed nothing.
-    assert step == 4 and all(np.all(np.isfinite(v)) for v in params.values())
+    assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
 
 
 def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path):
