@@ -32,6 +32,7 @@ from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import (
     ConfigFlags,
+    fields_without_value,
     load_config,
     override,
     parse_args,
@@ -110,6 +111,7 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
     path, layout = workdir / "config.json", Layout(config)
     with first_goes_ahead("config"):
         before = load_config(path) if path.is_file() else None
+        new = fields_without_value(path) if path.is_file() else []
         if before is None and is_first():
             save_config(config, path)
     with first_goes_ahead("data"):
@@ -146,7 +148,7 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
         if is_first():
             _write_overview(workdir, config, model, everything, layout)
             if before is not None:
-                _say_changes(before, config)
+                _say_changes(before, config, new)
                 save_config(config, path)
         kept = encoder_cache.open_or_make(config, model, everything, names, records, layout)
         step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
@@ -369,10 +371,12 @@ def _refuse_other_weights(before: Config, config: Config) -> None:
         )
 
 
-def _say_changes(before: Config, config: Config) -> None:
+def _say_changes(before: Config, config: Config, new: Sequence[str]) -> None:
     old = dict(leaves(before))
     for name, value in leaves(config):
-        if old[name] != value:
+        if name in new:
+            log.warning("%s is new since this workdir was made; it is %s", name, value)
+        elif old[name] != value:
             log.warning("%s was %s in this workdir and is now %s", name, old[name], value)
 
 
