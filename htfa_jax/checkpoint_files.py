@@ -82,7 +82,7 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
         found = _hashes(folder, read)
         if changed := [name for name in read if found[name] != expected[name]]:
             return f"{', '.join(changed[:5])} was altered: its hash differs"
-    except (OSError, ValueError) as error:  # ValueError: of JSON and of text that is none
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: what is no JSON, no text
         return str(error)
     return None
 
@@ -175,10 +175,10 @@ def _saved(folder: Path, step: int | None) -> Saved:
     sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
     metadata = _json(folder / "_CHECKPOINT_METADATA")
     nanoseconds = metadata.get("commit_timestamp_nsecs")
-    if not isinstance(nanoseconds, int):
+    if not isinstance(nanoseconds, int) or not 0 <= nanoseconds < 2**63:
         nanoseconds = folder.stat().st_mtime_ns
     metrics = _json(folder / "metrics" / "metrics")
-    metrics = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+    metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return Saved(folder, step, nanoseconds / 1e9, sum(sizes), metrics)
 
 
@@ -186,7 +186,7 @@ def _json(path: Path) -> dict[str, Any]:
     """What a small file of a checkpoint says; {} if it cannot be read (`damage` tells why)."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -12,6 +12,10 @@ def validate(config: Config) -> None:
     """Raises ConfigError naming the fields, what they are and what they must be."""
     c, problems = config, []
 
+    def refuse() -> None:
+        if problems:
+            raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
     def need(condition: bool, message: str) -> None:
         if not condition:
             problems.append(message)
@@ -26,11 +30,21 @@ def validate(config: Config) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             rest = name in _MESH and value == -1
             need(value >= 0 or rest, f"{name}={value} must not be negative")
+            need(value < _HUGE, f"{name} is {len(str(value))} digits long: too large")
     for name in _POSITIVE:
         value = get(c, name)
         need(value is None or value != 0, f"{name}={value} must be above 0")
     for name in _PROBABILITIES:
         need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
+
+    need(c.level1.num_scales <= 16, f"level1.num_scales={c.level1.num_scales} must be at most 16")
+    need(bool(c.vq.channel_multipliers), "vq.channel_multipliers must not be empty")
+    need(len(c.vq.channel_multipliers) <= 16, "vq.channel_multipliers must be at most 16 numbers")
+    need(
+        all(0 < m < _HUGE for m in c.vq.channel_multipliers),
+        "vq.channel_multipliers must be above 0",
+    )
+    refuse()  # what follows divides by these
 
     divides("siglip.patch_size", "image_size")
     divides("siglip.num_heads", "siglip.embed_dim")
@@ -102,10 +116,10 @@ def validate(config: Config) -> None:
     )
     rest = [name for name in _MESH if get(c, name) == -1]
     need(len(rest) <= 1, f"{' and '.join(rest)} are both -1: one of them can take what is left")
-    if problems:
-        raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+    refuse()
 
 
+_HUGE = 2**63
 _MESH = ("sharding.data", "sharding.fsdp", "sharding.tensor")
 _POSITIVE = """
     sharding.data sharding.fsdp sharding.tensor

@@ -91,7 +91,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return tuple(_typed(v, k, name) for v, k in zip(value, kinds, strict=True))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
@@ -116,7 +116,7 @@ def load_config(source: str | Path) -> Config:
     if path.suffix == ".json":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not a configuration")

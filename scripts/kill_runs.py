@@ -165,13 +165,38 @@ def kill_once(runs: Runs, config: Path, workdir: Path, longest: float, rng: rand
     return "" if ended else "saving" if aims else "anywhere"
 
 
-def survive(runs: Runs, config: Path, folder: Path, kills: int, seed: int = 0) -> dict[str, int]:
-    """Kills runs and compares each with an undisturbed one.
+def undisturbed(runs: Runs, config: Path, folder: Path) -> tuple[tuple, float]:
+    """What comes of a run that nobody disturbs, and the seconds that it takes once compiled.
+
+    Raises AssertionError if two such runs differ.
+    """
+    runs.finish(config, folder / "first")
+    compiled = time.monotonic()
+    runs.finish(config, folder / "second")
+    seconds = time.monotonic() - compiled
+    expected = outcome(folder / "first")
+    if wrong := differences(expected, outcome(folder / "second")):
+        raise AssertionError(f"two undisturbed runs differ: {wrong[:9]}")
+    return expected, seconds
+
+
+def survive(
+    runs: Runs,
+    config: Path,
+    workdir: Path,
+    expected: tuple,
+    longest: float,
+    kills: int,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Kills a run, starts it again, and compares what comes of it with an undisturbed one.
 
     Args:
-      runs: starts them.
-      config: what they train.
-      folder: for their workdirs.
+      runs: starts it.
+      config: what it trains.
+      workdir: where; a new run starts there whenever one comes to its end.
+      expected: of an undisturbed run.
+      longest: seconds that one takes.
       kills: how many.
       seed: of the moments.
 
@@ -183,25 +208,15 @@ def survive(runs: Runs, config: Path, folder: Path, kills: int, seed: int = 0) -
       AssertionError: naming what differs.
     """
     rng = random.Random(seed)
-    began = time.monotonic()
-    runs.finish(config, folder / "undisturbed")  # compiles
-    again = time.monotonic()
-    runs.finish(config, folder / "second")
-    longest = time.monotonic() - again
-    expected = outcome(folder / "undisturbed")
     counts = {"saving": 0, "anywhere": 0, "ends": 0, "unfinished": 0}
-    if wrong := differences(expected, outcome(folder / "second")):
-        raise AssertionError(f"two undisturbed runs differ: {wrong[:9]}")
-    print(f"undisturbed: {again - began:.1f} s, compiled: {longest:.1f} s", flush=True)
-    workdir = folder / "killed"
     while True:
         done = counts["saving"] + counts["anywhere"]
+        how = ""
         if done < kills:
             how = kill_once(runs, config, workdir, longest, rng)
             counts["unfinished"] += any((workdir / CHECKPOINTS).glob(UNFINISHED))
         else:
             runs.finish(config, workdir)
-            how = ""
         if how:
             counts[how] += 1
             print(f"kill {done + 1}: {how}, {steps_of(workdir)}", flush=True)
@@ -232,7 +247,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = write_kill_config(folder / "config.json", write_dataset(folder / "data", 7))
-        print(survive(Runs(folder / "runs"), config, folder, args.kills, args.seed))
+        runs = Runs(folder / "runs")
+        expected, longest = undisturbed(runs, config, folder)
+        print(f"an undisturbed run takes {longest:.1f} s", flush=True)
+        print(survive(runs, config, folder / "run", expected, longest, args.kills, args.seed))
 
 
 if __name__ == "__main__":

@@ -117,9 +117,12 @@ class Source:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.files.get(name)
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} does not hold an object")
+        return content
 
     def _index(self, weights: list[str] | None) -> dict[str, str]:
         """{key: file that holds it}."""
@@ -149,8 +152,9 @@ class Source:
 
     def _checked(self, index: str, content: dict[str, Any]) -> dict[str, str]:
         where = content.get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise CheckpointError(f"{self.name}/{index} has no weight_map")
+        named = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
+        if not named or not where:
+            raise CheckpointError(f"{self.name}/{index} has no weight_map of tensors to files")
         missing = sorted(set(where.values()) - set(self.files.names))
         if missing:
             raise CheckpointError(

@@ -58,16 +58,26 @@ class ChatTokenizer:
                     "folder (AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) "
                     "writes one)"
                 )
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            settings = json.loads(settings_path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises no class of its own
+            raise DataError(
+                f"{self.folder} holds no tokenizer that can be read: {error}"
+            ) from error
+        if not isinstance(settings, dict):
+            raise DataError(f"{settings_path} does not hold an object")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        settings = json.loads(settings_path.read_text(encoding="utf-8"))
         self._special = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in settings.items()
             if name.endswith("_token") and isinstance(value, dict | str)
         }
-        self._template = _compile(self._template_text(settings))
+        try:
+            self._template = _compile(self._template_text(settings))
+        except (TemplateError, RecursionError) as error:
+            raise DataError(f"the chat template of {self.folder} is wrong: {error}") from error
         self.pad_id = self._id_of("pad_token", self._id_of("eos_token", 0))
         self.stop_ids = self._stop_ids()
 
@@ -84,7 +94,7 @@ class ChatTokenizer:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, **self._special
             )
-        except TemplateError as error:
+        except Exception as error:  # whatever the template's expressions come to
             raise DataError(f"the chat template of {self.folder} fails: {error}") from error
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
