@@ -38,7 +38,7 @@ from htfa_jax import checkpoint_files, parts, paths
 from htfa_jax.commands import command
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config
-from htfa_jax.errors import CheckpointError, ConfigError
+from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
 from htfa_jax.lock import lock
 from htfa_jax.paths import Flat
 from htfa_jax.processes import first_goes_ahead, is_first
@@ -122,7 +122,7 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        with self._failing("cannot be opened"):
+        with self._failing("cannot be opened", CheckpointError):
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -139,15 +139,15 @@ class Checkpoints:
             )
 
     @contextlib.contextmanager
-    def _failing(self, what: str) -> Iterator[None]:
+    def _failing(self, what: str, kind: type[HTFAError]) -> Iterator[None]:
         """Turns what Orbax raises, also of a save that was begun before, into one sentence."""
         try:
             yield
-        except CheckpointError:
+        except HTFAError:
             raise
         except Exception as error:  # of TensorStore, of files, of Orbax itself
             there = ", ".join(map(str, checkpoint_files.steps(self.folder.parent))) or "none"
-            raise CheckpointError(
+            raise kind(
                 f"{self.folder} {what}: {str(error)[:600]}. Complete checkpoints there: {there}"
             ) from error
 
@@ -157,7 +157,10 @@ class Checkpoints:
         meta: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing `state` under its step; without this run's metric it is never best."""
+        """Starts writing `state` under its step; without this run's metric it is never best.
+
+        Raises TrainingError if it, or what was begun before, cannot be written.
+        """
         step = int(state["step"])
         if metrics is not None:
             metrics = {self.metric: metrics[self.metric]} if self.metric in metrics else None
@@ -167,7 +170,7 @@ class Checkpoints:
         )
         if step in self._manager.all_steps():
             return
-        with self._failing("cannot be written; is the disk full?"):
+        with self._failing("cannot be written; is the disk full?", TrainingError):
             if not self._manager.save(step, args=items, metrics=metrics, force=True):
                 raise CheckpointError(f"step {step} was not saved to {self.folder}")
 
@@ -235,8 +238,8 @@ class Checkpoints:
         self._sound.add(step)
 
     def close(self) -> None:
-        """Waits until everything is written. Raises CheckpointError if that failed."""
-        with self._failing("cannot be written; is the disk full?"):
+        """Waits until everything is written. Raises TrainingError if that failed."""
+        with self._failing("cannot be written; is the disk full?", TrainingError):
             self._manager.close()
 
     def __enter__(self) -> Checkpoints:

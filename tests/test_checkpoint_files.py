@@ -13,7 +13,7 @@ from support import tiny
 from htfa_jax import checkpoint, checkpoint_files
 from htfa_jax.checkpoint import Checkpoints, load_frozen
 from htfa_jax.config_io import save_config
-from htfa_jax.errors import CheckpointError
+from htfa_jax.errors import CheckpointError, TrainingError
 
 LIKE = {"w": jnp.zeros(500)}
 
@@ -179,7 +179,7 @@ def test_a_disk_that_refuses_ends_with_a_sentence_and_leaves_the_older_checkpoin
     state = {"step": jnp.int32(8), "params": LIKE, "opt_state": {"m": jnp.zeros(3)}}
     monkeypatch.setattr(checkpoint_files, "write_hashes", full)
     with (
-        pytest.raises(CheckpointError, match=r"No space left .*checkpoints there: 2, 4, 6"),
+        pytest.raises(TrainingError, match=r"No space left .*checkpoints there: 2, 4, 6"),
         Checkpoints(workdir, keep=9) as checkpoints,
     ):
         checkpoints.save(state, {})
