@@ -37,14 +37,13 @@ def validate(config: Config) -> None:
     for name in _PROBABILITIES:
         need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
 
-    need(c.level1.num_scales <= 16, f"level1.num_scales={c.level1.num_scales} must be at most 16")
-    need(bool(c.vq.channel_multipliers), "vq.channel_multipliers must not be empty")
-    need(len(c.vq.channel_multipliers) <= 16, "vq.channel_multipliers must be at most 16 numbers")
-    need(
-        all(0 < m < _HUGE for m in c.vq.channel_multipliers),
-        "vq.channel_multipliers must be above 0",
-    )
-    refuse()  # what follows divides by these
+    scales = c.level1.num_scales
+    need(scales <= 16, f"level1.num_scales={scales} must be at most 16")
+    levels = c.vq.channel_multipliers
+    fine = 0 < len(levels) <= 16 and all(0 < m < 2**16 for m in levels)
+    need(fine, f"vq.channel_multipliers={levels} must be 1 to 16 numbers above 0")
+    if not fine or scales > 16 or 0 in (c.siglip.patch_size, c.vq.stem):
+        refuse()  # what follows computes with these
 
     divides("siglip.patch_size", "image_size")
     divides("siglip.num_heads", "siglip.embed_dim")

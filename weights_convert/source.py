@@ -174,6 +174,8 @@ class Source:
 
     def handle(self, key: str) -> Handle:
         """A tensor that is not read yet: shape, dtype_name, read()."""
+        if key not in self._where:
+            raise CheckpointError(f"{self.name} has no tensor {key}, which tells the sizes")
         file = self._where[key]
         try:
             return self._open(file)[key]
@@ -191,9 +193,22 @@ class Source:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self.handle(key).shape)
+    def shape(self, key: str, rank: int | None = None) -> tuple[int, ...]:
+        """Shape of a tensor. Raises CheckpointError if it has not `rank` axes."""
+        found = tuple(self.handle(key).shape)
+        if rank not in (None, len(found)):
+            raise CheckpointError(f"{self.name}: {key} is of shape {found}; expected {rank} axes")
+        return found
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """The innermost of nested sections of the configuration, as far as they are there."""
+        section = self.config
+        for name in names:
+            inner = section.get(name, section)
+            if not isinstance(inner, dict):
+                raise CheckpointError(f"{self.name}: {name} of its config.json is no object")
+            section = inner
+        return section
 
     def dtype(self, key: str) -> np.dtype:
         """Type of a tensor; raises CheckpointError unless it is a floating-point one."""

@@ -208,16 +208,7 @@ def sizes_of(
     """The configuration that the shapes of the tensors tell."""
 
     def shape(name: str, rank: int = 4) -> tuple[int, ...]:
-        if prefix + name not in source:
-            raise CheckpointError(
-                f"{source.name} has no tensor {prefix}{name}, which tells the sizes"
-            )
-        found = source.shape(prefix + name)
-        if len(found) != rank:
-            raise CheckpointError(
-                f"{source.name}: {prefix}{name} is of shape {found}; expected {rank} axes"
-            )
-        return found
+        return source.shape(prefix + name, rank)
 
     down = re.escape(f"{prefix}encoder.{names.down}.")
     levels = count_layers(source, down + r"(\d+)\..*")
@@ -291,10 +282,10 @@ class Merged:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def shape(self, key: str) -> tuple[int, ...]:
+    def shape(self, key: str, rank: int | None = None) -> tuple[int, ...]:
         """Shape of a tensor."""
         source, name = self._where[key]
-        return source.shape(name)
+        return source.shape(name, rank)
 
     def dtype(self, key: str) -> np.dtype:
         """Type of a tensor."""

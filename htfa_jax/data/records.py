@@ -146,7 +146,7 @@ def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
         if not isinstance(turn, Mapping):
             raise fail(f"conversations[{i}] must be an object with from and value")
         role, text, kind = turn.get("from"), turn.get("value"), turn.get("kind")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise fail(f"conversations[{i}].from={role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(text, str):
             raise fail(f"conversations[{i}].value must be text, it is {text!r}")
