@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 
@@ -208,11 +209,26 @@ def sizes_of(
     """The configuration that the shapes of the tensors tell."""
 
     def shape(name: str, rank: int = 4) -> tuple[int, ...]:
-        return source.shape(prefix + name, rank)
+        if prefix + name not in source:
+            raise CheckpointError(
+                f"{source.name} has no tensor {prefix}{name}, which tells the sizes"
+            )
+        found = source.shape(prefix + name)
+        if len(found) != rank:
+            raise CheckpointError(
+                f"{source.name}: {prefix}{name} is of shape {found}; expected {rank} axes"
+            )
+        return found
 
     down = re.escape(f"{prefix}encoder.{names.down}.")
     levels = count_layers(source, down + r"(\d+)\..*")
-    base = shape("encoder.conv_in.weight")[0]
+    base, channels = shape("encoder.conv_in.weight")[:2]
+    stem = math.isqrt(channels // 3)
+    if channels != 3 * stem**2:
+        raise CheckpointError(
+            f"{source.name}: the encoder reads pictures of {channels} channels; expected 3, or "
+            "3 x n x n for squares of n x n pixels"
+        )
     widths = [
         shape(f"encoder.{names.down}.{i}.{names.block}.0.conv1.weight")[0] for i in range(levels)
     ]
@@ -231,6 +247,7 @@ def sizes_of(
         )
     codebook_size, codebook_dim = shape(codebook, 2)
     return VQConfig(
+        stem=stem,
         base_channels=base,
         channel_multipliers=tuple(width // base for width in widths),
         num_res_blocks=count_layers(source, down + rf"0\.{names.block}\.(\d+)\..*"),
@@ -282,10 +299,10 @@ class Merged:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def shape(self, key: str, rank: int | None = None) -> tuple[int, ...]:
+    def shape(self, key: str) -> tuple[int, ...]:
         """Shape of a tensor."""
         source, name = self._where[key]
-        return source.shape(name, rank)
+        return source.shape(name)
 
     def dtype(self, key: str) -> np.dtype:
         """Type of a tensor."""

@@ -131,7 +131,8 @@ def checked_box(
     numbers = isinstance(value, Sequence | np.ndarray) and all(
         isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in value
     )
-    if not numbers or len(value) != 4 or not np.isfinite(value).all():
+    # Compared, because NumPy cannot say of an integer of many digits whether it is finite.
+    if not numbers or len(value) != 4 or not all(-1e9 < v < 1e9 for v in value):
         raise fail(f"{name} must be [x, y, w, h] in pixels, it is {value!r}")
     if value[2] <= 0 or value[3] <= 0:
         raise fail(f"{name}={value} has no area: width and height must be above 0")
