@@ -42,6 +42,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{name}: {part} is given as a value too")
         node[last] = value
     return _build(Config, tree, config)
 
