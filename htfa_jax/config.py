@@ -245,6 +245,7 @@ class VQTrainConfig:
     commitment_weight: float = 0.25  # of the commitment loss
     l1_weight: float = 1.0  # of the absolute reconstruction error
     l2_weight: float = 1.0  # of the squared reconstruction error
+    perceptual_weight: float = 0.0  # of the error in features of pretrained.siglip
     revive_after: int = 100  # steps without use after which a code is re-seeded
     save_every: int = 1000  # steps between checkpoints
 

@@ -45,6 +45,11 @@ def validate(config: Config) -> None:
     if not fine or scales > 16 or 0 in (c.siglip.patch_size, c.vq.stem):
         refuse()  # what follows computes with these
 
+    need(
+        not c.vq_train.perceptual_weight or c.pretrained.siglip is not None,
+        f"vq_train.perceptual_weight={c.vq_train.perceptual_weight} compares the features of "
+        "pretrained.siglip, which is not given",
+    )
     divides("siglip.patch_size", "image_size")
     divides("siglip.num_heads", "siglip.embed_dim")
     divides("level2.num_heads", "siglip.embed_dim")

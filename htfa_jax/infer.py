@@ -64,6 +64,7 @@ class InferArgs:
     attention: View = View()  # of the answers' attention, in the figures
     device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
     quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
+    revision: str | None = None  # of a hub repository: branch, tag or commit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = tyro.cli(InferArgs, args=argv, use_underscores=True)
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
-    workdir, _ = find_run(args.checkpoint)
+    workdir, step = find_run(args.checkpoint, args.revision)
     use_compilation_cache(load_config(workdir))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     path = args.output_dir / PREDICTIONS
@@ -99,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(todo) < len(jobs):
         log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
     if todo:
-        engine = HTFAInference(args.checkpoint, device=args.device, quantize=args.quantize)
+        checkpoint = workdir if step is None else args.checkpoint
+        engine = HTFAInference(checkpoint, device=args.device, quantize=args.quantize)
         failed = run(engine, todo, path, args, fresh=args.input is None)
         if failed:
             print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)
@@ -128,7 +130,8 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
     if not path.is_file():
         raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
     jobs: list[Job] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    # Not splitlines(): it also cuts at characters that JSON may hold in a text, such as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
         if not line.strip():
             continue
         where, name = f"{path}, line {number + 1}", str(number)
@@ -174,7 +177,7 @@ def keep_finished(path: Path) -> set[str]:
     if not path.is_file():
         return set()
     kept, ids = [], set()
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

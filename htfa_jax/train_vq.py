@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from htfa_jax.metrics import psnr, squared_error, to_8bit
 from htfa_jax.models.alignment import box_mask
 from htfa_jax.models.level1_adaptive_fusion import blend
 from htfa_jax.models.pictures import denormalize, normalize, resize
-from htfa_jax.models.registration import register
+from htfa_jax.models.registration import Pair, register
+from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
 from htfa_jax.out_of_memory import out_of_memory_explained
 from htfa_jax.paths import Flat
@@ -52,6 +53,9 @@ from htfa_jax.signals import StopSignal
 from htfa_jax.train_state import Model, State
 
 log = logging.getLogger("htfa_jax.train_vq")  # by name: this module is run as __main__ too
+
+# Pictures [B, H, W, 3] to features [B, P, D].
+See = Callable[[jax.Array], jax.Array]
 
 # Coarse random weights of the blends: cells along a side, and their spread before the sigmoid.
 BLEND_CELLS, BLEND_SPREAD = 4, 3.0
@@ -85,29 +89,56 @@ def training_pictures(batch: Batch, key: jax.Array, config: Config) -> jax.Array
     """
     pair = register(batch, config)
     blend_key, choice_key = jax.random.split(key)
-    B, H, W, _ = pair.orig_BHWC.shape
-    raw = BLEND_SPREAD * jax.random.normal(blend_key, (B, BLEND_CELLS, BLEND_CELLS, 1))
-    alpha_BHW = resize(jax.nn.sigmoid(raw), (H, W))[..., 0]
+    B = len(pair.orig_BHWC)
     target_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
     pictures = jnp.stack(
         [
             pair.orig_BHWC,
             pair.recon_BHWC,
             jnp.where(batch.has_target[:, None, None, None], target_BHWC, pair.orig_BHWC),
-            blend(alpha_BHW, pair.orig_BHWC, pair.aligned_BHWC),
+            random_blend(pair, blend_key),
         ]
     )
     choice_B = jax.random.randint(choice_key, (B,), 0, len(pictures))
     return pictures[choice_B, jnp.arange(B)]
 
 
+def random_blend(pair: Pair, key: jax.Array) -> jax.Array:
+    """Original and aligned reconstruction [B, H, W, 3], mixed by smooth random weights."""
+    B, H, W, _ = pair.orig_BHWC.shape
+    raw = BLEND_SPREAD * jax.random.normal(key, (B, BLEND_CELLS, BLEND_CELLS, 1))
+    alpha_BHW = resize(jax.nn.sigmoid(raw), (H, W))[..., 0]
+    return blend(alpha_BHW, pair.orig_BHWC, pair.aligned_BHWC)
+
+
+def perceptual_encoder(config: Config) -> tuple[Model, Flat]:
+    """The frozen SigLIP whose features `vq_train.perceptual_weight` compares, and its weights.
+
+    Raises CheckpointError if these do not fit the configuration.
+    """
+    dtype = jnp.dtype(config.train.dtype)
+    graphdef, state = nnx.split(
+        nnx.eval_shape(
+            lambda: SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=nnx.Rngs(0))
+        )
+    )
+    model = Model(graphdef, paths.flatten(state))
+    folder, facts = config.pretrained.siglip, {"image_size": config.image_size}
+    return model, parts.load_part(folder, "siglip", config.siglip, model.shapes, **facts)
+
+
 def losses(
-    model: VQ, image_BHWC: jax.Array, weight_B: jax.Array, config: Config
+    model: VQ,
+    image_BHWC: jax.Array,
+    weight_B: jax.Array,
+    config: Config,
+    see: See | None = None,
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Reconstruction, codebook and commitment loss of a VQ autoencoder.
 
     van den Oord et al., "Neural Discrete Representation Learning" (2017). Means over the pictures
-    by their weights.
+    by their weights. With `see`, the squared error of a frozen encoder's features counts too
+    (Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016).
     """
 
     def mean(x: jax.Array) -> jax.Array:
@@ -125,7 +156,11 @@ def losses(
     l2 = mean((painted - image_BHWC) ** 2)
     total = weights.l1_weight * l1 + weights.l2_weight * l2
     total += codebook + weights.commitment_weight * commitment
-    return total, {"l1": l1, "l2": l2, "commitment": commitment, "codes": codes_BM, "z": z_BME}
+    aux = {"l1": l1, "l2": l2, "commitment": commitment, "codes": codes_BM, "z": z_BME}
+    if see is not None:
+        aux["perceptual"] = mean((see(painted) - see(image_BHWC)).astype(jnp.float32) ** 2)
+        total += weights.perceptual_weight * aux["perceptual"]
+    return total, aux
 
 
 def revive(
@@ -150,24 +185,38 @@ def revive(
 
 
 def make_step(
-    config: Config, model: Model, optimizer: optax.GradientTransformation, layout: Layout
+    config: Config,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+    encoder: tuple[Model, Flat] | None = None,
 ):
-    """(state, batch) -> (state, metrics), compiled. Every device has the whole state."""
+    """(state, batch) -> (state, metrics), compiled. Every device has the whole state.
+
+    Args:
+      config: of the run.
+      model: structure of the tokenizer.
+      optimizer: of its parameters.
+      layout: of batches.
+      encoder: `perceptual_encoder`; None without that loss.
+    """
     everywhere = layout.replicated
+    eye, eye_params = encoder or (None, {})
 
     @functools.partial(
         jax.jit,
         donate_argnums=0,
-        in_shardings=(everywhere, layout.batch),
+        in_shardings=(everywhere, layout.batch, everywhere),
         out_shardings=everywhere,
     )
     @layout.inside
-    def step(state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    def step(state: State, batch: Batch, eye_params: Flat) -> tuple[State, dict[str, jax.Array]]:
+        see = eye and eye.merge(eye_params)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         picture_key, revive_key = jax.random.split(key)
         image_BHWC = training_pictures(batch, picture_key, config)
         grad = jax.value_and_grad(
-            lambda params: losses(model.merge(params), image_BHWC, batch.weight, config),
+            lambda params: losses(model.merge(params), image_BHWC, batch.weight, config, see),
             has_aux=True,
         )
         (loss, aux), grads = grad(state["params"])
@@ -193,6 +242,7 @@ def make_step(
             "l1": aux["l1"],
             "l2": aux["l2"],
             "commitment": aux["commitment"],
+            **({"perceptual": aux["perceptual"]} if see else {}),
             "grad_norm": norm,
             "codes_used": jnp.sum(unused_C < config.vq_train.revive_after // 2),
             "finite": finite,
@@ -200,7 +250,10 @@ def make_step(
         after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
         return loss_guard.halt(state, after, finite, config.train), metrics
 
-    return step
+    eye_params = jax.tree.map(
+        lambda x: layout.put_parameter(x, x.dtype, everywhere), dict(eye_params)
+    )
+    return lambda state, batch: step(state, batch, eye_params)
 
 
 def evaluate(
@@ -258,6 +311,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     model = build(config)
     schedule = optax.cosine_decay_schedule(settings.learning_rate, settings.num_steps, alpha=0.05)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b1=0.9, b2=0.99))
+    encoder = perceptual_encoder(config) if settings.perceptual_weight else None
     params = random_params(config)
     state = {
         "step": jnp.zeros((), jnp.int32),
@@ -294,7 +348,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
 
         loop = Loop(
             name="vq",
-            step_fn=make_step(config, model, optimizer, layout),
+            step_fn=make_step(config, model, optimizer, layout, encoder),
             put=layout.put,
             num_steps=settings.num_steps,
             log_every=config.train.log_every,
@@ -372,6 +426,7 @@ def cache_key(config: Config) -> str:
         [config.seed, config.image_size, config.train.dtype],
         [config.level2.alignment, config.level2.intensity_threshold],
         [data.resize, data.image_mean, data.image_std, data.use_object_mask, data.drop_recon],
+        [config.pretrained.siglip] if config.vq_train.perceptual_weight else [],
         describe_training_data(config),
     ]
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]

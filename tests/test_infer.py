@@ -10,7 +10,7 @@ from PIL import Image
 
 from htfa_jax import infer
 from htfa_jax.config_io import load_config
-from htfa_jax.data.records import RecordFile
+from htfa_jax.data.records import Record, RecordFile
 
 
 def lines(path):
@@ -107,6 +107,16 @@ def test_lines_that_cannot_be_pairs_name_themselves(tmp_path):
     for i, said in ((1, "line 2: not valid JSON"), (2, "query must be"), (3, "image_orig"),
                     (4, "must be an object")):  # fmt: skip
         assert said in str(jobs[i].record)
+
+
+def test_a_line_ends_at_a_line_feed_only(tmp_path):
+    """JSON may hold U+2028 and its like as they are."""
+    odd = "a\u2028b\u0085c"
+    path = tmp_path / "lines.jsonl"
+    path.write_text(json.dumps({"id": odd, "image_orig": "a.png"}, ensure_ascii=False) + "\n")
+    assert infer.keep_finished(path) == {odd}
+    (job,) = infer.read_jobs(path, ("Q?",))
+    assert job.id == odd and isinstance(job.record, Record)
 
 
 def test_one_input_or_the_other(run_folder, tmp_path, capsys):

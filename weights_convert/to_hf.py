@@ -12,13 +12,13 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from htfa_jax import paths
-from htfa_jax.config import Config, DecoderConfig, SigLIPConfig
+from htfa_jax.config import Config, DecoderConfig, SigLIPConfig, VQConfig
 from htfa_jax.parts import new_folder, write_json
 from htfa_jax.paths import Flat
 from htfa_jax.runs import load_run
 from htfa_jax.train_state import build
-from weights_convert import internlm2, siglip
-from weights_convert.convert import Rule, linear, same
+from weights_convert import internlm2, siglip, vq
+from weights_convert.convert import Rule, conv, linear, same
 
 Inverse = Callable[[np.ndarray], np.ndarray]
 
@@ -105,6 +105,34 @@ def siglip_config(config: Config) -> dict[str, Any]:
         "num_hidden_layers": sizes.num_layers,
         "patch_size": sizes.patch_size,
         "vision_use_head": False,
+    }
+
+
+def vq_tensors(params: Flat) -> Flat:
+    """A tokenizer as transformers' `JanusVQVAE` names it."""
+
+    def kernel(x: np.ndarray) -> np.ndarray:
+        return x.transpose(3, 2, 0, 1)
+
+    return undo(params, vq.RULES, {same: same, conv: kernel})
+
+
+def vq_config(sizes: VQConfig, image_size: int) -> dict[str, Any]:
+    """config.json of `JanusVQVAE`; squares of `stem` pixels are channels of its pictures."""
+    return {
+        "architectures": ["JanusVQVAE"],
+        "model_type": "janus_vqgan",
+        "base_channels": sizes.base_channels,
+        "channel_multiplier": list(sizes.channel_multipliers),
+        "double_latent": False,
+        "dropout": 0.0,
+        "embed_dim": sizes.codebook_dim,
+        "in_channels": 3 * sizes.stem**2,
+        "latent_channels": sizes.z_channels,
+        "num_embeddings": sizes.codebook_size,
+        "num_patches": image_size // sizes.stem // 2 ** (len(sizes.channel_multipliers) - 1),
+        "num_res_blocks": sizes.num_res_blocks,
+        "out_channels": 3 * sizes.stem**2,
     }
 
 

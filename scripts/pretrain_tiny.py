@@ -1,0 +1,213 @@
+"""Trains the three small parts that the embedded default starts from, on HeldObjects.
+
+    python scripts/pretrain_tiny.py --out tiny
+
+A SigLIP with its text tower, a VQ tokenizer whose perceptual loss that SigLIP gives, and a
+language model with its tokenizer. Each is written as PyTorch checkpoints of its family are
+(bfloat16 safetensors under the published names), so that `weights_convert` reads it like any
+other. What is there already is kept; a stopped training goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tiny_decoder
+import tiny_siglip
+import tiny_stage
+import tiny_text
+import tyro
+from flax import nnx
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from htfa_jax import parts, paths
+from htfa_jax.commands import command, use_compilation_cache
+from htfa_jax.config import Config
+from htfa_jax.config_io import load_config, override
+from htfa_jax.data.pipeline import evaluation_batches
+from htfa_jax.data.splits import open_split
+from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
+from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.paths import Flat
+from htfa_jax.signals import Stopped, StopSignal
+from htfa_jax.train_state import Model
+from htfa_jax.train_vq import train_vq
+from weights_convert import siglip, to_hf
+from weights_convert.folder import write_folder
+from weights_convert.source import Source
+
+log = logging.getLogger("htfa_jax.pretrain_tiny")
+
+SEED = 1001  # of the scenes: no split of a run's own scenes has it
+TOKENIZER_TEXTS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainArgs:
+    """Trains the tiny SigLIP, VQ tokenizer and language model."""
+
+    out: Path  # where the parts and their trainings go
+    part: tuple[str, ...] = ("internlm2", "siglip", "vq")  # which
+    num_scenes: int = 20000  # training scenes of HeldObjects
+    siglip_steps: int = 10000  # updates of 4 pictures from each of 32 records
+    vq_steps: int = 10000  # updates of 32 pictures
+    decoder_steps: int = 800  # updates of 32 rows of 128 tokens
+    num_workers: int = 0  # loading processes (0: threads of this one)
+
+
+def tiny_config(args: PretrainArgs) -> Config:
+    """`debug` on scenes of its own."""
+    return override(
+        load_config("debug"),
+        {
+            "held_objects.seed": SEED,
+            "held_objects.num_train": args.num_scenes,
+            "held_objects.num_validation": 1000,
+            "data.validation": "held_objects",
+            "data.num_workers": args.num_workers,
+            "siglip.embed_dim": 160,
+            "siglip.num_layers": 5,
+            "siglip.num_heads": 5,
+            "siglip.mlp_dim": 640,
+            "vq.stem": 4,
+            "vq.base_channels": 32,
+            "vq.channel_multipliers": (1, 2, 4),
+            "vq.attention": "lowest",
+            "vq.codebook_size": 512,
+            "level2.num_heads": 5,
+            "vq_train.num_steps": args.vq_steps,
+            "vq_train.batch_size": 32,
+            "pretrained.random_parts": "as_configured",
+        },
+    )
+
+
+def write(folder: Path, tensors: Flat, description: dict[str, Any]) -> None:
+    """A checkpoint folder: bfloat16 safetensors and config.json, whole or not at all."""
+    arrays = {
+        name: np.ascontiguousarray(x).astype(np.float32).astype(ml_dtypes.bfloat16)
+        for name, x in tensors.items()
+    }
+    with parts.new_folder(folder) as partial:
+        save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
+        parts.write_json(partial / "config.json", description)
+
+
+def structure(make: Any) -> tuple[Model, Flat]:
+    """A module's structure and fresh weights."""
+    graphdef, state = nnx.split(make(nnx.Rngs(0)))
+    params = paths.flatten(state)
+    return Model(graphdef, params), params
+
+
+def key_of(*things: Any) -> str:
+    """A name for what a training depends on."""
+    return hashlib.sha256(json.dumps(things, default=repr).encode()).hexdigest()[:16]
+
+
+def tokenizer_of(args: PretrainArgs, config: Config) -> ChatTokenizer:
+    """The tokenizer that all texts go through, trained on first use."""
+    folder = args.out / "tokenizer"
+    if not (folder / "tokenizer.json").is_file():
+        rng = np.random.default_rng(SEED)
+        texts = tiny_text.texts(rng, TOKENIZER_TEXTS)
+        train_tokenizer(texts, config.data.tokenizer_vocab_size, folder)
+    return ChatTokenizer(folder)
+
+
+def pretrain_decoder(args: PretrainArgs, config: Config) -> None:
+    """The language model, with its tokenizer beside it."""
+    tokenizer, rows = tokenizer_of(args, config), 32
+    model, params = structure(
+        lambda rngs: InternLM2(config.decoder, dtype=jnp.dtype("float32"), rngs=rngs)
+    )
+    params = tiny_stage.train(
+        "internlm2",
+        args.out / "training" / "internlm2",
+        lambda params, batch, key: tiny_decoder.loss(model.merge(params), batch, key),
+        params,
+        lambda step: tiny_decoder.token_batches(config, tokenizer, step, rows),
+        num_steps=args.decoder_steps,
+        learning_rate=2e-3,
+        weight_decay=0.05,
+        samples=rows,
+        key=key_of(dataclasses.asdict(config.decoder), args.decoder_steps),
+    )
+    folder = args.out / "internlm2"
+    write(folder, to_hf.internlm2_tensors(params, config.decoder), to_hf.internlm2_config(config))
+    tokenizer.save(folder)
+
+
+def pretrain_siglip(args: PretrainArgs, config: Config) -> None:
+    """Both towers of SigLIP."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_of(args, config).folder / "tokenizer.json"))
+    records, samples = open_split(config, "train"), 32
+    model, params = structure(lambda rngs: tiny_siglip.TwoTowers(config, rngs=rngs))
+    params = tiny_stage.train(
+        "siglip",
+        args.out / "training" / "siglip",
+        lambda params, batch, key: tiny_siglip.loss(model.merge(params), batch, key, config),
+        params,
+        lambda step: tiny_siglip.captioned_batches(config, records, tokenizer, step, samples),
+        num_steps=args.siglip_steps,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        samples=samples * len(tiny_text.KINDS),
+        key=key_of(dataclasses.asdict(config.siglip), args.num_scenes, args.siglip_steps),
+    )
+    validation = open_split(config, "validation")
+    scores = tiny_siglip.zero_shot(
+        config,
+        model.merge(params),
+        tokenizer,
+        evaluation_batches(config, validation, None),
+        validation,
+    )
+    log.info("siglip: zero-shot %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
+    tensors = tiny_siglip.tensors(params, config.siglip)
+    write(args.out / "siglip", tensors, tiny_siglip.description(config))
+
+
+def pretrain_vq(args: PretrainArgs, config: Config) -> None:
+    """The VQ tokenizer, after the SigLIP that judges its pictures."""
+    converted = args.out / "training" / "siglip_weights"
+    source = Source(str(args.out / "siglip"))
+    write_folder(source, siglip.layout(source, config.image_size), converted)
+    config = override(
+        config, {"pretrained.siglip": str(converted), "vq_train.perceptual_weight": 0.1}
+    )
+    with StopSignal() as stop:
+        folder = train_vq(config, args.out / "training" / "vq", stop)
+    if folder is None:
+        raise Stopped
+    params = parts.read_weights(folder)
+    write(args.out / "vq", to_hf.vq_tensors(params), to_hf.vq_config(config.vq, config.image_size))
+
+
+STAGES = {"internlm2": pretrain_decoder, "siglip": pretrain_siglip, "vq": pretrain_vq}
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = tyro.cli(PretrainArgs, args=argv, use_underscores=True)
+    config = tiny_config(args)
+    use_compilation_cache(config)
+    for name, stage in STAGES.items():
+        if name in args.part and not (args.out / name / "model.safetensors").is_file():
+            stage(args, config)
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()
