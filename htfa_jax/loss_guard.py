@@ -110,26 +110,25 @@ class LossGuard:
         if skips and self._skipped <= self.train.max_skipped:
             log.warning("%s", what)
             return False
-        again = ""
-        if self.dumps is not None:
-            folder = self.dumps / f"step_{step}"
-            dump(
-                folder,
-                loaded,
-                metrics,
-                {
-                    "step": step,
-                    "checkpoint": step if skips else step - 1,
-                    "num_steps": self.num_steps,
-                },
-            )
-            again = f"\nTo see it again: python -m htfa_jax.reproduce {folder}"
         advice = "Try a lower learning rate, a longer warm-up, or train.dtype=float32"
         if skips:
-            advice += f". train.max_skipped={self.train.max_skipped} updates in a row were skipped"
-        else:
-            advice += "; train.on_nonfinite=skip leaves out such updates"
-        raise TrainingError(f"{what}. {advice}.{again}")
+            raise TrainingError(
+                f"{what}. {advice}. train.max_skipped={self.train.max_skipped} updates in a row "
+                "were skipped; with train.on_nonfinite=stop a run stops before the first and "
+                "keeps its batch."
+            )
+        raise TrainingError(
+            f"{what}. {advice}; train.on_nonfinite=skip leaves out such updates."
+            + (self._dump(step, metrics, loaded) if self.dumps else "")
+        )
+
+    def _dump(self, step: int, metrics: dict[str, float], loaded: Loaded) -> str:
+        folder = self.dumps / f"step_{step}"
+        try:
+            dump(folder, loaded, metrics, {"step": step, "num_steps": self.num_steps})
+        except OSError as error:
+            return f"\nIts batch could not be written: {error}"
+        return f"\nTo see it again: python -m htfa_jax.reproduce {folder}"
 
     def _mark_leap(self, name: str, step: int, loss: float, ids: list[str]) -> None:
         if len(self._losses) >= FEWEST:
@@ -156,7 +155,7 @@ def dump(folder: Path, loaded: Loaded, metrics: dict[str, float], facts: dict[st
       folder: where; made if it is not there.
       loaded: the batch.
       metrics: what came out.
-      facts: what else runs it again: `step`, the `checkpoint` of the state before it, `num_steps`.
+      facts: what else runs it again: `step`, which update it was, and `num_steps` of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {k: np.asarray(v) for k, v in vars(loaded.batch).items() if v is not None}

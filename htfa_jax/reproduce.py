@@ -60,7 +60,7 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
     schedule = learning_rate(config.optim, facts["num_steps"])
     optimizer = make_optimizer(config.optim, schedule)
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
-        meta = checkpoints.restore(facts["checkpoint"])["meta"]
+        meta = checkpoints.restore(facts["step"] - 1)["meta"]
         state, frozen = resume(config, workdir, model, optimizer, layout, checkpoints, meta)
     step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
 
