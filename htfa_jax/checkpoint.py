@@ -5,31 +5,47 @@ A run's workdir holds
     config.json            the resolved configuration
     tokenizer/             what its text went through
     frozen/PART-HASH/      frozen weights, once
-    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts
+    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts;
+                           hashes.json, the hashes of these files
+    damaged/STEP-TIME/     checkpoints whose files no longer have these hashes
+    lock.json              which process trains here
     logs/                  metrics.jsonl, train.log, parameters.txt, TensorBoard events, panels
+
+    python -m htfa_jax.checkpoint runs/a             # lists the checkpoints
+    python -m htfa_jax.checkpoint runs/a --verify    # reads all their bytes
+    python -m htfa_jax.checkpoint runs/a --keep 2    # deletes all but the best and the newest two
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import dataclasses
 import logging
+import re
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
+import tyro
 from orbax.checkpoint import checkpoint_managers
 
-from htfa_jax import parts, paths
+from htfa_jax import checkpoint_files, parts, paths
+from htfa_jax.commands import command
 from htfa_jax.config import Config
-from htfa_jax.errors import CheckpointError
+from htfa_jax.config_io import load_config
+from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
+from htfa_jax.lock import lock
 from htfa_jax.paths import Flat
-from htfa_jax.processes import is_first
+from htfa_jax.processes import first_goes_ahead, is_first
 from htfa_jax.runs import CHECKPOINTS
 from htfa_jax.sharding import to_host
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("htfa_jax.checkpoint")  # by name: this module is run as __main__ too
 
 FROZEN = "frozen"
 # What a training state holds besides its step; `loss_scale` is there in float16 only.
@@ -50,6 +66,15 @@ def make_workdir(path: Path) -> Path:
     return path
 
 
+class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that is hashed before it takes its name, in the thread that writes it."""
+
+    async def finalize(self) -> None:
+        if self.get_final().name.isdigit():  # a checkpoint, not one of its items before it
+            await asyncio.to_thread(checkpoint_files.write_hashes, Path(self.get()))
+        await super().finalize()
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Writing is asynchronous; `close` waits for it.
 
@@ -58,6 +83,11 @@ class Checkpoints:
       keep: latest checkpoints kept, besides the best.
       metric: name of the validation metric that chooses the best; None keeps no best.
       mode: which end of it is best.
+      read_only: for all but the process that trains there, whose unfinished checkpoints must
+        stay. Without it damaged checkpoints are set aside.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none is sound.
     """
 
     def __init__(
@@ -67,8 +97,15 @@ class Checkpoints:
         keep: int,
         metric: str | None = None,
         mode: Literal["min", "max"] = "min",
+        read_only: bool = False,
     ):
         self.metric, self.folder = metric, (workdir / CHECKPOINTS).absolute()
+        self._sound: set[int] = set()
+        if not read_only:
+            with first_goes_ahead("checkpoints"):
+                if is_first():
+                    checkpoint_files.set_damaged_aside(workdir)
+            self._sound.update(checkpoint_files.steps(workdir)[-1:])
         policies: list[checkpoint_managers.PreservationPolicy]
         policies, best = [checkpoint_managers.LatestN(keep)], {}
         if metric is not None:
@@ -85,18 +122,34 @@ class Checkpoints:
                     keep_checkpoints_without_metrics=False,
                 )
             )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-                **best,
-            ),
-            item_handlers={
-                **{name: ocp.StandardCheckpointHandler() for name in STATE},
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-        )
+        with self._failing("cannot be opened", CheckpointError):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    temporary_path_class=_Hashed,
+                    **(best | ({"save_interval_steps": 0, "create": False} if read_only else {})),
+                ),
+                item_handlers={
+                    **{name: ocp.StandardCheckpointHandler() for name in STATE},
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    @contextlib.contextmanager
+    def _failing(self, what: str, kind: type[HTFAError]) -> Iterator[None]:
+        """Turns what Orbax raises, also of a save that was begun before, into one sentence."""
+        try:
+            yield
+        except HTFAError:
+            raise
+        except Exception as error:  # of TensorStore, of files, of Orbax itself
+            there = ", ".join(map(str, checkpoint_files.steps(self.folder.parent))) or "none"
+            raise kind(
+                f"{self.folder} {what}: {str(error)[:600]}. Complete checkpoints there: {there}"
+            ) from error
 
     def save(
         self,
@@ -104,7 +157,10 @@ class Checkpoints:
         meta: dict[str, Any],
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts writing `state` under its step; without this run's metric it is never best."""
+        """Starts writing `state` under its step; without this run's metric it is never best.
+
+        Raises TrainingError if it, or what was begun before, cannot be written.
+        """
         step = int(state["step"])
         if metrics is not None:
             metrics = {self.metric: metrics[self.metric]} if self.metric in metrics else None
@@ -112,10 +168,11 @@ class Checkpoints:
             **{name: ocp.args.StandardSave(state[name]) for name in STATE if name in state},
             meta=ocp.args.JsonSave({**meta, "step": step}),
         )
-        if step not in self._manager.all_steps() and not self._manager.save(
-            step, args=items, metrics=metrics, force=True
-        ):
-            raise CheckpointError(f"step {step} was not saved to {self.folder}")
+        if step in self._manager.all_steps():
+            return
+        with self._failing("cannot be written; is the disk full?", TrainingError):
+            if not self._manager.save(step, args=items, metrics=metrics, force=True):
+                raise CheckpointError(f"step {step} was not saved to {self.folder}")
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -131,11 +188,15 @@ class Checkpoints:
         Args:
           step: of a complete checkpoint.
           **like: some of `STATE`; shapes, types and shardings.
+
+        Raises:
+          CheckpointError: no such checkpoint, one that is damaged or of another model.
         """
         steps = self._manager.all_steps()
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"no checkpoint {step} in {self.folder}; there are: {there}")
+        self._check(step)
         if "params" in like:
             saved = self._manager.item_metadata(step)["params"].tree
             parts.check_shapes(saved, like["params"], f"checkpoint {step} in {self.folder}")
@@ -162,9 +223,24 @@ class Checkpoints:
                 f"configuration changed since? {str(error)[:600]}"
             ) from error
 
+    def _check(self, step: int) -> None:
+        """Raises CheckpointError if a checkpoint's files are not what was written."""
+        if step in self._sound:
+            return
+        # Every process looks for itself: one that raised alone would leave the others waiting.
+        problem = checkpoint_files.damage(self.folder / str(step))
+        if problem is not None:
+            others = [str(s) for s in self._manager.all_steps() if s != step]
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} is damaged: {problem}. Other checkpoints of "
+                f"this run: {', '.join(others) or 'none'}"
+            )
+        self._sound.add(step)
+
     def close(self) -> None:
-        """Waits until everything is written."""
-        self._manager.close()
+        """Waits until everything is written. Raises TrainingError if that failed."""
+        with self._failing("cannot be written; is the disk full?", TrainingError):
+            self._manager.close()
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -173,11 +249,15 @@ class Checkpoints:
         self.close()
 
 
-def open_checkpoints(workdir: Path, config: Config) -> Checkpoints:
+def open_checkpoints(workdir: Path, config: Config, read_only: bool = False) -> Checkpoints:
     """The checkpoints of a run of the main job."""
     train = config.train
     return Checkpoints(
-        workdir, keep=train.keep_checkpoints, metric=train.best_metric, mode=train.best_mode
+        workdir,
+        keep=train.keep_checkpoints,
+        metric=train.best_metric,
+        mode=train.best_mode,
+        read_only=read_only,
     )
 
 
@@ -199,8 +279,51 @@ def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
     """The frozen weights of a run, checked against the hashes in their names."""
     frozen: Flat = {}
     for part, name in names.items():
+        if not re.fullmatch(rf"{re.escape(part)}-[0-9a-f]{{12}}", str(name)):
+            raise CheckpointError(
+                f"a checkpoint of {workdir} names {name!r} as its frozen {part}: expected "
+                f"{part}-HASH, a folder of {workdir / FROZEN}"
+            )
         arrays = parts.read_weights(workdir / FROZEN / name)
         if f"{part}-{parts.digest(arrays)[:12]}" != name:
             raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
         frozen |= {f"{part}.{path}": value for path, value in arrays.items()}
     return frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointArgs:
+    """Lists the checkpoints of a run."""
+
+    run: tyro.conf.Positional[Path]  # its workdir
+    verify: bool = False  # read all bytes and compare them with their hashes
+    keep: int | None = None  # delete all but the best and so many of the newest
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line: exits with 1 if `--verify` finds damage."""
+    args = tyro.cli(CheckpointArgs, args=argv, use_underscores=True)
+    if args.keep is not None and args.keep < 1:
+        raise ConfigError(f"--keep {args.keep}: at least one checkpoint stays")
+    found = checkpoint_files.listing(args.run)
+    train = load_config(args.run).train
+    best = checkpoint_files.best(found, train.best_metric, train.best_mode)
+    notes = {}
+    if args.verify:
+        problems = {
+            s.folder: checkpoint_files.damage(s.folder) for s in found if s.step is not None
+        }
+        notes = {f: f"DAMAGED: {p}" if p else "sound" for f, p in problems.items()}
+    if args.keep is not None:
+        with lock(args.run):
+            for gone in checkpoint_files.prune(found, args.keep, best):
+                log.info("deleted %s", gone.folder)
+        found = checkpoint_files.listing(args.run)
+    print(checkpoint_files.table(found, best, notes))
+    if any(note != "sound" for note in notes.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,19 +15,28 @@ from htfa_jax.logs import log_to_terminal
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
-    """Wraps a `main(argv)`: an `HTFAError` is printed without a traceback.
+    """Wraps a `main(argv)`: expected errors are printed as sentences, without a traceback.
 
-    It exits with 2 if the user can mend the cause and with 1 if the run itself failed.
+    It exits with 2 if the user can mend the cause in the command, and with 1 if the run itself or
+    its machine failed (`OSError`, a full disk for example). `--debug` shows the traceback.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> None:
+        argv = list(sys.argv[1:] if argv is None else argv)
+        debug = "--debug" in argv
         with log_to_terminal():
             try:
-                main(argv)
-            except HTFAError as error:
+                main([arg for arg in argv if arg != "--debug"])
+            except (HTFAError, OSError) as error:
+                if debug:
+                    traceback.print_exc()
                 print(f"error: {error}", file=sys.stderr)
-                sys.exit(1 if isinstance(error, TrainingError) else 2)
+                user = isinstance(error, HTFAError) and not isinstance(error, TrainingError)
+                sys.exit(2 if user else 1)
+            except KeyboardInterrupt:
+                print("stopped", file=sys.stderr)
+                sys.exit(130)
 
     return run
 

@@ -13,6 +13,10 @@ def validate(config: Config) -> None:
     """Raises ConfigError naming the fields, what they are and what they must be."""
     c, problems = config, []
 
+    def refuse() -> None:
+        if problems:
+            raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
     def need(condition: bool, message: str) -> None:
         if not condition:
             problems.append(message)
@@ -27,11 +31,20 @@ def validate(config: Config) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             rest = name in _MESH and value == -1
             need(value >= 0 or rest, f"{name}={value} must not be negative")
+            need(value < _HUGE, f"{name} is {len(str(value))} digits long: too large")
     for name in _POSITIVE:
         value = get(c, name)
         need(value is None or value != 0, f"{name}={value} must be above 0")
     for name in _PROBABILITIES:
         need(0 <= get(c, name) < 1, f"{name}={get(c, name)} must be in [0, 1)")
+
+    scales = c.level1.num_scales
+    need(scales <= 16, f"level1.num_scales={scales} must be at most 16")
+    levels = c.vq.channel_multipliers
+    fine = 0 < len(levels) <= 16 and all(0 < m < 2**16 for m in levels)
+    need(fine, f"vq.channel_multipliers={levels} must be 1 to 16 numbers above 0")
+    if not fine or scales > 16 or 0 in (c.siglip.patch_size, c.vq.stem):
+        refuse()  # what follows computes with these
 
     need(
         not c.vq_train.perceptual_weight or c.pretrained.siglip is not None,
@@ -125,8 +138,7 @@ def validate(config: Config) -> None:
     )
     rest = [name for name in _MESH if get(c, name) == -1]
     need(len(rest) <= 1, f"{' and '.join(rest)} are both -1: one of them can take what is left")
-    if problems:
-        raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+    refuse()
 
 
 def _is_template(text: str) -> bool:
@@ -138,6 +150,7 @@ def _is_template(text: str) -> bool:
     return bool(names) and all(name.isidentifier() for name in names)
 
 
+_HUGE = 2**63
 _MESH = ("sharding.data", "sharding.fsdp", "sharding.tensor")
 _POSITIVE = """
     sharding.data sharding.fsdp sharding.tensor

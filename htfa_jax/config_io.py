@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import sys
 import types
 import typing
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from htfa_jax.config import Config
+from htfa_jax.config import Config, leaves
 from htfa_jax.errors import ConfigError
 
 # The type of a command's `config` field: its fields take `=True` and `=False`, while a switch of
@@ -41,6 +42,8 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
         node = tree
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{name}: {part} is given as a value too")
         node[last] = value
     return _build(Config, tree, config)
 
@@ -90,7 +93,7 @@ def _typed(value: Any, hint: Any, name: str) -> Any:
         kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) == len(value):
             return tuple(_typed(v, k, name) for v, k in zip(value, kinds, strict=True))
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
@@ -115,11 +118,17 @@ def load_config(source: str | Path) -> Config:
     if path.suffix == ".json":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} is not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not a configuration")
-        return from_dict(values)
+        try:
+            return from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{path}: {error}\nWas it written by another version? Delete from the file what "
+                "this one does not know; fields that are not there get their defaults"
+            ) from error
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a configuration is a .py file with get_config(), or a .json")
     spec = importlib.util.spec_from_file_location(f"htfa_config_{path.stem}", path)
@@ -133,6 +142,22 @@ def load_config(source: str | Path) -> Config:
     return config
 
 
+def fields_without_value(path: Path) -> list[str]:
+    """Names of the fields that a `config.json` does not set, as an older version wrote it."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    missing = []
+    for name, _ in leaves(Config()):
+        node = values
+        for part in name.split("."):
+            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
+        if node is _ABSENT:
+            missing.append(name)
+    return missing
+
+
+_ABSENT = object()
+
+
 def presets_folder() -> Path:
     """Where the packaged configurations are: inside the package, or the repository's own."""
     installed = Path(__file__).parent / "configs"
@@ -140,8 +165,10 @@ def presets_folder() -> Path:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes `config` so that `load_config` reads the same."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    """Writes `config` so that `load_config` reads the same; whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def source_name(argv: Sequence[str]) -> str:

@@ -1,4 +1,7 @@
-"""The errors that users can cause; a command prints them without a traceback and exits with 2."""
+"""The errors that are raised on purpose; a command prints them without a traceback.
+
+It exits with 2, because the user can mend the cause, but with 1 for a `TrainingError`.
+"""
 
 
 class HTFAError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,9 @@ def _log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
 
 def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
     """Shows this package's log lines on the terminal."""
-    # Orbax warns through absl of every checkpoint that no evaluation came before.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax warns through absl of every checkpoint that no evaluation came before, and logs with
+    # pages of traceback what it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return _log_to(_BarHandler())
 
 
@@ -59,7 +61,8 @@ def only_warnings_to_terminal() -> None:
 def log_to_file(path: Path) -> contextlib.AbstractContextManager[logging.Handler]:
     """Appends log lines to a file, through the handler that it gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _log_to(logging.FileHandler(path, encoding="utf-8"))
+    # Names of files may hold bytes that are no text.
+    return _log_to(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
 
 
 def progress(total: int, description: str, *, start: int = 0, unit: str = "step") -> tqdm:
@@ -72,6 +75,12 @@ def progress(total: int, description: str, *, start: int = 0, unit: str = "step"
         disable=not (sys.stderr.isatty() and _talks),
         dynamic_ncols=True,
     )
+
+
+def drop_half_line(path: Path) -> None:
+    """Cuts off a last line that a process did not live to finish; a resumed run writes it again."""
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 class MetricWriter:
@@ -88,6 +97,7 @@ class MetricWriter:
         from tensorboardX import SummaryWriter  # half a second that only runs need
 
         folder.mkdir(parents=True, exist_ok=True)
+        drop_half_line(folder / "metrics.jsonl")
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder))
 

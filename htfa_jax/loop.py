@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from htfa_jax.data.pipeline import Loaded
-from htfa_jax.errors import DataError, TrainingError
+from htfa_jax.errors import DataError, HTFAError
 from htfa_jax.logs import MetricWriter, progress
+from htfa_jax.loss_guard import LossGuard, resumed
+from htfa_jax.signals import StopSignal
 from htfa_jax.train_state import State
+from htfa_jax.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 Metrics = dict[str, jax.Array]
 
 
+class Pending(NamedTuple):
+    """A step that was dispatched and not yet reported."""
+
+    step: int
+    metrics: Metrics
+    loaded: Loaded
+
+
 @dataclasses.dataclass
 class Loop:
     """Runs steps, reports them, and leaves saving and evaluation to a callback.
 
-    `state` is the newest one, also after an error.
+    `state` is the newest one, also after an error; `window` holds the metrics of each step since
+    the last line of means, which go into a checkpoint: a run that resumes writes the same means.
 
     Attributes:
       name: of the stage, in log lines.
@@ -38,8 +46,13 @@ class Loop:
       log_every: steps between lines of metrics.
       writer: takes the metrics.
       samples_per_step: for the rate.
-      after_step: called with (step, state) after every step.
+      due: whether `after_step` has anything to do after a step.
+      after_step: called with (step, state) after the steps that are due, which were reported.
+      save: called with the last state, also when an error ends the loop: what was learned stays.
       max_bad_records: skipped records that end the run.
+      guard: takes the metrics first.
+      stop: asked for after every step.
+      watchdog_seconds: without a step, after which all stacks are printed.
       flops_per_sample: for the rate of floating-point operations; 0 leaves it out.
     """
 
@@ -50,77 +63,104 @@ class Loop:
     log_every: int
     writer: MetricWriter
     samples_per_step: int
+    due: Callable[[int], bool]
     after_step: Callable[[int, State], None]
+    save: Callable[[State], None]
     max_bad_records: int
+    guard: LossGuard
+    stop: StopSignal
+    watchdog_seconds: float = 0.0
     flops_per_sample: float = 0.0
+    window: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def run(self, state: State, batches: Iterator[Loaded]) -> tuple[State, bool]:
         """Steps from `state` on. Returns the last state, and whether a signal cut it short."""
-        start, stopped, self._bad = int(state["step"]), False, set()
-        self.state = state
-        self._window: list[dict[str, float]] = []
-        self._window_start = time.perf_counter()
-        pending: tuple[int, Metrics, list[str]] | None = None
-        with StopSignal() as stop, progress(self.num_steps, self.name, start=start) as bar:
-            for step in range(start + 1, self.num_steps + 1):
-                loaded = next(batches)
-                self._report_bad(loaded)
-                state, metrics = self.step_fn(state, self.put(loaded.batch))
-                self.state = state
-                # The step before is read while this one runs.
-                self._report(pending, bar)
-                pending = (step, metrics, loaded.ids)
-                before = time.perf_counter()
-                self.after_step(step, state)
-                self._window_start += time.perf_counter() - before  # the rate is of steps alone
-                if stopped := stop.agreed(step):
-                    break
-            self._report(pending, bar)
-        return state, stopped
+        self.state, self._pending, self._bad = state, None, set()
+        self._timed, self._window_start = 0, time.perf_counter()
+        with (
+            self.stop.patiently(),
+            progress(self.num_steps, self.name, start=int(state["step"])) as bar,
+            Watchdog(self.watchdog_seconds) as watchdog,
+        ):
+            try:
+                stopped = self._steps(batches, bar, watchdog)
+            except HTFAError:
+                self.save(resumed(self.state))
+                raise
+            self.save(self.state)
+        return self.state, stopped
 
-    def _report(self, pending: tuple[int, Metrics, list[str]] | None, bar: Any) -> None:
-        if pending is None:
+    def _steps(self, batches: Iterator[Loaded], bar: Any, watchdog: Watchdog) -> bool:
+        stopped = False
+        for step in range(int(self.state["step"]) + 1, self.num_steps + 1):
+            loaded = self._next(batches, bar)
+            self.state, metrics = self.step_fn(self.state, self.put(loaded.batch))
+            # The step before is read while this one runs.
+            self._report(bar)
+            self._pending = Pending(step, metrics, loaded)
+            watchdog.beat()
+            if self.due(step):
+                self._report(bar)
+                before = time.perf_counter()
+                self.after_step(step, self.state)
+                self._window_start += time.perf_counter() - before  # the rate is of steps alone
+                watchdog.beat()
+            if stopped := self.stop.agreed(step):
+                break
+        self._report(bar)
+        return stopped
+
+    def _next(self, batches: Iterator[Loaded], bar: Any) -> Loaded:
+        try:
+            loaded = next(batches)
+            self._report_bad(loaded)
+        except DataError:
+            self._report(bar)  # the step before it was made all the same
+            raise
+        return loaded
+
+    def _report(self, bar: Any) -> None:
+        if self._pending is None:
             return
-        step, device_metrics, ids = pending
+        (step, device_metrics, loaded), self._pending = self._pending, None
         metrics = {name: float(value) for name, value in device_metrics.items()}
-        if not metrics.pop("finite") or not math.isfinite(metrics["loss"]):
-            raise TrainingError(
-                f"{self.name}: loss or gradient is not finite at step {step} "
-                f"(loss {metrics['loss']}); the step left the weights as they were. Records of "
-                f"its batch: {', '.join(ids)}. Try a lower learning rate, a longer warm-up, or "
-                "train.dtype=float32"
-            )
+        applied = self.guard.passes(self.name, step, metrics, loaded)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         bar.update(1)
-        self._window.append(metrics)
-        if step % self.log_every and step != self.num_steps:
-            return
+        self._timed += 1
+        if applied:
+            self.window.append({k: v for k, v in metrics.items() if k != "finite"})
+        if step % self.log_every == 0 or step == self.num_steps:
+            self._write_means(step)
+
+    def _write_means(self, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
-        rate = len(self._window) * self.samples_per_step / max(seconds, 1e-9)
+        rate = self._timed * self.samples_per_step / max(seconds, 1e-9)
         means = {
-            f"{self.name}/{name}": sum(m[name] for m in self._window) / len(self._window)
-            for name in metrics
+            name: sum(m[name] for m in self.window) / len(self.window)
+            for name in (self.window[0] if self.window else ())
         }
-        means[f"{self.name}/samples_per_second"] = rate
+        scalars = {f"{self.name}/{name}": value for name, value in means.items()}
+        scalars[f"{self.name}/samples_per_second"] = rate
         if self.flops_per_sample:
-            means[f"{self.name}/model_tflops_per_second"] = rate * self.flops_per_sample / 1e12
-        self.writer.write_scalars(step, means)
+            scalars[f"{self.name}/model_tflops_per_second"] = rate * self.flops_per_sample / 1e12
+        self.writer.write_scalars(step, scalars)
         shown = " ".join(
-            f"{name} {means[f'{self.name}/{name}']:.4g}"
-            for name in metrics
+            f"{name} {value:.4g}"
+            for name, value in means.items()
             if name.endswith(("loss", "accuracy", "norm", "used"))
         )
-        left = (self.num_steps - step) * seconds / len(self._window)
         log.info(
             "%s step %d/%d: %s, %.1f samples/s, %s left",
             self.name,
             step,
             self.num_steps,
-            shown,
+            shown or "all updates skipped",
             rate,
-            duration(left),
+            duration((self.num_steps - step) * seconds / max(self._timed, 1)),
         )
-        self._window, self._window_start = [], time.perf_counter()
+        self.window.clear()
+        self._timed, self._window_start = 0, time.perf_counter()
 
     def _report_bad(self, loaded: Loaded) -> None:
         for error in loaded.errors:
@@ -131,38 +171,6 @@ class Loop:
                 f"more than data.max_bad_records={self.max_bad_records} records were skipped; "
                 f"the last: {loaded.errors[-1]}"
             )
-
-
-class StopSignal:
-    """While active, the first SIGTERM or SIGINT asks the loop to stop; the second kills.
-
-    Several processes must stop after the same step: JAX, which takes their SIGTERM, chooses it.
-    """
-
-    def __enter__(self) -> StopSignal:
-        self.requested = False
-        self._before = {}
-        if jax.process_count() > 1:
-            return self
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self, step: int) -> bool:
-        """Whether all processes are to stop after this step."""
-        if jax.process_count() == 1:
-            return self.requested
-        return multihost_utils.reached_preemption_sync_point(step)
-
-    def _handle(self, number: int, frame: object) -> None:
-        self.requested = True
-        log.warning("%s: finishing this step and saving", signal.Signals(number).name)
-        signal.signal(number, self._before[number])
 
 
 def duration(seconds: float) -> str:

@@ -81,7 +81,7 @@ def load_run(
 
     from htfa_jax.checkpoint import load_frozen, open_checkpoints  # Orbax: exports need none
 
-    with open_checkpoints(folder, config) as checkpoints:
+    with open_checkpoints(folder, config, read_only=True) as checkpoints:
         step = checkpoints.best_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{folder / CHECKPOINTS} holds no complete checkpoint")

@@ -5,6 +5,7 @@ python -m htfa_jax.train --config configs/debug.py
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import sys
@@ -31,6 +32,7 @@ from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import (
     ConfigFlags,
+    fields_without_value,
     load_config,
     override,
     parse_args,
@@ -40,18 +42,22 @@ from htfa_jax.config_io import (
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
 from htfa_jax.data.splits import SPLITS, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import ConfigError, HTFAError
+from htfa_jax.errors import ConfigError
 from htfa_jax.evaluate import Evaluator
 from htfa_jax.flops import training_step
 from htfa_jax.infer import write_example
+from htfa_jax.lock import lock
 from htfa_jax.logs import MetricWriter, log_to_file, only_warnings_to_terminal
 from htfa_jax.loop import Loop, duration
+from htfa_jax.loss_guard import DUMPS, LossGuard
 from htfa_jax.optim import learning_rate, make_optimizer
+from htfa_jax.out_of_memory import out_of_memory_explained
 from htfa_jax.paths import Flat
 from htfa_jax.plan import describe, size_table
 from htfa_jax.pretrained import load_pretrained
 from htfa_jax.processes import Distributed, first_goes_ahead, is_first
 from htfa_jax.sharding import Layout
+from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.train_state import Model, State, build, new_params, new_state
 from htfa_jax.train_step import compile_train_step, compute_copy, put_update
 from htfa_jax.train_vq import cached_vq
@@ -76,10 +82,18 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
     """
     first = is_first()
     name = "train.log" if first else f"train_process_{jax.process_index()}.log"
-    with log_to_file(workdir / "logs" / name) as failed:
+    make_workdir(workdir)
+    with (
+        lock(workdir) if first else contextlib.nullcontext(),
+        log_to_file(workdir / "logs" / name) as failed,
+        StopSignal() as stop,
+    ):
         started = time.time()
         try:
-            scores = _train(config, workdir)
+            with out_of_memory_explained(config, workdir):
+                scores = _train(config, workdir, stop)
+        except Stopped:
+            scores = None
         except BaseException as error:
             # For the file alone: the command says the sentence too.
             text = f"failed after {duration(time.time() - started)}: {error}"
@@ -93,10 +107,11 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
         return scores
 
 
-def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
+def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | None:
     path, layout = workdir / "config.json", Layout(config)
     with first_goes_ahead("config"):
         before = load_config(path) if path.is_file() else None
+        new = fields_without_value(path) if path.is_file() else []
         if before is None and is_first():
             save_config(config, path)
     with first_goes_ahead("data"):
@@ -114,24 +129,26 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
         if latest is not None:
             _refuse_other_weights(before or config, config)
             meta = checkpoints.restore(latest)["meta"]
+        elif before is not None:
+            log.warning("%s holds no complete checkpoint yet: starting at step 0", workdir)
         samples = samples_per_step(config, layout.num_shards)
         first, seen = (latest, meta["samples"]) if meta else (0, 0)
         steps = num_steps(config, len(records), samples, first, seen)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
         if meta is None:
-            begun = _begin(config, workdir, model, optimizer, layout)
+            begun = _begin(config, workdir, model, optimizer, layout, stop)
             if begun is None:
                 return None
             state, frozen, names = begun
         else:
-            state, frozen = _resume(config, workdir, model, optimizer, layout, checkpoints, meta)
+            state, frozen = resume(config, workdir, model, optimizer, layout, checkpoints, meta)
             names = meta["frozen"]
         everything = {**state["params"], **frozen}
         if is_first():
             _write_overview(workdir, config, model, everything, layout)
             if before is not None:
-                _say_changes(before, config)
+                _say_changes(before, config, new)
                 save_config(config, path)
         kept = encoder_cache.open_or_make(config, model, everything, names, records, layout)
         step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
@@ -140,16 +157,23 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
 
         def save(state: State, metrics: dict[str, float] | None = None) -> None:
             so_far = seen + (int(state["step"]) - first) * samples
-            checkpoints.save(state, {"frozen": names, "samples": so_far}, metrics)
+            facts = {"frozen": names, "samples": so_far, "window": loop.window}
+            checkpoints.save(state, facts, metrics)
+
+        def evaluates(step: int) -> bool:
+            when = config.eval.during_training
+            at_end = step == steps and when != "no"
+            return at_end or due(when, config.eval.every, step, steps_per_epoch)
+
+        def saves(step: int) -> bool:
+            return due(config.train.save, config.train.save_every, step, steps_per_epoch)
 
         def after_step(step: int, state: State) -> None:
-            train, evaluation, metrics = config.train, config.eval, None
-            evaluates = due(evaluation.during_training, evaluation.every, step, steps_per_epoch)
-            if evaluates or (step == steps and evaluation.during_training != "no"):
+            metrics = None
+            if evaluates(step):
                 metrics = evaluations.during(step, {**copy(state["params"]), **frozen})
             # An evaluated step is kept too: it may be the best.
-            saves = due(train.save, train.save_every, step, steps_per_epoch)
-            if saves or (metrics and train.save != "no"):
+            if saves(step) or (metrics and config.train.save != "no"):
                 save(state, metrics)
 
         loop = Loop(
@@ -160,8 +184,14 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
             log_every=config.train.log_every,
             writer=writer,
             samples_per_step=samples,
+            due=lambda step: evaluates(step) or saves(step),
             after_step=after_step,
+            save=save,
             max_bad_records=config.data.max_bad_records,
+            guard=LossGuard(config.train, workdir / DUMPS, steps),
+            stop=stop,
+            watchdog_seconds=config.train.watchdog_seconds,
+            window=meta.get("window", []) if meta else [],
             flops_per_sample=sum(training_step(config, config.data.text_buckets[0]).values()),
         )
         log.info(
@@ -174,15 +204,8 @@ def _train(config: Config, workdir: Path) -> dict[str, Any] | None:
         batches = training_batches(
             config, records, tokenizer, seen, samples, layout.process_share, kept
         )
-        try:
+        with contextlib.closing(batches):
             state, stopped = loop.run(state, batches)
-        except HTFAError:
-            # What was learned so far is finite, whatever went wrong.
-            save(loop.state)
-            raise
-        finally:
-            batches.close()
-        save(state)
         if stopped:
             return None
         best = checkpoints.best_step()
@@ -203,6 +226,7 @@ def _begin(
     model: Model,
     optimizer: optax.GradientTransformation,
     layout: Layout,
+    stop: StopSignal,
 ) -> tuple[State, Flat, dict[str, str]] | None:
     """State and frozen weights of a new run, and where the frozen ones were stored.
 
@@ -211,7 +235,7 @@ def _begin(
     source, pretrained = config, config.pretrained
     needs_vq = config.level3.generation and not (pretrained.vq or pretrained.run)
     if needs_vq and pretrained.random_parts == "train":
-        folder = cached_vq(config, workdir / "vq")
+        folder = cached_vq(config, workdir / "vq", stop)
         if folder is None:
             return None
         source = override(config, {"pretrained.vq": str(folder)})
@@ -224,7 +248,7 @@ def _begin(
     )
 
 
-def _resume(
+def resume(
     config: Config,
     workdir: Path,
     model: Model,
@@ -347,10 +371,12 @@ def _refuse_other_weights(before: Config, config: Config) -> None:
         )
 
 
-def _say_changes(before: Config, config: Config) -> None:
+def _say_changes(before: Config, config: Config, new: Sequence[str]) -> None:
     old = dict(leaves(before))
     for name, value in leaves(config):
-        if old[name] != value:
+        if name in new:
+            log.warning("%s is new since this workdir was made; it is %s", name, value)
+        elif old[name] != value:
             log.warning("%s was %s in this workdir and is now %s", name, old[name], value)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from htfa_jax import loss_scale
+from htfa_jax import loss_guard, loss_scale
 from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
@@ -36,7 +36,8 @@ def make_train_step(
 
     The batch is the samples of one update, [micro-steps, samples, ...]. If the loss or the
     gradient is not finite, parameters and moments stay as they were, and `metrics["finite"]` is
-    false (in float16 only if a smaller loss scale cannot help).
+    false (in float16 only if a smaller loss scale cannot help); what `loss_guard.halt` then does
+    to the state makes the steps after it leave them too.
     """
 
     def train_step(state: State, frozen: Flat, batch: Batch):
@@ -59,6 +60,7 @@ def make_train_step(
         grads, metrics = sum_over(micro_step, batch, step_key, layout)
         norm = optax.tree.norm(unscaled(grads))
         usable = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        usable &= ~loss_guard.is_halted(state)
 
         def update(params: Flat, opt_state: Any) -> tuple[Flat, Any]:
             updates, opt_state = optimizer.update(unscaled(grads), opt_state, params)
@@ -74,7 +76,8 @@ def make_train_step(
             "finite": usable,
         }
         new = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        return loss_scale.after_step(state, new, metrics)
+        new, metrics = loss_scale.after_step(state, new, metrics)
+        return loss_guard.halt(state, new, metrics["finite"], config.train), metrics
 
     return layout.inside(train_step)
 

@@ -7,6 +7,7 @@ The main job runs it first when no pretrained VQ is given.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -23,7 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from htfa_jax import parts, paths
+from htfa_jax import loss_guard, parts, paths
 from htfa_jax.batch import Batch
 from htfa_jax.checkpoint import Checkpoints, make_workdir, new_workdir
 from htfa_jax.commands import command
@@ -33,8 +34,10 @@ from htfa_jax.data.pipeline import evaluation_batches, training_batches
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data, open_split
 from htfa_jax.errors import ConfigError
+from htfa_jax.lock import lock
 from htfa_jax.logs import MetricWriter, log_to_file
 from htfa_jax.loop import Loop, duration
+from htfa_jax.loss_guard import LossGuard
 from htfa_jax.metrics import psnr, squared_error, to_8bit
 from htfa_jax.models.alignment import box_mask
 from htfa_jax.models.level1_adaptive_fusion import blend
@@ -42,9 +45,11 @@ from htfa_jax.models.pictures import denormalize, normalize, resize
 from htfa_jax.models.registration import Pair, register
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
+from htfa_jax.out_of_memory import out_of_memory_explained
 from htfa_jax.paths import Flat
 from htfa_jax.processes import first_goes_ahead, is_first
 from htfa_jax.sharding import Layout, to_host
+from htfa_jax.signals import StopSignal
 from htfa_jax.train_state import Model, State
 
 log = logging.getLogger("htfa_jax.train_vq")  # by name: this module is run as __main__ too
@@ -228,7 +233,7 @@ def make_step(
         )
         new = ({**params, "codebook": codebook_CE}, {"tx": tx_state, "unused": unused_C})
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & ~loss_guard.is_halted(state)
         params, opt_state = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b), new, (state["params"], opt_state)
         )
@@ -242,7 +247,8 @@ def make_step(
             "codes_used": jnp.sum(unused_C < config.vq_train.revive_after // 2),
             "finite": finite,
         }
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        return loss_guard.halt(state, after, finite, config.train), metrics
 
     eye_params = jax.tree.map(
         lambda x: layout.put_parameter(x, x.dtype, everywhere), dict(eye_params)
@@ -280,8 +286,13 @@ def evaluate(
     return {"psnr": psnr(error / max(pixels, 1)), "codes_used": float((usage > 0).sum())}
 
 
-def train_vq(config: Config, workdir: Path) -> Path | None:
+def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> Path | None:
     """Trains a tokenizer, resuming what `workdir` holds.
+
+    Args:
+      config: of the run.
+      workdir: of this stage.
+      stop: asked for after every step; None never stops.
 
     Returns the weight folder, `workdir/weights`; None if a signal stopped the training. Raises
     ConfigError if the workdir holds a stage of other settings or data.
@@ -289,6 +300,7 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     if not config.vq.has_decoder:
         raise ConfigError("vq.has_decoder=False: a tokenizer cannot be trained without a decoder")
     started, layout = time.time(), Layout(config)
+    stop = stop or StopSignal()
     folder, settings, key = workdir / "weights", config.vq_train, cache_key(config)
     if settings.batch_size % layout.num_shards:
         raise ConfigError(
@@ -311,9 +323,11 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     }
     writer = MetricWriter(workdir / "logs", silent=not is_first())
     with Checkpoints(workdir, keep=1) as checkpoints:
-        latest = checkpoints.latest_step()
+        latest, window = checkpoints.latest_step(), []
         if latest is not None:
-            if checkpoints.restore(latest)["meta"].get("key") != key:
+            meta = checkpoints.restore(latest)["meta"]
+            window = meta.get("window", [])
+            if meta.get("key") != key:
                 raise ConfigError(
                     f"{workdir} holds a VQ stage of other settings or data: use another folder"
                 )
@@ -329,9 +343,8 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
         # Fresh and restored arrays alike, so that both run the same compiled step.
         state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 
-        def after_step(step: int, state: State) -> None:
-            if step % settings.save_every == 0:
-                checkpoints.save(state, {"key": key})
+        def save(state: State) -> None:
+            checkpoints.save(state, {"key": key, "window": loop.window})
 
         loop = Loop(
             name="vq",
@@ -341,16 +354,21 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
             log_every=config.train.log_every,
             writer=writer,
             samples_per_step=settings.batch_size,
-            after_step=after_step,
+            due=lambda step: step % settings.save_every == 0,
+            after_step=lambda step, state: save(state),
+            save=save,
             max_bad_records=config.data.max_bad_records,
+            guard=LossGuard(config.train),
+            stop=stop,
+            watchdog_seconds=config.train.watchdog_seconds,
+            window=window,
         )
         seen = int(state["step"]) * settings.batch_size
         batches = training_batches(
             config, records, None, seen, settings.batch_size, layout.process_share
         )
-        state, stopped = loop.run(state, batches)
-        batches.close()
-        checkpoints.save(state, {"key": key})
+        with contextlib.closing(batches):
+            state, stopped = loop.run(state, batches)
     if stopped:
         return None
     with first_goes_ahead("vq weights"):
@@ -375,19 +393,24 @@ def train_vq(config: Config, workdir: Path) -> Path | None:
     return folder
 
 
-def cached_vq(config: Config, workdir: Path) -> Path | None:
+def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> Path | None:
     """The tokenizer that this configuration and data lead to: trained now, or before.
+
+    Args:
+      config: of the run.
+      workdir: of the stage, if it has to be trained.
+      stop: as `train_vq` takes it.
 
     Returns its weight folder; None if a signal stopped the training.
     """
     key = cache_key(config)
     if jax.process_count() > 1:
         # Hosts may have caches of their own, of which some hold it; the workdir is shared.
-        return train_vq(config, workdir / key)
+        return train_vq(config, workdir / key, stop)
     folder = cache_folder(config) / "vq" / key
     if not (folder / parts.WEIGHTS).is_file():
         log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
-        trained = train_vq(config, workdir / key)
+        trained = train_vq(config, workdir / key, stop)
         if trained is None:
             return None
         parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))
@@ -423,9 +446,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_args(TrainVQArgs, argv)
     workdir = make_workdir(args.workdir or new_workdir("vq"))
-    save_config(args.config, workdir / "config.json")
-    with log_to_file(workdir / "logs" / "train.log"):
-        folder = train_vq(args.config, workdir)
+    with (
+        lock(workdir),
+        log_to_file(workdir / "logs" / "train.log"),
+        out_of_memory_explained(args.config, workdir),
+        StopSignal() as stop,
+    ):
+        save_config(args.config, workdir / "config.json")
+        folder = train_vq(args.config, workdir, stop)
     if folder is None:
         print(f"stopped; go on with --workdir {workdir}")
     else:

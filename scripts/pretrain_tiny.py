@@ -39,6 +39,7 @@ from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.paths import Flat
+from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.train_state import Model
 from htfa_jax.train_vq import train_vq
 from weights_convert import siglip, to_hf
@@ -185,7 +186,10 @@ def pretrain_vq(args: PretrainArgs, config: Config) -> None:
     config = override(
         config, {"pretrained.siglip": str(converted), "vq_train.perceptual_weight": 0.1}
     )
-    folder = train_vq(config, args.out / "training" / "vq")
+    with StopSignal() as stop:
+        folder = train_vq(config, args.out / "training" / "vq", stop)
+    if folder is None:
+        raise Stopped
     params = parts.read_weights(folder)
     write(args.out / "vq", to_hf.vq_tensors(params), to_hf.vq_config(config.vq, config.image_size))
 

@@ -12,12 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from htfa_jax import loss_guard
 from htfa_jax.checkpoint import Checkpoints
+from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter
 from htfa_jax.loop import Loop
+from htfa_jax.loss_guard import LossGuard
 from htfa_jax.paths import Flat
+from htfa_jax.signals import StopSignal
 
 Loss = Callable[[Flat, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 SAVE_EVERY, LOG_EVERY, WARMUP = 250, 25, 100
@@ -83,8 +87,13 @@ def train(
             "grad_norm": norm,
             "finite": jnp.isfinite(value) & jnp.isfinite(norm),
         }
-        params = optax.apply_updates(state["params"], updates)
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        new = optax.apply_updates(state["params"], updates), opt_state
+        applies = metrics["finite"] & ~loss_guard.is_halted(state)
+        params, opt_state = jax.tree.map(
+            lambda a, b: jnp.where(applies, a, b), new, (state["params"], state["opt_state"])
+        )
+        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        return loss_guard.halt(state, after, applies, TrainConfig()), metrics
 
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
     with Checkpoints(workdir, keep=1) as checkpoints:
@@ -102,11 +111,10 @@ def train(
             }
         state = jax.device_put(state, jax.local_devices()[0])
 
-        def after_step(step: int, state: dict[str, Any]) -> None:
-            if step % SAVE_EVERY == 0:
-                checkpoints.save(state, {"key": key})
+        def save(state: dict[str, Any]) -> None:
+            checkpoints.save(state, {"key": key})
 
-        writer = MetricWriter(workdir / "logs")
+        writer, stop = MetricWriter(workdir / "logs"), StopSignal()
         loop = Loop(
             name=name,
             step_fn=step,
@@ -115,10 +123,14 @@ def train(
             log_every=LOG_EVERY,
             writer=writer,
             samples_per_step=samples,
-            after_step=after_step,
+            due=lambda step: step % SAVE_EVERY == 0,
+            after_step=lambda step, state: save(state),
+            save=save,
             max_bad_records=0,
+            guard=LossGuard(TrainConfig()),
+            stop=stop,
         )
-        state, stopped = loop.run(state, batches(int(state["step"])))
-        checkpoints.save(state, {"key": key})
+        with stop:
+            state, stopped = loop.run(state, batches(int(state["step"])))
         writer.close()
     return None if stopped else {path: np.asarray(x) for path, x in state["params"].items()}

@@ -214,3 +214,24 @@ def write_run(folder: Path, dataset: Path, **changes) -> Path:
     with open_checkpoints(folder, config) as checkpoints:
         checkpoints.save(state, {"frozen": save_frozen(folder, config, frozen)})
     return folder
+
+
+def write_kill_config(path: Path, dataset: Path) -> Path:
+    """A run of words only that takes seconds, saves often and logs means across its saves."""
+    config = tiny(
+        data__train=str(dataset),
+        data__validation=None,
+        data__test=None,
+        data__cache_dir=str(path.parent / "cache"),
+        data__drop_recon=0.3,
+        decoder__dropout=0.1,
+        decoder__num_layers=1,
+        siglip__num_layers=1,
+        level3__generation=False,
+        loss__code_weight=0.0,
+        train__max_steps=24,
+        train__save_every=2,
+        train__log_every=3,
+    )
+    save_config(config, path)
+    return path

@@ -22,14 +22,16 @@ from htfa_jax.config_io import override
 from htfa_jax.data import held_objects
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.pipeline import (
+    Loaded,
     evaluation_batches,
     num_steps,
     samples_per_step,
     training_batches,
 )
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
-from htfa_jax.errors import CheckpointError, ConfigError, DataError
+from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.evaluate import Evaluator, Report
+from htfa_jax.loss_guard import LossGuard
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
@@ -228,13 +230,15 @@ def vq_settings(config):
 
     class Loop:
         def __init__(self, **settings):
-            seen.update({k: v for k, v in settings.items() if isinstance(v, int)})
-            self.after_step = settings["after_step"]
+            seen.update({k: v for k, v in settings.items() if isinstance(v, int | float)})
+            self.due, self.after_step = settings["due"], settings["after_step"]
+            self.window = []
 
         def run(self, state, batches):
             seen["saved"] = []
             for i in range(1, 7):
-                self.after_step(i, i)
+                if self.due(i):
+                    self.after_step(i, i)
             raise KeyboardInterrupt
 
     class Checkpoints:
@@ -271,6 +275,16 @@ def vq_settings(config):
         train_vq.Loop, train_vq.Checkpoints, train_vq.optax.cosine_decay_schedule = real
         train_vq.random_params = random_params
     return seen
+
+
+def skipped(config):
+    """How many updates in a row that are not finite a run survives."""
+    guard, loaded = LossGuard(config.train), Loaded(None, ["r0"], [])
+    for i in range(99):
+        try:
+            assert not guard.passes("train", i, {"loss": float("nan"), "finite": 0.0}, loaded)
+        except TrainingError:
+            return i
 
 
 def run(config):
@@ -484,6 +498,9 @@ CASES = {
     "train.frozen_dtype": ("bfloat16", initial),
     "train.remat": ("full", loss),
     "train.log_every": (2, run),
+    "train.on_nonfinite": ("skip", skipped),
+    "train.max_skipped": (2, skipped, {"train.on_nonfinite": "skip"}),
+    "train.watchdog_seconds": (60.0, vq_settings),
     "train.save": ("no", run),
     "train.save_every": (2, run, {"eval.during_training": "no"}),
     "train.keep_checkpoints": (1, run),

@@ -2,7 +2,11 @@
 
 import json
 import logging
+import re
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +14,17 @@ import pytest
 from flax import nnx
 from support import tiny
 
-from htfa_jax import paths, report
+from htfa_jax import errors, paths, report
 from htfa_jax.batch import Batch
 from htfa_jax.commands import command
+from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
-from htfa_jax.errors import ConfigError, DataError, TrainingError
+from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.logs import MetricWriter, log_to_file, log_to_terminal
-from htfa_jax.loop import Loop, StopSignal, duration
+from htfa_jax.loop import Loop, duration
+from htfa_jax.loss_guard import LossGuard
 from htfa_jax.metrics import Answer
+from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.visualize import PanelRow, panel_png, read_png
 
 
@@ -69,18 +76,59 @@ def test_metrics_are_lines_of_json_and_tensorboard_events(tmp_path):
     assert b"loss" in events.read_bytes() and b"panel" in events.read_bytes()
 
 
+def test_a_line_that_a_killed_process_left_half_written_is_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for content, kept in ((b'{"step": 1}\n{"ste', b'{"step": 1}\n'), (b'{"st', b""), (b"", b"")):
+        path.write_bytes(content)
+        writer = MetricWriter(tmp_path)
+        writer.write_scalars(2, {"loss": 1.0})
+        writer.close()
+        lines = path.read_bytes()
+        assert lines.startswith(kept) and json.loads(lines[len(kept) :])["step"] == 2
+
+
 @pytest.mark.parametrize(
-    "error,code", [(ConfigError("a"), 2), (DataError("b"), 2), (TrainingError("c"), 1)]
+    "error,code",
+    [
+        (ConfigError("a"), 2),
+        (DataError("b"), 2),
+        (CheckpointError("d"), 2),
+        (TrainingError("c"), 1),
+        (OSError(28, "No space left on device"), 1),
+    ],
 )
-def test_commands_print_errors_as_sentences(error, code, capsys):
+@pytest.mark.parametrize("debug", [False, True])
+def test_commands_print_errors_as_sentences(error, code, debug, capsys):
     @command
     def main(argv=None):
+        assert argv == ["x"]
         raise error
 
     with pytest.raises(SystemExit) as ended:
-        main([])
+        main(["--debug", "x"] if debug else ["x"])
     assert ended.value.code == code
-    assert capsys.readouterr().err == f"error: {error}\n"
+    said = capsys.readouterr().err
+    assert said.endswith(f"error: {error}\n")
+    assert ("Traceback (most recent call last)" in said) == debug
+    assert debug or said == f"error: {error}\n"
+
+
+def test_every_error_of_the_package_is_of_one_family():
+    family = {e for e in vars(errors).values() if isinstance(e, type)}
+    assert all(issubclass(e, errors.HTFAError) for e in family) and len(family) == 5
+    another = re.compile(r"^class \w+\((\w*Error|Exception)\)", re.M)
+    for path in Path(errors.__file__).parent.rglob("*.py"):
+        assert path.name == "errors.py" or not another.search(path.read_text()), path
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(capsys):
+    @command
+    def main(argv=None):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 130 and capsys.readouterr().err == "stopped\n"
 
 
 def test_programming_errors_keep_their_traceback():
@@ -97,7 +145,9 @@ def loop(tmp_path, step_fn, **settings):
         "name": "train", "step_fn": step_fn, "put": lambda batch: batch, "num_steps": 4,
         "log_every": 2,
         "writer": MetricWriter(tmp_path), "samples_per_step": 2,
-        "after_step": lambda step, state: None, "max_bad_records": 1,
+        "due": lambda step: True, "after_step": lambda step, state: None,
+        "save": lambda state: None, "max_bad_records": 1, "guard": LossGuard(TrainConfig()),
+        "stop": StopSignal(),
     }  # fmt: skip
     return Loop(**(defaults | settings))
 
@@ -124,6 +174,26 @@ def test_the_loop_reports_means_and_stops_at_the_last_step(tmp_path):
     assert [(x["step"], x["train/loss"]) for x in lines] == [(2, 2.0), (4, 3.5)]
 
 
+def test_a_resumed_loop_writes_the_means_that_it_would_have_written(tmp_path):
+    """Although the checkpoint came in the middle of the steps of a mean."""
+    loop(tmp_path / "a", count_up, log_every=3).run({"step": 0}, batches())
+    saved, stop = [], StopSignal()
+    stop.requested = True
+    halved = loop(
+        tmp_path / "b", count_up, log_every=3, stop=stop,
+        save=lambda state: saved.append(list(halved.window)),
+    )  # fmt: skip
+    halved.run({"step": 0}, batches())
+    assert [m["loss"] for m in saved[0]] == [1.0]
+    loop(tmp_path / "b", count_up, log_every=3, window=saved[0]).run({"step": 1}, batches())
+
+    def rows(run):
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [(row["step"], row["train/loss"]) for row in map(json.loads, lines)]
+
+    assert rows("a") == rows("b") == [(3, 2.0), (4, 4.0)]
+
+
 def test_the_loop_ends_at_too_many_bad_records(tmp_path, caplog):
     with caplog.at_level("WARNING"), pytest.raises(DataError, match="max_bad_records=1.*third"):
         loop(tmp_path, count_up).run({"step": 0}, batches([(0, "the first"), (2, "the third")]))
@@ -135,19 +205,36 @@ def test_the_loop_finishes_its_step_when_asked_to_stop(tmp_path):
         if step == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    state, stopped = loop(tmp_path, count_up, after_step=ask).run({"step": 0}, batches())
-    assert state == {"step": 2} and stopped
+    saved = []
+    with StopSignal() as stop:
+        state, stopped = loop(tmp_path, count_up, after_step=ask, stop=stop, save=saved.append).run(
+            {"step": 0}, batches()
+        )
+    assert state == {"step": 2} and stopped and saved == [state]
 
 
-def test_the_second_signal_kills(request):
-    # What is started in the background of a shell ignores SIGINT.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.mark.parametrize("first,second", [("SIGINT", "SIGTERM"), ("SIGTERM", "SIGINT")])
+def test_the_second_signal_kills_whichever_it_is(first, second):
+    code = (
+        "import signal\n"
+        "from htfa_jax.signals import StopSignal\n"
+        "with StopSignal() as stop, stop.patiently():\n"
+        f"    signal.raise_signal(signal.{first})\n"
+        "    assert stop.requested\n"
+        "    try:\n"
+        f"        signal.raise_signal(signal.{second})\n"
+        "    finally:\n"
+        "        print('went on')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == -signal.Signals[second] and ended.stdout == "", ended.stderr
+
+
+def test_a_signal_with_nothing_to_finish_stops_there_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped, match="SIGTERM"), StopSignal():
+        signal.raise_signal(signal.SIGTERM)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 def test_the_panel_shows_every_scene_and_every_picture(tmp_path):

@@ -190,8 +190,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     with pytest.raises(TrainingError, match=r"not finite at step 3 .*batch: r\d, r\d"):
         train(config, tmp_path / "a")
     _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
-    # The step after it was under way already; the poisoned one changed nothing.
-    assert step == 4 and all(np.all(np.isfinite(v)) for v in params.values())
+    assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
 
 
 def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path):
@@ -238,6 +237,32 @@ def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
         in (tmp_path / "a/logs/train.log").read_text()
     )
     assert load_config(tmp_path / "a").train.max_steps == 2
+
+
+def test_a_workdir_of_another_version_is_resumed_or_refused_with_the_field(config, tmp_path):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    train(config, tmp_path / "a")
+    path = tmp_path / "a/config.json"
+    older = json.loads(path.read_text())
+    del older["train"]["watchdog_seconds"]
+    path.write_text(json.dumps(older))
+    train(config, tmp_path / "a")
+    log = (tmp_path / "a/logs/train.log").read_text()
+    assert "train.watchdog_seconds is new since this workdir was made; it is 1800.0" in log
+    path.write_text(json.dumps(older | {"train": older["train"] | {"fp16": True}}))
+    with pytest.raises(
+        ConfigError, match=r"(?s)config.json: unknown .* train.fp16.*another version"
+    ):
+        train(config, tmp_path / "a")
+
+
+def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(config, tmp_path):
+    config = override(config, TEXT_ONLY | {"train.max_steps": 1, "train.save": "no"})
+    train(config, tmp_path / "a")
+    (tmp_path / "a/checkpoints/1").rename(tmp_path / "gone")
+    train(config, tmp_path / "a")
+    log = (tmp_path / "a/logs/train.log").read_text()
+    assert "holds no complete checkpoint yet: starting at step 0" in log
 
 
 def test_random_parts_are_announced(config, tmp_path):

@@ -167,7 +167,7 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
     config = tiny(data__train=str(dataset), data__validation=None, data__cache_dir=str(tmp_path))
     made = []
 
-    def train(config, workdir):
+    def train(config, workdir, stop):
         made.append(workdir)
         parts.save_part(workdir / "weights", "vq", config.vq, {"x": np.zeros(2)})
         return workdir / "weights"

@@ -148,18 +148,16 @@ def layout(source: Source, num_layers: int | None = None) -> Layout:
 
 def _sizes(source: Source, naming: str, prefix: str, embedding: str) -> tuple[DecoderConfig, bool]:
     """Sizes, and whether the text head is the embedding."""
-    config = source.config
-    for inner in ("llm_config", "text_config", "language_config"):
-        config = config.get(inner, config)
+    config = source.section("llm_config", "text_config", "language_config")
     layer = prefix + "model.layers.0."
-    vocab_size, width = source.shape(embedding)
+    vocab_size, width = source.shape(embedding, 2)
     if naming == "InternLM2":
-        rows = source.shape(layer + "attention.wqkv.weight")[0]
-        mlp_dim = source.shape(layer + "feed_forward.w1.weight")[0]
+        rows = source.shape(layer + "attention.wqkv.weight", 2)[0]
+        mlp_dim = source.shape(layer + "feed_forward.w1.weight", 2)[0]
         head = prefix + "output.weight"
     else:
-        rows = width + 2 * source.shape(layer + "self_attn.k_proj.weight")[0]
-        mlp_dim = source.shape(layer + "mlp.gate_proj.weight")[0]
+        rows = width + 2 * source.shape(layer + "self_attn.k_proj.weight", 2)[0]
+        mlp_dim = source.shape(layer + "mlp.gate_proj.weight", 2)[0]
         head = prefix + "lm_head.weight"
     num_heads = config.get("num_attention_heads") or width // HEAD_DIM
     head_dim = width // num_heads

@@ -183,10 +183,10 @@ def layout(source: Source, image_size: int = 448) -> Layout:
 
 
 def _transformers(source: Source, prefix: str):
-    config = source.config.get("vision_config", source.config)
-    width, _, patch, _ = source.shape(prefix + "embeddings.patch_embedding.weight")
+    config = source.section("vision_config")
+    width, _, patch, _ = source.shape(prefix + "embeddings.patch_embedding.weight", 4)
     layers = count_layers(source, re.escape(prefix) + r"encoder\.layers\.(\d+)\..*")
-    mlp = source.shape(prefix + "encoder.layers.0.mlp.fc1.weight")[0]
+    mlp = source.shape(prefix + "encoder.layers.0.mlp.fc1.weight", 2)[0]
     if config.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
         raise CheckpointError(f"{source.name}: SigLIP with hidden_act {config['hidden_act']}")
     sizes = SigLIPConfig(
@@ -208,13 +208,13 @@ def _transformers(source: Source, prefix: str):
 
 
 def _timm(source: Source, prefix: str):
-    width, _, patch, _ = source.shape(prefix + "patch_embed.proj.weight")
+    width, _, patch, _ = source.shape(prefix + "patch_embed.proj.weight", 4)
     sizes = SigLIPConfig(
         patch_size=patch,
         embed_dim=width,
         num_layers=count_layers(source, re.escape(prefix) + r"blocks\.(\d+)\..*"),
         num_heads=heads(width),
-        mlp_dim=source.shape(prefix + "blocks.0.mlp.fc1.weight")[0],
+        mlp_dim=source.shape(prefix + "blocks.0.mlp.fc1.weight", 2)[0],
     )
     inside = re.escape(prefix)
     ignored = {

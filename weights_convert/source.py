@@ -117,9 +117,12 @@ class Source:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.files.get(name)
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} does not hold an object")
+        return content
 
     def _index(self, weights: list[str] | None) -> dict[str, str]:
         """{key: file that holds it}."""
@@ -149,8 +152,9 @@ class Source:
 
     def _checked(self, index: str, content: dict[str, Any]) -> dict[str, str]:
         where = content.get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise CheckpointError(f"{self.name}/{index} has no weight_map")
+        named = isinstance(where, dict) and all(isinstance(v, str) for v in where.values())
+        if not named or not where:
+            raise CheckpointError(f"{self.name}/{index} has no weight_map of tensors to files")
         missing = sorted(set(where.values()) - set(self.files.names))
         if missing:
             raise CheckpointError(
@@ -170,6 +174,8 @@ class Source:
 
     def handle(self, key: str) -> Handle:
         """A tensor that is not read yet: shape, dtype_name, read()."""
+        if key not in self._where:
+            raise CheckpointError(f"{self.name} has no tensor {key}, which tells the sizes")
         file = self._where[key]
         try:
             return self._open(file)[key]
@@ -187,9 +193,22 @@ class Source:
     def __contains__(self, key: str) -> bool:
         return key in self._where
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        return tuple(self.handle(key).shape)
+    def shape(self, key: str, rank: int | None = None) -> tuple[int, ...]:
+        """Shape of a tensor. Raises CheckpointError if it has not `rank` axes."""
+        found = tuple(self.handle(key).shape)
+        if rank not in (None, len(found)):
+            raise CheckpointError(f"{self.name}: {key} is of shape {found}; expected {rank} axes")
+        return found
+
+    def section(self, *names: str) -> dict[str, Any]:
+        """The innermost of nested sections of the configuration, as far as they are there."""
+        section = self.config
+        for name in names:
+            inner = section.get(name, section)
+            if not isinstance(inner, dict):
+                raise CheckpointError(f"{self.name}: {name} of its config.json is no object")
+            section = inner
+        return section
 
     def dtype(self, key: str) -> np.dtype:
         """Type of a tensor; raises CheckpointError unless it is a floating-point one."""

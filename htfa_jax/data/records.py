@@ -27,7 +27,7 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
 IMAGE_MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>")
 # No answer is a book: so much text is damage, or another file's content.
 MAX_CHARACTERS = 100_000
-# No picture has so many pixels.
+# No picture has so many pixels. Compared with, because NumPy cannot say of an integer of many digits whether it is finite.
 LARGEST = 1e9
 
 
@@ -188,7 +188,7 @@ def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
         if not isinstance(turn, Mapping):
             raise fail(f"conversations[{i}] must be an object with from and value")
         role, text, kind = turn.get("from"), turn.get("value"), turn.get("kind")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise fail(f"conversations[{i}].from={role!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(text, str):
             raise fail(f"conversations[{i}].value must be text, it is {text!r}")

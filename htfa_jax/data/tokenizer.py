@@ -73,16 +73,26 @@ class ChatTokenizer:
                     "folder (AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) "
                     "writes one)"
                 )
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            settings = json.loads(settings_path.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises no class of its own
+            raise DataError(f"the tokenizer in {self.folder} cannot be read: {error}") from error
+        if not isinstance(settings, dict):
+            raise DataError(f"{settings_path} does not hold an object")
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        settings = json.loads(settings_path.read_text(encoding="utf-8"))
         self._special = {
-            name: value["content"] if isinstance(value, dict) else value
+            name: text
             for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, dict | str)
+            if name.endswith("_token")
+            and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
         }
-        self._template = _compile(self._template_text(settings))
+        template = self._template_text(settings)
+        try:
+            self._template = _compile(template)
+        except Exception as error:  # Jinja computes constants while it compiles
+            raise DataError(f"the chat template of {self.folder} is wrong: {error}") from error
         self.pad_id = self._id_of("pad_token", self._id_of("eos_token", 0))
         self.stop_ids = self._stop_ids()
 
@@ -99,7 +109,7 @@ class ChatTokenizer:
             return self._template.render(
                 messages=messages, add_generation_prompt=prompt, **self._special
             )
-        except TemplateError as error:
+        except Exception as error:  # whatever the template's expressions come to
             raise DataError(f"the chat template of {self.folder} fails: {error}") from error
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
@@ -117,7 +127,7 @@ class ChatTokenizer:
                     "behind its generation prompt, so that its tokens cannot be told apart"
                 )
             spans.append((start, end))
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         offsets = np.array(encoding.offsets).reshape(-1, 2)
         learned, ends = np.zeros(len(offsets), bool), []
         for start, end in spans:
@@ -128,8 +138,13 @@ class ChatTokenizer:
 
     def encode_prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """Tokens of some turns and of the opening of the assistant's answer, int32 [length]."""
-        ids = self._tokenizer.encode(self.render(turns, prompt=True), add_special_tokens=False)
-        return np.array(ids.ids, np.int32)
+        return np.array(self._encoding(self.render(turns, prompt=True)).ids, np.int32)
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise DataError(f"a conversation holds halves of characters: {text[:80]!r}") from error
 
     def decode(self, tokens: Iterable[int], strip: bool = True) -> str:
         """Text of an answer, up to its first stop token, special tokens left out.
@@ -159,7 +174,8 @@ class ChatTokenizer:
             return beside.read_text(encoding="utf-8")
         template = settings.get("chat_template")
         if isinstance(template, list):
-            template = {t["name"]: t["template"] for t in template}.get("default")
+            named = {str(t.get("name")): t for t in template if isinstance(t, dict)}
+            template = named.get("default", {}).get("template")
         if not isinstance(template, str):
             raise DataError(
                 f"{self.folder} has no chat template: put one into tokenizer_config.json "
