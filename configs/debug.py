@@ -1,5 +1,9 @@
 """Everything small, on the embedded dataset, on a CPU.
 
+It starts as a real run does, from pretrained parts in PyTorch's form, only small ones that this
+package brings along (`scripts/pretrain_tiny.py` made them): converted, frozen where `standard`
+freezes, levels and decoder trained.
+
 python -m htfa_jax.train --config configs/debug.py
 """
 
@@ -14,16 +18,17 @@ def get_config() -> Config:
         {
             "image_size": 112,
             "siglip.patch_size": 16,
-            "siglip.embed_dim": 96,
-            "siglip.num_layers": 3,
-            "siglip.num_heads": 4,
-            "siglip.mlp_dim": 384,
-            "vq.stem": 8,
-            "vq.base_channels": 64,
-            "vq.channel_multipliers": (1, 2),
+            "siglip.embed_dim": 160,
+            "siglip.num_layers": 5,
+            "siglip.num_heads": 5,
+            "siglip.mlp_dim": 640,
+            "vq.stem": 4,
+            "vq.base_channels": 32,
+            "vq.channel_multipliers": (1, 2, 4),
             "vq.num_res_blocks": 1,
+            "vq.attention": "lowest",
             "vq.z_channels": 64,
-            "vq.codebook_size": 256,
+            "vq.codebook_size": 512,
             "vq.codebook_dim": 8,
             "vq.normalize_codes": True,
             "decoder.vocab_size": 512,
@@ -33,12 +38,19 @@ def get_config() -> Config:
             "decoder.num_kv_heads": 2,
             "decoder.mlp_dim": 384,
             "decoder.rope_theta": 10000.0,
+            "decoder.max_positions": 32768,
             "level1.alpha": "predicted",
             "level2.alignment": "pixels",
             "level2.num_heads": 4,
             "level2.dropout": 0.0,
             "level3.adapter_mlp_dim": 256,
             "level3.adapter_dropout": 0.0,
+            "loss.text_weight": 0.4,
+            "loss.code_weight": 0.6,
+            "loss.hidden_cell_weight": 5.0,
+            "pretrained.siglip": "tiny",
+            "pretrained.vq": "tiny",
+            "pretrained.decoder": "tiny",
             "data.validation": "held_objects",
             "data.test": "held_objects",
             "data.max_text_length": 96,

@@ -117,11 +117,15 @@ class FreezeConfig:
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """Weight folders (config.json and weights.safetensors); None starts the part at random."""
+    """Where weights come from; None starts a part at random.
 
-    siglip: str | None = None  # SigLIP folder
-    vq: str | None = None  # VQ folder
-    decoder: str | None = None  # InternLM2 folder
+    A part is a weight folder (config.json and weights.safetensors), or a PyTorch checkpoint, a hub
+    id, or "tiny" for the small one of this package: converted once, into `data.cache_dir`.
+    """
+
+    siglip: str | None = None  # SigLIP
+    vq: str | None = None  # VQ tokenizer
+    decoder: str | None = None  # InternLM2, with its tokenizer
     htfa: str | None = None  # levels, adapters and generation head of the PyTorch original
     run: str | None = None  # a run: all weights of its best or latest checkpoint
     random_parts: Literal["train", "as_configured"] = "train"  # parts without pretrained weights

@@ -3,6 +3,7 @@
 python -m htfa_jax.infer --checkpoint runs/x --image_orig a.jpg --image_recon b.png \\
     --query "What's the object in the hand?" --output_dir out
 python -m htfa_jax.infer --checkpoint runs/x --input pairs.jsonl --output_dir out
+python -m htfa_jax.infer --demo
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from htfa_jax.sampling import Decoding
 log = logging.getLogger("htfa_jax.infer")  # by name: this module is run as __main__ too
 
 SCRIPT, EXAMPLE = "infer.sh", "example"
+# A finished small model, and scenes that it has not seen.
+DEMO, EXAMPLES = Path(__file__).parent / "tiny" / "demo", "examples/pairs.jsonl"
 Box = tuple[float, float, float, float]
 
 
@@ -47,8 +50,9 @@ Box = tuple[float, float, float, float]
 class InferArgs:
     """Answers questions about picture pairs with a trained run, and completes the pictures."""
 
-    checkpoint: Path  # a run, RUN/checkpoints/STEP, an exported run or its hub id
-    output_dir: Path  # predictions.jsonl and pictures go here
+    checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
+    output_dir: Path | None = None  # predictions.jsonl and pictures go here
+    demo: bool = False  # this package's small model, on its example scenes if no pair is given
     image_orig: Path | None = None  # the original, where something hides the object
     image_recon: Path | None = None  # the reconstruction; without it the model paints one first
     object_mask: Path | None = None  # white where the object is, its hidden part included
@@ -88,6 +92,11 @@ class Job:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = tyro.cli(InferArgs, args=argv, use_underscores=True)
+    if args.demo:
+        args = of_the_demo(args)
+    for name in ("checkpoint", "output_dir"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--{name} is missing (--help shows all options; --demo needs none)")
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
     workdir, step = find_run(args.checkpoint, args.revision)
@@ -110,6 +119,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"written to {args.output_dir}")
     if todo and failed == len(todo):
         sys.exit(2)
+
+
+def of_the_demo(args: InferArgs) -> InferArgs:
+    """The options with the demo model, its scenes and a folder where the user gave none."""
+    if args.checkpoint is not None:
+        raise ConfigError("--demo brings its own model: leave --checkpoint out")
+    pairs = DEMO / EXAMPLES if (args.input or args.image_orig) is None else args.input
+    folder = args.output_dir or Path("demo")
+    return dataclasses.replace(args, checkpoint=DEMO, input=pairs, output_dir=folder)
 
 
 def one_pair(args: InferArgs) -> Job:
@@ -212,7 +230,9 @@ def run(engine: HTFAInference, jobs: list[Job], path: Path, args: InferArgs, fre
             failed += "error" in entry
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
-            if fresh:
+            if args.demo:
+                print(f"\n{job.id}")
+            if fresh or args.demo:
                 _show(entry)
     return failed
 

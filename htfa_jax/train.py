@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from clu import parameter_overview
 
-from htfa_jax import encoder_cache, parts, report
+from htfa_jax import encoder_cache, report
 from htfa_jax.checkpoint import (
     Checkpoints,
     load_frozen,
@@ -52,6 +52,7 @@ from htfa_jax.loop import Loop, duration
 from htfa_jax.loss_guard import DUMPS, LossGuard
 from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.out_of_memory import out_of_memory_explained
+from htfa_jax.parts import FAMILIES
 from htfa_jax.paths import Flat
 from htfa_jax.plan import describe, size_table
 from htfa_jax.pretrained import load_pretrained
@@ -62,6 +63,7 @@ from htfa_jax.train_state import Model, State, build, new_params, new_state
 from htfa_jax.train_step import compile_train_step, compute_copy, put_update
 from htfa_jax.train_vq import cached_vq
 from htfa_jax.visualize import panel_png, read_png
+from weights_convert.ready import with_weights
 
 # Steps between checkpoints or evaluations where the configuration does not say.
 DEFAULT_STEPS = 250
@@ -395,13 +397,15 @@ class TrainArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse_args(TrainArgs, argv, resolve=parts.with_sizes)
+    args = parse_args(TrainArgs, argv, resolve=with_weights)
     config = args.config
     args.distributed.connect()
     if not is_first():
         only_warnings_to_terminal()
     if args.init_from is not None:
-        config = override(config, {"pretrained.run": args.init_from})
+        # All weights come from there, whatever parts the preset names.
+        nothing = dict.fromkeys(f"pretrained.{part}" for part in FAMILIES)
+        config = override(config, nothing | {"pretrained.run": args.init_from})
     if args.dry_run:
         print(describe(config))
         return

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from htfa_jax import checkpoint_files
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import load_config, override, to_dict
+from htfa_jax.data.places import ImageRoot
 from htfa_jax.data.records import Turn, parse_record
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.errors import HTFAError
@@ -187,7 +188,7 @@ class Targets:
 
     def read_record(self, raw: Any) -> None:
         """The record reader."""
-        parse_record(raw, "here", Path("root"))
+        parse_record(raw, "here", ImageRoot("root"))
 
     def read_config(self, content: Any) -> None:
         """A run's config.json."""

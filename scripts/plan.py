@@ -14,11 +14,11 @@ import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from htfa_jax import parts
 from htfa_jax.commands import command
 from htfa_jax.config_io import ConfigFlags, override, parse_args
 from htfa_jax.plan import describe
 from htfa_jax.topologies import find
+from weights_convert.ready import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PlanArgs:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(PlanArgs, sys.argv[1:] if argv is None else argv, resolve=parts.with_sizes)
+    args = parse_args(PlanArgs, sys.argv[1:] if argv is None else argv, resolve=with_weights)
     # Weights are not looked at: what would be pretrained is frozen as it would be with them.
     config = override(args.config, {"pretrained.random_parts": "as_configured"})
     print(describe(config, args.topology and find(args.topology)))

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class PretrainArgs:
 
 
 def tiny_config(args: PretrainArgs) -> Config:
-    """`debug` on scenes of its own."""
+    """Sizes of `debug`, on scenes of its own."""
     return override(
         load_config("debug"),
         {
@@ -75,16 +76,7 @@ def tiny_config(args: PretrainArgs) -> Config:
             "held_objects.num_validation": 1000,
             "data.validation": "held_objects",
             "data.num_workers": args.num_workers,
-            "siglip.embed_dim": 160,
-            "siglip.num_layers": 5,
-            "siglip.num_heads": 5,
-            "siglip.mlp_dim": 640,
-            "vq.stem": 4,
-            "vq.base_channels": 32,
-            "vq.channel_multipliers": (1, 2, 4),
-            "vq.attention": "lowest",
-            "vq.codebook_size": 512,
-            "level2.num_heads": 5,
+            **{f"pretrained.{part}": None for part in ("siglip", "vq", "decoder")},
             "vq_train.num_steps": args.vq_steps,
             "vq_train.batch_size": 32,
             "pretrained.random_parts": "as_configured",
@@ -125,8 +117,8 @@ def tokenizer_of(args: PretrainArgs, config: Config) -> ChatTokenizer:
     return ChatTokenizer(folder)
 
 
-def pretrain_decoder(args: PretrainArgs, config: Config) -> None:
-    """The language model, with its tokenizer beside it."""
+def pretrain_decoder(args: PretrainArgs, config: Config) -> bool:
+    """The language model, with its tokenizer beside it. False if a signal stopped it."""
     tokenizer, rows = tokenizer_of(args, config), 32
     model, params = structure(
         lambda rngs: InternLM2(config.decoder, dtype=jnp.dtype("float32"), rngs=rngs)
@@ -143,13 +135,16 @@ def pretrain_decoder(args: PretrainArgs, config: Config) -> None:
         samples=rows,
         key=key_of(dataclasses.asdict(config.decoder), args.decoder_steps),
     )
+    if params is None:
+        return False
     folder = args.out / "internlm2"
     write(folder, to_hf.internlm2_tensors(params, config.decoder), to_hf.internlm2_config(config))
     tokenizer.save(folder)
+    return True
 
 
-def pretrain_siglip(args: PretrainArgs, config: Config) -> None:
-    """Both towers of SigLIP."""
+def pretrain_siglip(args: PretrainArgs, config: Config) -> bool:
+    """Both towers of SigLIP, with the tokenizer of their captions. False if a signal stopped it."""
     tokenizer = Tokenizer.from_file(str(tokenizer_of(args, config).folder / "tokenizer.json"))
     records, samples = open_split(config, "train"), 32
     model, params = structure(lambda rngs: tiny_siglip.TwoTowers(config, rngs=rngs))
@@ -165,6 +160,8 @@ def pretrain_siglip(args: PretrainArgs, config: Config) -> None:
         samples=samples * len(tiny_text.KINDS),
         key=key_of(dataclasses.asdict(config.siglip), args.num_scenes, args.siglip_steps),
     )
+    if params is None:
+        return False
     validation = open_split(config, "validation")
     scores = tiny_siglip.zero_shot(
         config,
@@ -176,10 +173,12 @@ def pretrain_siglip(args: PretrainArgs, config: Config) -> None:
     log.info("siglip: zero-shot %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     tensors = tiny_siglip.tensors(params, config.siglip)
     write(args.out / "siglip", tensors, tiny_siglip.description(config))
+    shutil.copy(args.out / "tokenizer" / "tokenizer.json", args.out / "siglip")
+    return True
 
 
-def pretrain_vq(args: PretrainArgs, config: Config) -> None:
-    """The VQ tokenizer, after the SigLIP that judges its pictures."""
+def pretrain_vq(args: PretrainArgs, config: Config) -> bool:
+    """The VQ tokenizer, by the SigLIP that judges its pictures. False if a signal stopped it."""
     converted = args.out / "training" / "siglip_weights"
     source = Source(str(args.out / "siglip"))
     write_folder(source, siglip.layout(source, config.image_size), converted)
@@ -190,8 +189,11 @@ def pretrain_vq(args: PretrainArgs, config: Config) -> None:
         folder = train_vq(config, args.out / "training" / "vq", stop)
     if folder is None:
         raise Stopped
+    if folder is None:
+        return False
     params = parts.read_weights(folder)
     write(args.out / "vq", to_hf.vq_tensors(params), to_hf.vq_config(config.vq, config.image_size))
+    return True
 
 
 STAGES = {"internlm2": pretrain_decoder, "siglip": pretrain_siglip, "vq": pretrain_vq}
@@ -204,8 +206,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tiny_config(args)
     use_compilation_cache(config)
     for name, stage in STAGES.items():
-        if name in args.part and not (args.out / name / "model.safetensors").is_file():
-            stage(args, config)
+        there = (args.out / name / "model.safetensors").is_file()
+        if name in args.part and not there and not stage(args, config):
+            print("stopped; the same command goes on")
+            return
     print(f"written to {args.out}")
 
 

@@ -12,7 +12,7 @@ from weights_convert import htfa, internlm2, siglip, vq
 from weights_convert.folder import write_folder
 from weights_convert.info import describe_source
 from weights_convert.source import Source
-from weights_convert.tokenizer import convert_tokenizer
+from weights_convert.tokenizer import tokenizer_of
 
 SOURCE = "folder, .safetensors, .bin, .pt, .pth or .ckpt file, or hub id such as google/siglip-..."
 
@@ -84,22 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{layout.variant}\n{sizes}\nwritten to {args.out}")
     field = {"internlm2": "decoder"}.get(args.command, args.command)
     print(f"train with it: --config.pretrained.{field}={args.out}")
-
-
-def tokenizer_of(source: Source, family: str):
-    """What writes the tokenizer of a language model into its weight folder; None without one."""
-    wanted = {
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    }
-    files = sorted(wanted & set(source.files.names))
-    if family != "internlm2" or not {"tokenizer.json", "tokenizer.model"} & set(files):
-        return None
-    return lambda folder: convert_tokenizer({n: source.files.get(n) for n in files}, folder)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from tokenizers.models import BPE, Unigram
 
 from htfa_jax.data.tokenizer import CHAT_TEMPLATE, ChatTokenizer
 from htfa_jax.errors import CheckpointError, DataError
+from weights_convert.source import Source
 
 log = logging.getLogger(__name__)
 
@@ -359,3 +360,19 @@ def _content(token) -> str | None:
     if isinstance(token, dict):
         return token.get("content")
     return token if isinstance(token, str) else None
+
+
+def tokenizer_of(source: Source, family: str) -> Callable[[Path], None] | None:
+    """What writes the tokenizer of a language model into its weight folder; None without one."""
+    wanted = {
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+    }
+    files = sorted(wanted & set(source.files.names))
+    if family != "internlm2" or not {"tokenizer.json", "tokenizer.model"} & set(files):
+        return None
+    return lambda folder: convert_tokenizer({n: source.files.get(n) for n in files}, folder)

@@ -27,7 +27,8 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
 IMAGE_MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>")
 # No answer is a book: so much text is damage, or another file's content.
 MAX_CHARACTERS = 100_000
-# No picture has so many pixels. Compared with, because NumPy cannot say of an integer of many digits whether it is finite.
+# No picture has so many pixels. Compared with, because NumPy cannot say of an integer of many
+# digits whether it is finite.
 LARGEST = 1e9
 
 

@@ -12,6 +12,12 @@ def get_config() -> Config:
     return override(
         load_config("debug"),
         {
+            **{f"pretrained.{part}": None for part in ("siglip", "vq", "decoder")},
+            "vq.stem": 8,
+            "vq.base_channels": 64,
+            "vq.channel_multipliers": (1, 2),
+            "vq.attention": "middle",
+            "vq.codebook_size": 256,
             "siglip.embed_dim": 192,
             "siglip.num_layers": 4,
             "siglip.num_heads": 4,
