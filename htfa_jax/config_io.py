@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-import os
 import sys
 import types
 import typing
@@ -24,6 +23,7 @@ import tyro
 
 from htfa_jax.config import Config, leaves
 from htfa_jax.errors import ConfigError
+from htfa_jax.files import write_whole
 
 # The type of a command's `config` field: its fields take `=True` and `=False`, while a switch of
 # the command itself is given by its name alone.
@@ -166,9 +166,7 @@ def presets_folder() -> Path:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes `config` so that `load_config` reads the same; whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def source_name(argv: Sequence[str]) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import re
 import shlex
 import sys
@@ -30,6 +29,7 @@ from htfa_jax.data.decode import decode_field, load_image
 from htfa_jax.data.places import StoredPicture
 from htfa_jax.data.records import ROLES, Dataset, Record, parse_record
 from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.files import write_whole
 from htfa_jax.inference import HTFAInference
 from htfa_jax.inference_weights import Quantize
 from htfa_jax.pairs import FIELDS, as_record
@@ -203,9 +203,7 @@ def keep_finished(path: Path) -> set[str]:
         if isinstance(entry, dict) and "error" not in entry:
             kept.append(line + "\n")
             ids.add(str(entry["id"]))
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))
     return ids
 
 

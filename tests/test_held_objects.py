@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from htfa_jax import files
 from htfa_jax.data.held_objects import CATEGORIES, COLORS, QUESTIONS, SPLITS, build, make_scene
 from htfa_jax.data.held_objects import builder as builder_module
 from htfa_jax.data.held_objects.questions import answer_sentences, answer_words, conversation
@@ -161,9 +162,9 @@ def test_builds_agree_byte_for_byte(tmp_path):
 
 def test_writers_of_one_file_do_not_share_a_temporary_one(tmp_path, monkeypatch):
     moves = []
-    monkeypatch.setattr(builder_module.os, "replace", lambda *paths: moves.append(paths))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: moves.append(paths))
     for _ in range(2):
-        builder_module.write_atomically(tmp_path / "file", b"whole")
+        files.write_whole(tmp_path / "file", b"whole")
     (first, target), (second, _) = moves
     assert first != second and target == tmp_path / "file"
     assert first.parent == target.parent and first.read_bytes() == b"whole"

@@ -29,6 +29,7 @@ from htfa_jax.data.records import Dataset
 from htfa_jax.data.shards import MANIFEST, SUFFIX, UNFINISHED, open_writer, pack, read_manifest
 from htfa_jax.data.splits import SPLITS, open_named
 from htfa_jax.errors import DataError
+from htfa_jax.files import write_whole
 from htfa_jax.logs import progress
 
 log = logging.getLogger("htfa_jax.data.convert")  # by name: this module is run as __main__ too
@@ -132,9 +133,7 @@ def convert(
             raise DataError(f"{source}: not one record could be packed")
         total = {key: sum(facts[key] for facts in done.values()) for key in ("records", "skipped")}
         content = {"version": 1, **total, "settings": settings, "shards": shards}
-        partial = manifest.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, manifest)
+        write_whole(manifest, json.dumps(content, indent=2) + "\n")
         (folder / UNFINISHED).unlink()
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}") from error
@@ -159,9 +158,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any
     elif any(folder.iterdir()):
         raise DataError(f"{folder} is not empty: use another folder")
     content = [settings, *({"shard": i, **facts} for i, facts in done.items())]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in content), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in content))
     return done
 
 

@@ -16,6 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from htfa_jax.data.records import Record, Turn
 from htfa_jax.errors import DataError
+from htfa_jax.files import write_whole
 
 # InternLM2's turns: <|im_start|>role, a line break, the text, <|im_end|>, a line break.
 CHAT_TEMPLATE = (
@@ -164,9 +165,9 @@ class ChatTokenizer:
     def save(self, folder: Path) -> None:
         """Copies the tokenizer, so that a run keeps what it was trained with."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
-                (folder / name).write_bytes((self.folder / name).read_bytes())
+                write_whole(folder / name, (self.folder / name).read_bytes())
 
     def _template_text(self, settings: dict) -> str:
         beside = self.folder / "chat_template.jinja"
@@ -276,4 +277,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
     # The settings first: a folder with tokenizer.json is complete.
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))

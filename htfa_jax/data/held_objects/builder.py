@@ -15,7 +15,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from htfa_jax.commands import available_processors
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
 from htfa_jax.errors import DataError
+from htfa_jax.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def build(
             show_progress(made, len(missing), f"{split} scenes of {image_size} px")
     if missing or not records.exists():
         lines = (json.dumps(record(folder, split, i, seed, answers)) + "\n" for i in range(num))
-        write_atomically(records, "".join(lines).encode())
+        write_whole(records, "".join(lines).encode())
     return records
 
 
@@ -89,7 +89,7 @@ def prepare(folder: Path, split: str, settings: dict[str, int]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not settings_file.exists():
-            write_atomically(settings_file, json.dumps(settings).encode())
+            write_whole(settings_file, json.dumps(settings).encode())
         found = json.loads(settings_file.read_text())
         if found != settings:
             raise DataError(f"{folder} holds scenes of {found}, not {settings}: use another folder")
@@ -121,9 +121,9 @@ def write_scenes(job: dict, indices: Iterable[int]) -> Generator[int, None, None
             "occluder_mask": encode(scene.occluder_mask, "PNG"),
         }
         for key, (name, ending) in FILES.items():
-            write_atomically(folder / name / f"{index:06d}{ending}", contents[key])
+            write_whole(folder / name / f"{index:06d}{ending}", contents[key])
         sidecar = folder / "meta" / f"{index:06d}.json"
-        write_atomically(sidecar, json.dumps(describe(scene)).encode())
+        write_whole(sidecar, json.dumps(describe(scene)).encode())
         yield index
 
 
@@ -149,13 +149,6 @@ def encode(picture: np.ndarray, file_format: str) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, file_format, **options)
     return stream.getvalue()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it, so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def run_workers(job: dict, indices: list[int], num_workers: int) -> Generator[int, None, None]:
