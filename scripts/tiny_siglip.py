@@ -298,6 +298,9 @@ def description(config: Config) -> dict[str, Any]:
     vision = to_hf.siglip_config(config)
     vision.pop("architectures")
     text = {
+        "bos_token_id": 0,
+        "eos_token_id": PAD,
+        "pad_token_id": PAD,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_size": config.siglip.embed_dim,
         "intermediate_size": config.siglip.mlp_dim,
