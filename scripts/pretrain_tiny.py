@@ -35,7 +35,6 @@ from htfa_jax import parts, paths
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
-from htfa_jax.data.pipeline import evaluation_batches
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.models.internlm2 import InternLM2
@@ -162,15 +161,6 @@ def pretrain_siglip(args: PretrainArgs, config: Config) -> bool:
     )
     if params is None:
         return False
-    validation = open_split(config, "validation")
-    scores = tiny_siglip.zero_shot(
-        config,
-        model.merge(params),
-        tokenizer,
-        evaluation_batches(config, validation, None),
-        validation,
-    )
-    log.info("siglip: zero-shot %s", ", ".join(f"{k} {v:.3f}" for k, v in scores.items()))
     tensors = tiny_siglip.tensors(params, config.siglip)
     write(args.out / "siglip", tensors, tiny_siglip.description(config))
     shutil.copy(args.out / "tokenizer" / "tokenizer.json", args.out / "siglip")

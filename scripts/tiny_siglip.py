@@ -216,43 +216,6 @@ def loss(
     return sigmoid_loss(logits_XY, fits_XY, counts_XY), {"fitting_accuracy": caught}
 
 
-def zero_shot(
-    config: Config,
-    model: TwoTowers,
-    tokenizer: Tokenizer,
-    batches: Iterator[Loaded],
-    records: Dataset,
-) -> dict[str, float]:
-    """Share of a split's pictures whose category (and colour) the nearest caption names."""
-    vectors = {}
-    for group in ("category", "color"):
-        texts = [tiny_text.name(group, value) for value in tiny_text.GROUPS[group]]
-        vectors[group] = model.read(jnp.stack([caption_tokens(tokenizer, t) for t in texts]))
-
-    @nnx.jit
-    def see(model: TwoTowers, batch: Batch) -> dict[str, jax.Array]:
-        pair = register(batch, config)
-        target = normalize(batch.image_target, batch.region_orig, config.data)
-        return {
-            "original": model.see(pair.orig_BHWC),
-            "target": model.see(target),
-            "reconstruction": model.see(pair.recon_BHWC),
-        }
-
-    right: dict[str, list[np.ndarray]] = {}
-    for loaded in batches:
-        real = np.asarray(loaded.batch.weight) > 0
-        metas = [records[i].meta for i in np.asarray(loaded.batch.index)[real]]
-        for kind, image_BD in see(model, loaded.batch).items():
-            for group, text_YD in vectors.items():
-                if group not in tiny_text.KNOWN[kind]:
-                    continue
-                named = np.asarray(image_BD @ text_YD.T).argmax(axis=-1)[real]
-                truth = [tiny_text.GROUPS[group].index(meta[group]) for meta in metas]
-                right.setdefault(f"{kind}_{group}", []).append(named == truth)
-    return {name: float(np.concatenate(hits).mean()) for name, hits in right.items()}
-
-
 def tensors(params: Flat, sizes: SigLIPConfig) -> Flat:
     """Both towers under the names of transformers' `SiglipModel`."""
     vision, rest = paths.split(params, r"vision\..*")
