@@ -1,4 +1,4 @@
-"""A SigLIP of some hundred thousand parameters: both towers, its loss, its training.
+"""A SigLIP of 2.7 million parameters: both towers, its loss, its training.
 
 Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023): every picture of a batch meets
 every caption, and a logistic loss says whether they fit. The architecture is that of transformers'
@@ -30,7 +30,7 @@ from htfa_jax.models.pictures import normalize
 from htfa_jax.models.registration import register
 from htfa_jax.models.siglip import Block, SigLIP
 from htfa_jax.paths import Flat
-from htfa_jax.train_vq import random_blend
+from htfa_jax.vq_losses import random_blend
 from weights_convert import siglip, to_hf
 from weights_convert.convert import linear as transposed
 from weights_convert.convert import same

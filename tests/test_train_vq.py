@@ -11,7 +11,8 @@ from htfa_jax.config_io import override
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.registration import register
 from htfa_jax.sharding import Layout
-from htfa_jax.train_vq import build, cache_key, losses, make_step, revive, training_pictures
+from htfa_jax.train_vq import build, cache_key, make_step
+from htfa_jax.vq_losses import losses, perceptual_encoder, revive, training_pictures
 
 
 @pytest.fixture(scope="module")
@@ -194,7 +195,7 @@ def test_the_perceptual_loss_is_the_error_of_features(tokenizer, tmp_path):
         config,
         {"pretrained.siglip": str(tmp_path / "siglip"), "vq_train.perceptual_weight": 0.5},
     )
-    eye, eye_params = train_vq.perceptual_encoder(config)
+    eye, eye_params = perceptual_encoder(config)
     image = jax.random.uniform(jax.random.key(0), (2, 48, 48, 3), minval=-1)
     ones = jnp.ones(2)
 
