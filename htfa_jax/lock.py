@@ -64,13 +64,15 @@ def lock(workdir: Path, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
             )
         since, over = time.strftime("%Y-%m-%d %H:%M:%S"), threading.Event()
 
-        def beat() -> None:
-            beats = 0
-            while True:
-                _write(file, {**_self(), "since": since, "beats": (beats := beats + 1)})
-                if over.wait(heartbeat):
-                    return
+        def sign(beats: int) -> None:
+            _write(file, {**_self(), "since": since, "beats": beats})
 
+        def beat() -> None:
+            beats = 1
+            while not over.wait(heartbeat):
+                sign(beats := beats + 1)
+
+        sign(1)  # before anything else is done: whoever comes must find a name
         thread = threading.Thread(target=beat, name="lock", daemon=True)
         thread.start()
         try:

@@ -74,6 +74,7 @@ def test_ten_kills_change_nothing(runs, config, calm, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("HTFA_LONG_TESTS" not in os.environ, reason="takes five minutes")
 def test_fifty_kills_change_nothing(runs, config, calm, tmp_path):
     counts = survive(runs, config, tmp_path / "run", *calm, kills=50, seed=1)
     assert counts["saving"] > 9 and counts["anywhere"] > 9 and counts["unfinished"] > 9, counts
