@@ -1,6 +1,7 @@
 """The parts and the demo model that come with the package: converted once, and of use."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,6 +9,7 @@ from htfa_jax import infer, parts
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
 from htfa_jax.errors import CheckpointError
+from weights_convert import ready
 from weights_convert.ready import with_weights
 
 
@@ -17,20 +19,29 @@ def debug(tmp_path):
 
 
 def test_parts_in_the_form_of_pytorch_are_converted_once(debug, tmp_path):
-    ready = with_weights(debug, debug)
-    folders = [getattr(ready.pretrained, part) for part in parts.FAMILIES]
+    found = with_weights(debug, debug)
+    folders = [getattr(found.pretrained, part) for part in parts.FAMILIES]
     made = sorted((tmp_path / "cache" / "converted").iterdir())
     assert sorted(folders) == [str(path) for path in made] and len(made) == 3
     assert all((path / "conversion.json").is_file() for path in made)
     times = [(path / parts.WEIGHTS).stat().st_mtime_ns for path in made]
-    assert with_weights(debug, debug) == ready == with_weights(ready, ready)
+    assert with_weights(debug, debug) == found == with_weights(found, found)
     assert [(path / parts.WEIGHTS).stat().st_mtime_ns for path in made] == times
 
 
+def test_a_package_installed_elsewhere_has_the_same_parts(debug, tmp_path, monkeypatch):
+    here = with_weights(debug, debug).pretrained
+    shutil.copytree(
+        ready.tiny("siglip").parent, tmp_path / "again" / "tiny", copy_function=shutil.copy
+    )
+    monkeypatch.setattr(ready.htfa_jax, "__file__", str(tmp_path / "again" / "__init__.py"))
+    assert with_weights(debug, debug).pretrained == here
+
+
 def test_the_preset_has_the_sizes_of_its_parts(debug):
-    ready = with_weights(debug, debug)
+    found = with_weights(debug, debug)
     for part in parts.FAMILIES:
-        assert getattr(ready, part) == getattr(debug, part)
+        assert getattr(found, part) == getattr(debug, part)
     # Read from the folders where a configuration does not say.
     bare = {f"pretrained.{part}": "tiny" for part in parts.FAMILIES}
     places = {"data.cache_dir": debug.data.cache_dir, "image_size": 112}

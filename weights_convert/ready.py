@@ -21,7 +21,7 @@ from htfa_jax.config import Config
 from htfa_jax.config_io import override
 from weights_convert import internlm2, siglip, vq
 from weights_convert.folder import RULES_VERSION, write_folder
-from weights_convert.source import Source
+from weights_convert.source import Source, sha256
 from weights_convert.tokenizer import tokenizer_of
 
 TINY = "tiny"
@@ -57,17 +57,18 @@ def converted(family: str, name: str, config: Config) -> Path:
       config: tells the size of the pictures, and where the cache is.
     """
     source = Source(str(tiny(family)) if name == TINY else name)
-    described = [RULES_VERSION, family, identity(source)]
+    described = [RULES_VERSION, family, identity(source, name)]
     if family == "siglip":
-        layout = siglip.layout(source, config.image_size)
         described.append(config.image_size)
-    else:
-        layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     cache = Path(config.data.cache_dir).expanduser() / "converted"
     folder = cache / f"{family}-{key}"
     if (folder / parts.WEIGHTS).is_file():
         return folder
+    if family == "siglip":
+        layout = siglip.layout(source, config.image_size)
+    else:
+        layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
     # Under a name of this process's own first: others may want the same.
     mine = cache / f"{family}-{key}-{os.getpid()}"
     write_folder(source, layout, mine, beside=tokenizer_of(source, family))
@@ -85,11 +86,13 @@ def tiny(family: str) -> Path:
     return Path(htfa_jax.__file__).parent / TINY / family
 
 
-def identity(source: Source) -> list[Any]:
-    """What tells a checkpoint from another of the same name, without reading all of it."""
+def identity(source: Source, name: str) -> list[Any]:
+    """What tells a checkpoint from another of the same name, without reading all of a large one."""
     if source.revision is not None:
         return [source.name, source.revision]
-    found = [source.files.get(name) for name in source.files.names]
+    found = [source.files.get(file) for file in source.files.names]
+    if name == TINY:  # the package may be installed anew, in another place
+        return [name, [[path.name, sha256(path)] for path in found]]
     return [
         source.name,
         [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found],
