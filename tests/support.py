@@ -69,6 +69,17 @@ TINY = {
     "vq_train.batch_size": 4,
 }
 
+# A record that nothing is wrong with, as a dataset holds it.
+GOOD = {
+    "id": "7",
+    "image_orig": "a.jpg",
+    "image_recon": "b.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat is it?", "kind": "category"},
+        {"from": "gpt", "value": "A cup."},
+    ],
+}
+
 
 def tiny(**changes) -> Config:
     """The tiny configuration; dots in names are written as double underscores."""

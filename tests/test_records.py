@@ -1,19 +1,10 @@
 from pathlib import Path
 
 import pytest
+from support import GOOD
 
 from htfa_jax.data.records import MAX_CHARACTERS, Turn, parse_record
 from htfa_jax.errors import DataError
-
-GOOD = {
-    "id": "7",
-    "image_orig": "a.jpg",
-    "image_recon": "b.png",
-    "conversations": [
-        {"from": "human", "value": "<image>\nWhat is it?", "kind": "category"},
-        {"from": "gpt", "value": "A cup."},
-    ],
-}
 
 
 def parse(**changes):
