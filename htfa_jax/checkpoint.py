@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import tyro
 from orbax.checkpoint import checkpoint_managers
@@ -222,6 +223,29 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} does not fit this model; was the "
                 f"configuration changed since? {str(error)[:600]}"
             ) from error
+
+    def resume(self, state: dict[str, Any], key: str, what: str) -> tuple[dict[str, Any], Any]:
+        """The state of the newest checkpoint and its meta; the state given and {} without one.
+
+        Args:
+          state: step, params and opt_state to start from.
+          key: names what the training depends on, as the meta of its checkpoints does.
+          what: is trained, for the message.
+
+        Raises:
+          ConfigError: the workdir holds a training of another key.
+        """
+        latest = self.latest_step()
+        if latest is None:
+            return state, {}
+        meta = self.restore(latest)["meta"]
+        if meta.get("key") != key:
+            raise ConfigError(
+                f"{self.folder.parent} holds a {what} of other settings or data: use another folder"
+            )
+        like = {name: state[name] for name in ("params", "opt_state")}
+        found = self.restore(latest, **like)
+        return {"step": jnp.int32(latest), **{name: found[name] for name in like}}, meta
 
     def _check(self, step: int) -> None:
         """Raises CheckpointError if a checkpoint's files are not what was written."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from htfa_jax.files import whole_file
 
 PREDICTIONS, REPORT = "predictions.jsonl", "report.html"
 
@@ -58,10 +59,8 @@ def write_report(folder: Path, title: str) -> Path:
     with (folder / PREDICTIONS).open(encoding="utf-8") as file:
         entries = [json.loads(line) for line in file]
     path = folder / REPORT
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         file.writelines(page(folder, title, entries))
-    os.replace(partial, path)
     return path
 
 

@@ -211,23 +211,9 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     }
     writer = MetricWriter(workdir / "logs", silent=not is_first())
     with Checkpoints(workdir, keep=1) as checkpoints:
-        latest, window = checkpoints.latest_step(), []
-        if latest is not None:
-            meta = checkpoints.restore(latest)["meta"]
-            window = meta.get("window", [])
-            if meta.get("key") != key:
-                raise ConfigError(
-                    f"{workdir} holds a VQ stage of other settings or data: use another folder"
-                )
-            found = checkpoints.restore(
-                latest, params=state["params"], opt_state=state["opt_state"]
-            )
-            state = {
-                "step": jnp.int32(latest),
-                "params": found["params"],
-                "opt_state": found["opt_state"],
-            }
-            log.info("vq: going on from step %d", latest)
+        state, meta = checkpoints.resume(state, key, "VQ stage")
+        if meta:
+            log.info("vq: going on from step %d", state["step"])
         # Fresh and restored arrays alike, so that both run the same compiled step.
         state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 
@@ -249,7 +235,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
             guard=LossGuard(config.train),
             stop=stop,
             watchdog_seconds=config.train.watchdog_seconds,
-            window=window,
+            window=meta.get("window", []),
         )
         seen = int(state["step"]) * settings.batch_size
         batches = training_batches(

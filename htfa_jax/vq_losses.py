@@ -33,20 +33,23 @@ def training_pictures(batch: Batch, key: jax.Array, config: Config) -> jax.Array
     Blends of original and aligned reconstruction, because that is what the generation branch
     will encode. A record that lacks the chosen picture gives its original.
     """
-    pair = register(batch, config)
     blend_key, choice_key = jax.random.split(key)
-    B = len(pair.orig_BHWC)
-    target_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
-    pictures = jnp.stack(
-        [
-            pair.orig_BHWC,
-            pair.recon_BHWC,
-            jnp.where(batch.has_target[:, None, None, None], target_BHWC, pair.orig_BHWC),
-            random_blend(pair, blend_key),
-        ]
-    )
+    pictures = jnp.stack(list(all_pictures(batch, blend_key, config).values()))
+    B = pictures.shape[1]
     choice_B = jax.random.randint(choice_key, (B,), 0, len(pictures))
     return pictures[choice_B, jnp.arange(B)]
+
+
+def all_pictures(batch: Batch, key: jax.Array, config: Config) -> dict[str, jax.Array]:
+    """Each record's pictures [B, H, W, 3] by kind, and a blend of two; see `training_pictures`."""
+    pair = register(batch, config)
+    target_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
+    return {
+        "original": pair.orig_BHWC,
+        "reconstruction": pair.recon_BHWC,
+        "target": jnp.where(batch.has_target[:, None, None, None], target_BHWC, pair.orig_BHWC),
+        "blend": random_blend(pair, key),
+    }
 
 
 def random_blend(pair: Pair, key: jax.Array) -> jax.Array:

@@ -42,9 +42,8 @@ from htfa_jax.paths import Flat
 from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.train_state import Model
 from htfa_jax.train_vq import train_vq
-from weights_convert import siglip, to_hf
-from weights_convert.folder import write_folder
-from weights_convert.source import Source
+from weights_convert import to_hf
+from weights_convert.ready import converted
 
 log = logging.getLogger("htfa_jax.pretrain_tiny")
 
@@ -169,12 +168,8 @@ def pretrain_siglip(args: PretrainArgs, config: Config) -> bool:
 
 def pretrain_vq(args: PretrainArgs, config: Config) -> bool:
     """The VQ tokenizer, by the SigLIP that judges its pictures. False if a signal stopped it."""
-    converted = args.out / "training" / "siglip_weights"
-    source = Source(str(args.out / "siglip"))
-    write_folder(source, siglip.layout(source, config.image_size), converted)
-    config = override(
-        config, {"pretrained.siglip": str(converted), "vq_train.perceptual_weight": 0.1}
-    )
+    eye = converted("siglip", str(args.out / "siglip"), config)
+    config = override(config, {"pretrained.siglip": str(eye), "vq_train.perceptual_weight": 0.1})
     with StopSignal() as stop:
         folder = train_vq(config, args.out / "training" / "vq", stop)
     if folder is None:

@@ -26,11 +26,9 @@ from htfa_jax.data.pipeline import Loaded, training_batches
 from htfa_jax.data.records import Dataset
 from htfa_jax.layers import layer_norm, linear, run_layers, stack_layers
 from htfa_jax.models.alignment import Affine, resample
-from htfa_jax.models.pictures import normalize
-from htfa_jax.models.registration import register
 from htfa_jax.models.siglip import Block, SigLIP
 from htfa_jax.paths import Flat
-from htfa_jax.vq_losses import random_blend
+from htfa_jax.vq_losses import all_pictures
 from weights_convert import siglip, to_hf
 from weights_convert.convert import linear as transposed
 from weights_convert.convert import same
@@ -150,18 +148,10 @@ def views(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
     Blends of original and aligned reconstruction are among them, because a fused picture is what
     the encoder will see. Each is enlarged, moved, mirrored and lit at random.
     """
-    pair = register(batch, config)
-    H, W = pair.orig_BHWC.shape[1:3]
     keys = jax.random.split(key, 5)
-    image_BHWC = jnp.concatenate(
-        [
-            pair.orig_BHWC,
-            normalize(batch.image_target, batch.region_orig, config.data),
-            pair.recon_BHWC,
-            random_blend(pair, keys[0]),
-        ]
-    )
-    X = len(image_BHWC)
+    pictures = all_pictures(batch, keys[0], config)
+    image_BHWC = jnp.concatenate([pictures[kind] for kind in tiny_text.KINDS])
+    X, H, W, _ = image_BHWC.shape
     scale_X1 = ZOOM ** jax.random.uniform(keys[1], (X, 1), minval=-1.0)
     moved_X2 = SHIFT * jax.random.uniform(keys[2], (X, 2), minval=-1.0)
     size_2 = jnp.array([W, H], jnp.float32)

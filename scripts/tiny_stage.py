@@ -16,7 +16,6 @@ from htfa_jax import loss_guard
 from htfa_jax.checkpoint import Checkpoints
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
-from htfa_jax.errors import ConfigError
 from htfa_jax.logs import MetricWriter
 from htfa_jax.loop import Loop
 from htfa_jax.loss_guard import LossGuard
@@ -97,18 +96,7 @@ def train(
 
     state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
     with Checkpoints(workdir, keep=1) as checkpoints:
-        latest = checkpoints.latest_step()
-        if latest is not None:
-            if checkpoints.restore(latest)["meta"].get("key") != key:
-                raise ConfigError(f"{workdir} holds another training: use another --out")
-            found = checkpoints.restore(
-                latest, params=state["params"], opt_state=state["opt_state"]
-            )
-            state = {
-                "step": jnp.int32(latest),
-                "params": found["params"],
-                "opt_state": found["opt_state"],
-            }
+        state, _ = checkpoints.resume(state, key, "training")
         state = jax.device_put(state, jax.local_devices()[0])
 
         def save(state: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from htfa_jax.data.examine import Examiner, Problem, Seen, examine
 from htfa_jax.data.preprocess import MASKS, PICTURES
 from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
+from htfa_jax.files import whole_file
 from htfa_jax.logs import progress
 
 log = logging.getLogger("htfa_jax.check")  # by name: this module is run as __main__ too
@@ -259,15 +260,11 @@ def _new_file(path: Path | None) -> Iterator[Any]:
         return
     if path.exists():
         raise ConfigError(f"--drop {path} exists already: give another name, or delete it")
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with whole_file(path) as file:
             yield file
-        os.replace(partial, path)
     except OSError as error:
         raise ConfigError(f"--drop {path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

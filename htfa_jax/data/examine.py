@@ -14,7 +14,7 @@ from htfa_jax.data.augment import Change
 from htfa_jax.data.decode import decode_field, load_image
 from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, load_pictures
 from htfa_jax.data.records import Dataset, Record
-from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
+from htfa_jax.data.tokenizer import ChatTokenizer, whole_answers
 from htfa_jax.errors import DataError
 
 # Records that a worker looks at before it reports.
@@ -131,7 +131,7 @@ class Examiner:
         seen.lengths[len(whole.tokens)] += 1
         seen.answers += len(whole.ends)
         seen.cut += len(whole.ends) - len(whole.within(limit).ends)
-        encode_record(record, self.tokenizer, limit)
+        whole_answers(record, whole, limit)
 
 
 def examine(examiner: Examiner, num: int, num_workers: int) -> Iterator[Seen]:

@@ -31,6 +31,7 @@ from htfa_jax.commands import command
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
 from htfa_jax.errors import DataError
+from htfa_jax.files import whole_file
 from htfa_jax.logs import progress
 
 SPLITS = ("train", "val", "test")
@@ -86,9 +87,8 @@ def write_records(
     left_out: list[str] = []
     for name in ("orig", "recon", "target", "object", "person"):
         (out / split / name).mkdir(parents=True, exist_ok=True)
-    partial = records.with_suffix(".partial")
     with (
-        partial.open("w", encoding="utf-8") as file,
+        whole_file(records) as file,
         progress(len(ids), f"ObMan {split}", unit="sample") as bar,
     ):
         for name in ids:
@@ -100,9 +100,8 @@ def write_records(
             else:
                 file.write(json.dumps(record) + "\n")
             bar.update()
-    if len(left_out) == len(ids):
-        raise DataError(f"not one of {len(ids)} samples can be used. The first: {left_out[0]}")
-    os.replace(partial, records)
+        if len(left_out) == len(ids):
+            raise DataError(f"not one of {len(ids)} samples can be used. The first: {left_out[0]}")
     return records, left_out
 
 

@@ -18,7 +18,14 @@ from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.mixture import training_order
-from htfa_jax.data.preprocess import MASKS, PICTURES, load_pictures, without_recon
+from htfa_jax.data.preprocess import (
+    BOXES,
+    MASKS,
+    PICTURES,
+    REGIONS,
+    load_pictures,
+    without_recon,
+)
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
 from htfa_jax.errors import DataError, TrainingError
@@ -108,9 +115,9 @@ class SampleLoader:
         image = np.zeros((size, size, 3), np.uint8)
         mask, box = np.zeros((size, size), bool), np.zeros(4, np.float32)
         return {
-            **dict.fromkeys(("image_orig", "image_recon", "image_target"), image),
-            **dict.fromkeys(("object_mask", "occluder_mask"), mask),
-            **dict.fromkeys(("region_orig", "region_recon", "bbox_orig", "bbox_recon"), box),
+            **dict.fromkeys(PICTURES, image),
+            **dict.fromkeys(MASKS, mask),
+            **dict.fromkeys((*REGIONS, *BOXES), box),
             **{name: np.bool_(False) for name in Batch.__annotations__ if name[:4] == "has_"},
             **self._no_text(),
             "weight": np.float32(0),

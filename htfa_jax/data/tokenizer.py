@@ -218,6 +218,11 @@ def encode_record(record: Record, tokenizer: ChatTokenizer, limit: int) -> Encod
         whole = tokenizer.encode(record.turns)
     except DataError as error:
         raise record.error(str(error), "chat template") from error
+    return whole_answers(record, whole, limit)
+
+
+def whole_answers(record: Record, whole: Encoded, limit: int) -> Encoded:
+    """What `limit` tokens hold of a record's conversation. Raises DataError if no answer fits."""
     encoded = whole.within(limit)
     if not encoded.learned.any():
         raise record.error(
