@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 import jax.numpy as jnp
 
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.internlm2 import decoding_layout
+from htfa_jax.options import Quantize
 from htfa_jax.paths import Flat, split
-
-Quantize = Literal["int8"]
 
 
 def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
