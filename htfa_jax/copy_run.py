@@ -1,7 +1,7 @@
 """Copies a run to a bucket or another disk, and back again on a machine that knows nothing of it.
 
-    python -m htfa_jax.copy_run runs/a gs://bucket/a
-    python -m htfa_jax.copy_run gs://bucket/a runs/a      # on a new machine; then go on training
+    python -m htfa_jax.copy_run runs/a kept/a    # or gs://bucket/a, s3://bucket/a
+    python -m htfa_jax.copy_run kept/a runs/b    # on the next machine; then go on training there
 
 Started again it copies what is new. Nothing is deleted at the target.
 """
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from htfa_jax.commands import command
+from htfa_jax.commands import command, parse
 from htfa_jax.data.places import is_url, remote
 from htfa_jax.errors import CheckpointError
 from htfa_jax.files import whole_file
@@ -109,7 +109,7 @@ def _copy(files: Any, path: str, others: Any, folder: str, name: str, far: bool)
 
 @dataclasses.dataclass(frozen=True)
 class CopyArgs:
-    """Copies a run to a bucket or another disk, or back."""
+    """Options of the command."""
 
     source: Annotated[str, tyro.conf.Positional]  # a workdir, or a URL: gs://, s3:// ...
     target: Annotated[str, tyro.conf.Positional]  # where it goes, the same
@@ -118,7 +118,7 @@ class CopyArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(CopyArgs, args=argv, use_underscores=True)
+    args = parse(CopyArgs, argv, __doc__)
     copied = copy_run(args.source, args.target)
     print(
         f"{copied.files} files, {copied.size / 1e6:,.1f} MB, copied to {args.target}; "
