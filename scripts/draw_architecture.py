@@ -122,7 +122,9 @@ def labels(config: Config, length: int = 128) -> dict[str, str]:
         number, frozen = counted[part]
         return f"{short(number)}, {'frozen' if frozen else 'trained'}"
 
-    said = {f"size {name}": size(name) for name in sizes}
+    drawn = ("picture", "alpha", "features", "spatial", "codes", "vectors", "code_logits")
+    said = {f"size {name}": size(name) for name in drawn}
+    said["size text_logits"] = f"L × {sizes['text_logits'][-1]:,}"
     said |= {f"weight {part}": weight(part) for part in counted}
     said |= {f"tokens {name}": f"{sizes[name][0]:,}" for name in ("understanding", "generation")}
     said["blocks"] = f"{config.decoder.num_layers} blocks, {config.decoder.embed_dim:,} wide"
@@ -349,7 +351,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
             ["code head", say["size code_logits"], say["weight code_head"]],
             frozen["code_head"])  # fmt: skip
     art.box(1346, 482, 178, 84, "decoder",
-            ["text head", f"L × {say['size text_logits'].split(' × ')[1]}",
+            ["text head", say["size text_logits"],
              say["weight text_head"]], frozen["text_head"])  # fmt: skip
     art.box(1346, 254, 178, 74, "encoders", ["VQ decoder", say["weight vq_decoder"]],
             frozen["vq_decoder"])  # fmt: skip
