@@ -13,7 +13,10 @@ NOTEBOOK = nbformat.read(ROOT / "scripts/htfa_colab_tpu.ipynb", as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 # What needs a network, or a program that is no part of this package.
 ELSEWHERE = {"install", "tensorboard"}
-SMALL = "NUM_TRAIN, NUM_TEST, EPOCHS = 64, 10, 1"
+SMALL = """
+NUM_TRAIN, NUM_TEST, EPOCHS = 8, 10, 1
+MORE = ["--config.train.batch_size=2", "--config.eval.batch_size=2"]
+"""
 
 
 def tags(cell):
@@ -77,7 +80,7 @@ def test_every_cell_runs(tmp_path):
     said = "\n".join(map(printed, code))
     assert "mesh {'data': 1, 'fsdp': 2, 'tensor': 1}, zero2" in said
     assert "finished: runs/small" in said and "finished: runs/again" in said
-    assert "training: steps 1 to 2 of 32 samples, 64 records" in said
+    assert "training: steps 1 to 2 of 4 samples, 8 records" in said
     assert "going on from step 2" in said and "copied to runs/again" in said
     assert sum(len(images(cell)) for cell in code) >= 6
     assert (tmp_path / "saved/small/checkpoints/2").is_dir()
