@@ -105,11 +105,11 @@ def parse(found, monkeypatch):
             found[0]()
 
 
-def with_slow_ones(page):
+def slow_or_not(page):
     return pytest.param(page, marks=[pytest.mark.slow] if page.stem == "inference" else [])
 
 
-@pytest.mark.parametrize("page", map(with_slow_ones, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [slow_or_not(p) for p in PAGES], ids=lambda page: page.stem)
 def test_blocks_run(page, inside, monkeypatch, capsys):
     names = {}
     for block in blocks(page):
