@@ -67,6 +67,7 @@ def test_shares_and_names():
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
         ("input_reduce_fusion.4", "sums and norms"),
         ("loop_multiply_fusion", "elementwise and other"),
+        ("loop_convert_fusion", "elementwise and other"),
         ("MemcpyD2D", "copy"),
     ],
 )
