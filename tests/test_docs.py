@@ -22,7 +22,7 @@ PYTHON = ("python", "python3", ".venv/bin/python")
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("scripts", {})
 # What a block that is not run may call besides this package.
 OTHERS = {
-    "pip", ".venv/bin/pip", "git", "cd", "hf", "sbatch", "sh", "tensorboard", "ls",
+    "pip", ".venv/bin/pip", "git", "cd", "hf", "sbatch", "sh", "tensorboard", "ls", "curl",
     ".venv/bin/ruff", ".venv/bin/mkdocs",
     "scripts/launch/tpu_pod.sh", "scripts/launch/gpu_nodes.sh",
 }  # fmt: skip
