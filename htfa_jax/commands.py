@@ -81,7 +81,8 @@ def use_compilation_cache(config: Config) -> None:
     """Keeps compiled programs in the run's `data.cache_dir`, unless JAX was told another place."""
     import jax  # not by every command
 
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    settings: Any = jax.config  # its types do not name what it holds
+    if settings.jax_compilation_cache_dir is None:
         folder = Path(config.data.cache_dir).expanduser() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Small programs too: a start compiles many.
