@@ -1,0 +1,109 @@
+"""Opens the page where one can try a model, and the HTTP API beside it.
+
+python -m htfa_jax.demo                      # the newest run under runs/, else the demo model
+python -m htfa_jax.demo --checkpoint runs/x
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from htfa_jax.commands import command, use_compilation_cache
+from htfa_jax.config_io import load_config
+from htfa_jax.demo.uploads import Limits
+from htfa_jax.errors import CheckpointError, ConfigError
+from htfa_jax.infer import DEMO
+from htfa_jax.inference import HTFAInference
+from htfa_jax.inference_weights import Quantize
+from htfa_jax.runs import find_run
+
+log = logging.getLogger("htfa_jax.demo")  # by name: this module is run as __main__
+
+RUNS = Path("runs")
+TRAIN = "python -m htfa_jax.train --config configs/debug.py"
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoArgs:
+    """Opens a page where one can try a model, and an HTTP API beside it."""
+
+    checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
+    demo: bool = False  # this package's small model
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
+    port: int = 7860
+    hosts: tuple[str, ...] = ()  # names the server is called by, besides those of this machine
+    share: bool = False  # a public address through Gradio's servers, for 72 hours
+    limits: Limits = Limits()
+    device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
+    quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
+    revision: str | None = None  # of a hub repository: branch, tag or commit
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = tyro.cli(DemoArgs, args=argv, use_underscores=True)
+    checkpoint = choose(args)
+    # Nobody else may read it; it goes with the process. Gradio reads these names when it is loaded.
+    with tempfile.TemporaryDirectory(prefix="htfa_demo_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        tempfile.tempdir = folder
+        try:
+            from htfa_jax.demo.server import serve
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"the page needs the package {error.name}: pip install 'htfa-jax[demo]'"
+            ) from error
+        workdir, step = find_run(checkpoint, args.revision)
+        use_compilation_cache(load_config(workdir))
+        engine = HTFAInference(
+            workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
+        )
+        serve(engine, name_of(workdir), args, Path(folder))
+
+
+def choose(args: DemoArgs, runs: Path = RUNS) -> Path:
+    """The model: the one that was named, else the newest run, else the small one. It says which."""
+    if args.demo and args.checkpoint is not None:
+        raise ConfigError("--demo brings its own model: leave --checkpoint out")
+    if args.checkpoint is not None:
+        return args.checkpoint
+    newest = None if args.demo else newest_run(runs)
+    if newest is not None:
+        log.info("the newest run, %s; another: --checkpoint RUN, the small model: --demo", newest)
+        return newest
+    log.info("the small model of this package; to train one of your own (10 minutes): %s", TRAIN)
+    return DEMO
+
+
+def newest_run(runs: Path) -> Path | None:
+    """The run whose newest checkpoint is the youngest; None if there is none."""
+    found = []
+    for folder in runs.iterdir() if runs.is_dir() else ():
+        try:
+            workdir, _ = find_run(folder)
+        except CheckpointError:
+            continue
+        # A run that has only begun has no checkpoint yet.
+        steps = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+        weights = steps or list(workdir.glob("model.safetensors"))
+        if weights:
+            found.append((max(path.stat().st_mtime for path in weights), workdir))
+    return max(found)[1] if found else None
+
+
+def name_of(workdir: Path) -> str:
+    """How the page calls a model."""
+    return "the small demo model" if workdir == DEMO else workdir.resolve().name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,335 @@
+"""How the page is arranged, and which of its parts moves which."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from htfa_jax.data.records import Record
+from htfa_jax.demo import show
+from htfa_jax.demo.page import (
+    INK,
+    MARKS,
+    Actions,
+    Sent,
+    Upload,
+    drawing_of,
+    drawn_mask,
+    sentences,
+)
+from htfa_jax.demo.serving import Serving
+from htfa_jax.demo.visits import Visits
+from htfa_jax.infer import DEMO, EXAMPLES, read_jobs
+from htfa_jax.results import Completion
+from htfa_jax.sampling import Decoding
+
+CSS = Path(__file__).parent / "page.css"
+THEME = gr.themes.Soft(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    # Those of the machine: others would be loaded.
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+)
+# Seconds: how often Gradio looks for files that no page needs any more, and how old they are then.
+SWEEP = (300, 1800)
+QUESTIONS = (
+    "What's the object in the hand?",
+    "What color is the object in the hand?",
+    "How much of the object is hidden by the hand?",
+)
+MARKED = "what covers it"
+TITLE = "What is in the hand?"
+
+
+EMPTY = "The completed picture appears here."
+INSIDE = "Look at a picture first; then its inside is drawn here."
+
+
+def build_page(serving: Serving, model: str, private: Path) -> gr.Blocks:
+    """The page.
+
+    Args:
+      serving: the engine behind its queue.
+      model: what the model is called.
+      private: folder for what belongs to visitors.
+    """
+    visits = Visits(private, serving.limits.visits)
+
+    def leave(request: gr.Request) -> None:
+        visits.end(request.session_hash)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEEP) as page:
+        Page(Actions(serving, visits, model))
+        page.unload(leave)
+    # Requests wait in our own queue.
+    page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
+    return page
+
+
+class Page:
+    """The components, arranged, and the events between them."""
+
+    def __init__(self, actions: Actions):
+        self.actions = actions
+        self.examples = [job.record for job in read_jobs(DEMO / EXAMPLES, ())]
+        gr.HTML(_header(actions.model, actions.serving.engine.step))
+        with gr.Row(elem_id="board"):
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._pictures()
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._results()
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._talk()
+        with gr.Column(elem_classes="card"):
+            self._insights()
+        self._connect()
+
+    def _pictures(self) -> None:
+        gr.HTML("<h2>1 · Pictures</h2>")
+        picture = {
+            "type": "filepath",
+            "height": 200,
+            "buttons": [],
+            "sources": ["upload", "clipboard"],
+        }
+        with gr.Row():
+            self.orig = Upload(label="Original", alt_text="the original", elem_id="orig", **picture)
+            self.recon = Upload(
+                label="Reconstruction (optional)",
+                alt_text="the reconstruction",
+                elem_id="recon",
+                **picture,
+            )
+        with gr.Row(elem_id="examples"):
+            self.choices = [
+                gr.Button(name_of(record), icon=str(record.image_orig), size="sm", min_width=64)
+                for record in self.examples
+            ]
+        with gr.Accordion("Where the object is (optional)", open=False):
+            self.boxes = [
+                gr.Textbox(label=f"Box in the {name}: x, y, width, height", max_lines=1)
+                for name in ("original", "reconstruction")
+            ]
+            self.marks = gr.Radio(list(MARKS), value=list(MARKS)[0], label="Drawn below:")
+            self.drawing = gr.ImageEditor(
+                label="Mask",
+                sources=(),
+                transforms=(),
+                layers=False,
+                buttons=[],
+                height=320,
+                brush=gr.Brush(colors=[INK], default_color=INK, color_mode="fixed"),
+                elem_id="drawing",
+            )
+        with gr.Accordion("How it is painted", open=False):
+            self.paint = [
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest)"),
+                gr.Slider(1, 8, 1, step=1, label="Passes"),
+                gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+                gr.Checkbox(label="Replace only what covers it (needs such a mask)"),
+            ]
+        self.look = gr.Button("Look", variant="primary", elem_id="look")
+
+    def _results(self) -> None:
+        gr.HTML("<h2>2 · The whole object</h2>")
+        self.compare = gr.HTML(show.placeholder(EMPTY), elem_id="compare")
+        self.facts = gr.HTML(elem_id="facts")
+        with gr.Row():
+            self.picture = gr.DownloadButton("Download picture", size="sm", interactive=False)
+            self.make_report = gr.Button("Download report", size="sm", interactive=False)
+        # Filled by the button above, then pressed by the page itself.
+        self.report = gr.DownloadButton("report", elem_id="report", visible="hidden")
+
+    def _talk(self) -> None:
+        gr.HTML("<h2>3 · Questions</h2>")
+        self.chat = gr.Chatbot(
+            show_label=False,
+            label="Conversation",
+            height=330,
+            buttons=[],
+            layout="bubble",
+            elem_id="chat",
+            placeholder="Ask about the object.",
+        )
+        with gr.Row(elem_id="suggestions"):
+            self.suggestions = [gr.Button(text, size="sm", min_width=64) for text in QUESTIONS]
+        with gr.Row(elem_id="asking"):
+            self.question = gr.Textbox(
+                label="Question",
+                show_label=False,
+                placeholder="Your question",
+                max_lines=1,
+                max_length=self.actions.serving.limits.question,
+                scale=4,
+                elem_id="question",
+            )
+            self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
+        with gr.Accordion("How answers are chosen", open=False):
+            most = self.actions.serving.limits.new_words
+            default = self.actions.serving.engine.decoding(None).max_new_tokens
+            self.words = [
+                gr.Slider(1, most, min(default, most), step=1, label="Words at most"),
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest word)"),
+                gr.Slider(0, 100, 0, step=1, label="Top k (0: all words)"),
+                gr.Slider(0.05, 1, 1, step=0.05, label="Top p"),
+                gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty"),
+                gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+            ]
+
+    def _insights(self) -> None:
+        gr.HTML("<h2>4 · Inside</h2>")
+        with gr.Tabs():
+            with gr.Tab("Attention"), gr.Row():
+                with gr.Column(scale=1, min_width=240):
+                    self.asking = gr.Image(
+                        label="Click a place: what does it attend to?",
+                        alt_text="the original; a click chooses a place",
+                        interactive=False,
+                        buttons=[],
+                        height=260,
+                        type="pil",
+                        format="png",
+                        elem_id="asking-place",
+                    )
+                    self.place = [
+                        gr.Slider(0, 100, 50, step=1, label=f"{name} (percent)")
+                        for name in ("Across", "Down")
+                    ]
+                with gr.Column(scale=3, min_width=320):
+                    self.attention = gr.HTML(show.placeholder(INSIDE), elem_id="attention")
+            with gr.Tab("Alpha, alignment, codes"):
+                self.inside = gr.HTML(show.placeholder(INSIDE), elem_id="inside")
+
+    def _connect(self) -> None:
+        sent = [
+            self.orig, self.recon, *self.boxes, self.marks, self.drawing, *self.paint,
+        ]  # fmt: skip
+        seen = [
+            self.compare, self.facts, self.picture, self.make_report, self.asking, self.chat,
+            self.attention, self.inside,
+        ]  # fmt: skip
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        drawn: dict[str, Any] = {"api_visibility": "private"}
+
+        @sentences
+        async def look(request: gr.Request, *values: Any) -> list[Any]:
+            visit, is_new = await self.actions.look(request, sent_of(*values))
+            return await self._shown(visit) if is_new else [gr.skip()] * len(seen)
+
+        @sentences
+        async def ask(
+            request: gr.Request, question: str, history: list[dict], *values: Any
+        ) -> AsyncIterator[list[Any]]:
+            visit, is_new = await self.actions.look(request, sent_of(*values[: len(sent)]))
+            updates = await self._shown(visit) if is_new else [gr.skip()] * len(seen)
+            where = seen.index(self.chat)
+            turns = [*([] if is_new else history), {"role": "user", "content": escape(question)}]
+            decoding = decoding_of(*values[len(sent) :])
+            async for text, confidence in self.actions.ask(request, question, decoding):
+                turn = {"role": "assistant", "content": show.said(text, confidence)}
+                updates[where] = [*turns, turn]
+                yield ["", *updates]
+                updates = [gr.skip()] * len(seen)
+
+        @sentences
+        async def attend(request: gr.Request, across: float, down: float) -> str:
+            return await self.actions.attention(request, (across / 100, down / 100))
+
+        @sentences
+        async def clicked(request: gr.Request, picture: Any, event: gr.SelectData) -> list[Any]:
+            x, y = ((i + 0.5) / n for i, n in zip(event.index, picture.size, strict=True))
+            return [
+                await self.actions.attention(request, (x, y)), round(100 * x), round(100 * y),
+            ]  # fmt: skip
+
+        @sentences
+        async def draw(request: gr.Request) -> list[str]:
+            return [await self.actions.attention(request, None), await self.actions.inside(request)]
+
+        @sentences
+        async def report(request: gr.Request) -> str:
+            return str(await self.actions.report(request))
+
+        looked = self.look.click(look, sent, seen, **drawn)
+        looked.success(draw, None, [self.attention, self.inside], **drawn)
+        for choice, record in zip(self.choices, self.examples, strict=True):
+            chosen = choice.click(
+                lambda record=record: example_values(record), None, sent[:6], **quiet
+            )
+            chosen.then(look, sent, seen, **drawn).success(
+                draw, None, [self.attention, self.inside], **drawn
+            )
+        # A new picture has other boxes and another mask.
+        fresh = lambda path: ["", "", {"background": path, "layers": [], "composite": None}]  # noqa: E731
+        self.orig.upload(fresh, self.orig, [*self.boxes, self.drawing], **quiet)
+        self.orig.clear(lambda: ["", "", None], None, [*self.boxes, self.drawing], **quiet)
+
+        asked = [self.chat, *sent, *self.words]
+        for event in (self.ask.click, self.question.submit):
+            event(ask, [self.question, *asked], [self.question, *seen], **quiet)
+        for button in self.suggestions:
+            button.click(ask, [button, *asked], [self.question, *seen], **quiet)
+
+        for slider in self.place:
+            slider.input(attend, self.place, self.attention, trigger_mode="always_last", **quiet)
+        self.asking.select(clicked, self.asking, [self.attention, *self.place], **quiet)
+        made = self.make_report.click(report, None, self.report, **drawn)
+        made.success(None, js="() => document.querySelector('#report').click()")
+
+    async def _shown(self, visit: Any) -> list[Any]:
+        """What a look changes on the page, in the order of `seen`."""
+        result, original = visit.result, visit.scene.original
+        if result.completed is None:
+            compare, file = show.placeholder("This run does not paint."), None
+        else:
+            compare = show.compare(original, result.completed)
+            file = str(await self.actions.completed(visit))
+        return [
+            compare,
+            show.facts(result),
+            gr.DownloadButton(value=file, interactive=file is not None),
+            gr.Button(interactive=True),
+            original,
+            [],
+            show.placeholder("Drawing ..."),
+            show.placeholder("Drawing ..."),
+        ]
+
+
+def name_of(record: Record) -> str:
+    """What an example's button is called."""
+    return record.id.replace("_", " ")
+
+
+def sent_of(*values: Any) -> Sent:
+    """The values of the page's inputs, put together. Raises ConfigError."""
+    *places, drawing, temperature, passes, seed, paste_back = values
+    painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
+    return Sent(*places, drawn_mask(drawing), painting)
+
+
+def decoding_of(most, temperature, top_k, top_p, penalty, seed) -> Decoding:
+    """The values of the sampling controls, put together. Raises ConfigError."""
+    return Decoding(int(most), temperature, int(top_k), top_p, penalty, seed=int(seed or 0))
+
+
+def example_values(record: Record) -> list[Any]:
+    """What an example puts into the page's inputs."""
+    boxes = [", ".join(f"{v:g}" for v in box) for box in (record.bbox_orig, record.bbox_recon)]
+    return [
+        str(record.image_orig), str(record.image_recon), *boxes, MARKED, drawing_of(record),
+    ]  # fmt: skip
+
+
+def _header(model: str, step: int) -> str:
+    return (
+        f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
+        "hides, and at a reconstruction of the object; it paints the object whole and answers "
+        f"questions about it. This is <b>{escape(model)}</b>, step {step:,}.</p></header>"
+    )
