@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the page and the API need the extra `demo`")
-
 from htfa_jax.demo.serving import Busy, Closed, Serving
 from htfa_jax.demo.uploads import Limits
 from htfa_jax.errors import ConfigError, DataError

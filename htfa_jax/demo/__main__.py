@@ -6,11 +6,12 @@ python -m htfa_jax.demo --checkpoint runs/x
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tyro
@@ -51,11 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = tyro.cli(DemoArgs, args=argv, use_underscores=True)
     checkpoint = choose(args)
-    # Nobody else may read it; it goes with the process. Gradio reads these names when it is loaded.
-    with tempfile.TemporaryDirectory(prefix="htfa_demo_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        tempfile.tempdir = folder
+    with private_folder() as folder:
         try:
             from htfa_jax.demo.server import serve
         except ModuleNotFoundError as error:
@@ -67,7 +64,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )
-        serve(engine, name_of(workdir), args, Path(folder))
+        serve(engine, name_of(workdir), args, folder)
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """The place of all that visitors send: nobody else may read it, and it goes in the end."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="htfa_demo_", ignore_cleanup_errors=True) as folder:
+        # Gradio reads these when it is loaded.
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = before
 
 
 def choose(args: DemoArgs, runs: Path = RUNS) -> Path:

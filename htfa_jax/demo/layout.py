@@ -9,17 +9,18 @@ from typing import Any
 
 import gradio as gr
 
+from htfa_jax.data.places import PackedPicture
 from htfa_jax.data.records import Record
 from htfa_jax.demo import show
 from htfa_jax.demo.page import (
+    COVER,
     INK,
     MARKS,
     Actions,
     Sent,
-    Upload,
-    drawing_of,
     drawn_mask,
     sentences,
+    upload,
 )
 from htfa_jax.demo.serving import Serving
 from htfa_jax.demo.visits import Visits
@@ -27,7 +28,6 @@ from htfa_jax.infer import DEMO, EXAMPLES, read_jobs
 from htfa_jax.results import Completion
 from htfa_jax.sampling import Decoding
 
-CSS = Path(__file__).parent / "page.css"
 THEME = gr.themes.Soft(
     primary_hue="teal",
     secondary_hue="teal",
@@ -35,6 +35,30 @@ THEME = gr.themes.Soft(
     # Those of the machine: others would be loaded.
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
+).set(
+    # Text that can be read: a contrast of 4.5 everywhere.
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+    block_label_background_fill="*neutral_100",
+    block_label_background_fill_dark="*neutral_700",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_100",
+    block_label_text_size="*text_sm",
+    block_title_background_fill="transparent",
+    block_title_background_fill_dark="transparent",
+    block_title_padding="0",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_100",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+    button_secondary_background_fill_hover_dark="*neutral_600",
+    checkbox_label_background_fill_selected="*primary_700",
+    checkbox_label_background_fill_selected_dark="*primary_700",
+    slider_color="*primary_600",
 )
 # Seconds: how often Gradio looks for files that no page needs any more, and how old they are then.
 SWEEP = (300, 1800)
@@ -43,12 +67,22 @@ QUESTIONS = (
     "What color is the object in the hand?",
     "How much of the object is hidden by the hand?",
 )
-MARKED = "what covers it"
 TITLE = "What is in the hand?"
 
 
 EMPTY = "The completed picture appears here."
 INSIDE = "Look at a picture first; then its inside is drawn here."
+
+
+def examples() -> list[Record]:
+    """The scenes that the package brings."""
+    return [job.record for job in read_jobs(DEMO / EXAMPLES, ())]
+
+
+def css() -> str:
+    """The page's style."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return style + show.thumbnails(examples())
 
 
 def build_page(serving: Serving, model: str, private: Path) -> gr.Blocks:
@@ -77,7 +111,7 @@ class Page:
 
     def __init__(self, actions: Actions):
         self.actions = actions
-        self.examples = [job.record for job in read_jobs(DEMO / EXAMPLES, ())]
+        self.examples = examples()
         gr.HTML(_header(actions.model, actions.serving.engine.step))
         with gr.Row(elem_id="board"):
             with gr.Column(min_width=320, elem_classes="card"):
@@ -92,33 +126,31 @@ class Page:
 
     def _pictures(self) -> None:
         gr.HTML("<h2>1 · Pictures</h2>")
-        picture = {
-            "type": "filepath",
-            "height": 200,
-            "buttons": [],
-            "sources": ["upload", "clipboard"],
-        }
+        picture = {"height": 210, "buttons": [], "sources": ["upload"]}
         with gr.Row():
-            self.orig = Upload(label="Original", alt_text="the original", elem_id="orig", **picture)
-            self.recon = Upload(
-                label="Reconstruction (optional)",
+            self.orig = upload(label="Original", alt_text="the original", elem_id="orig", **picture)
+            self.recon = upload(
+                label="Reconstruction, if any",
                 alt_text="the reconstruction",
                 elem_id="recon",
                 **picture,
             )
         with gr.Row(elem_id="examples"):
             self.choices = [
-                gr.Button(name_of(record), icon=str(record.image_orig), size="sm", min_width=64)
-                for record in self.examples
+                gr.Button(
+                    record.id.replace("_", " "), size="sm", min_width=64, elem_id=f"example-{i}"
+                )
+                for i, record in enumerate(self.examples)
             ]
         with gr.Accordion("Where the object is (optional)", open=False):
             self.boxes = [
                 gr.Textbox(label=f"Box in the {name}: x, y, width, height", max_lines=1)
                 for name in ("original", "reconstruction")
             ]
-            self.marks = gr.Radio(list(MARKS), value=list(MARKS)[0], label="Drawn below:")
+            self.marks = gr.Radio(list(MARKS), value=COVER, label="Drawn below is")
             self.drawing = gr.ImageEditor(
                 label="Mask",
+                type="pil",
                 sources=(),
                 transforms=(),
                 layers=False,
@@ -127,6 +159,8 @@ class Page:
                 brush=gr.Brush(colors=[INK], default_color=INK, color_mode="fixed"),
                 elem_id="drawing",
             )
+        # Of an example, until something is drawn: its own mask of what covers it.
+        self.known_mask = gr.State(None)
         with gr.Accordion("How it is painted", open=False):
             self.paint = [
                 gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest)"),
@@ -186,7 +220,7 @@ class Page:
         gr.HTML("<h2>4 · Inside</h2>")
         with gr.Tabs():
             with gr.Tab("Attention"), gr.Row():
-                with gr.Column(scale=1, min_width=240):
+                with gr.Column(scale=1, min_width=240, visible=False) as self.asker:
                     self.asking = gr.Image(
                         label="Click a place: what does it attend to?",
                         alt_text="the original; a click chooses a place",
@@ -195,12 +229,13 @@ class Page:
                         height=260,
                         type="pil",
                         format="png",
-                        elem_id="asking-place",
+                        elem_id="place-picture",
                     )
-                    self.place = [
-                        gr.Slider(0, 100, 50, step=1, label=f"{name} (percent)")
-                        for name in ("Across", "Down")
-                    ]
+                    with gr.Group(elem_id="place"):
+                        self.place = [
+                            gr.Slider(0, 100, 50, step=1, label=f"{name} (percent)")
+                            for name in ("Across", "Down")
+                        ]
                 with gr.Column(scale=3, min_width=320):
                     self.attention = gr.HTML(show.placeholder(INSIDE), elem_id="attention")
             with gr.Tab("Alpha, alignment, codes"):
@@ -208,11 +243,12 @@ class Page:
 
     def _connect(self) -> None:
         sent = [
-            self.orig, self.recon, *self.boxes, self.marks, self.drawing, *self.paint,
+            self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
+            *self.paint,
         ]  # fmt: skip
         seen = [
-            self.compare, self.facts, self.picture, self.make_report, self.asking, self.chat,
-            self.attention, self.inside,
+            self.compare, self.facts, self.picture, self.make_report, self.asker, self.asking,
+            self.chat, self.attention, self.inside,
         ]  # fmt: skip
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         drawn: dict[str, Any] = {"api_visibility": "private"}
@@ -260,15 +296,16 @@ class Page:
         looked.success(draw, None, [self.attention, self.inside], **drawn)
         for choice, record in zip(self.choices, self.examples, strict=True):
             chosen = choice.click(
-                lambda record=record: example_values(record), None, sent[:6], **quiet
+                lambda record=record: example_values(record), None, sent[:7], **quiet
             )
             chosen.then(look, sent, seen, **drawn).success(
                 draw, None, [self.attention, self.inside], **drawn
             )
         # A new picture has other boxes and another mask.
-        fresh = lambda path: ["", "", {"background": path, "layers": [], "composite": None}]  # noqa: E731
-        self.orig.upload(fresh, self.orig, [*self.boxes, self.drawing], **quiet)
-        self.orig.clear(lambda: ["", "", None], None, [*self.boxes, self.drawing], **quiet)
+        belongs = [*self.boxes, self.drawing, self.known_mask]
+        self.orig.upload(lambda path: ["", "", canvas(path), None], self.orig, belongs, **quiet)
+        self.orig.clear(lambda: ["", "", None, None], None, belongs, **quiet)
+        self.chat.clear(self.actions.forget, None, None, **quiet)
 
         asked = [self.chat, *sent, *self.words]
         for event in (self.ask.click, self.question.submit):
@@ -295,6 +332,7 @@ class Page:
             show.facts(result),
             gr.DownloadButton(value=file, interactive=file is not None),
             gr.Button(interactive=True),
+            gr.Column(visible=True),
             original,
             [],
             show.placeholder("Drawing ..."),
@@ -302,16 +340,14 @@ class Page:
         ]
 
 
-def name_of(record: Record) -> str:
-    """What an example's button is called."""
-    return record.id.replace("_", " ")
-
-
 def sent_of(*values: Any) -> Sent:
     """The values of the page's inputs, put together. Raises ConfigError."""
-    *places, drawing, temperature, passes, seed, paste_back = values
+    *places, marks, drawing, known, temperature, passes, seed, paste_back = values
     painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
-    return Sent(*places, drawn_mask(drawing), painting)
+    mask = drawn_mask(drawing)
+    if mask is None and known is not None:
+        marks, mask = COVER, PackedPicture("the example's mask", Path(known).read_bytes())
+    return Sent(*places, marks, mask, painting)
 
 
 def decoding_of(most, temperature, top_k, top_p, penalty, seed) -> Decoding:
@@ -323,8 +359,14 @@ def example_values(record: Record) -> list[Any]:
     """What an example puts into the page's inputs."""
     boxes = [", ".join(f"{v:g}" for v in box) for box in (record.bbox_orig, record.bbox_recon)]
     return [
-        str(record.image_orig), str(record.image_recon), *boxes, MARKED, drawing_of(record),
+        str(record.image_orig), str(record.image_recon), *boxes, COVER,
+        canvas(str(record.image_orig)), str(record.occluder_mask),
     ]  # fmt: skip
+
+
+def canvas(path: str) -> dict[str, Any]:
+    """A picture to draw on."""
+    return {"background": path, "layers": [], "composite": None}
 
 
 def _header(model: str, step: int) -> str:

@@ -15,11 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
-from PIL import Image
 
 from htfa_jax.data.places import PackedPicture
-from htfa_jax.data.records import Record
 from htfa_jax.demo import show
 from htfa_jax.demo.api import client_of, read_box, sentence
 from htfa_jax.demo.serving import Serving
@@ -33,18 +30,17 @@ from htfa_jax.sampling import Decoding
 log = logging.getLogger(__name__)
 
 # What a drawn mask means.
-MARKS = {"the whole object": "object_mask", "what covers it": "occluder_mask"}
+COVER = "what covers the object"
+MARKS = {COVER: "occluder_mask", "the object, its hidden part included": "object_mask"}
 INK = "#e8a200"
 
 
-class Upload(gr.Image):
+def upload(**options: Any) -> gr.Image:
     """A picture that reaches us as it was sent: our own reader decodes it, not Gradio."""
-
-    is_template = True  # looks like its base
-
-    def preprocess(self, payload: Any) -> str | None:
-        """The path of the file."""
-        return None if payload is None else payload.path
+    picture = gr.Image(type="filepath", **options)
+    # Not a subclass: of those Gradio writes stubs beside their source.
+    picture.preprocess = lambda payload: None if payload is None else payload.path
+    return picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +165,11 @@ class Actions:
                     visit.said.append((question, text, item))
                     yield text, item
 
+    def forget(self, request: gr.Request) -> None:
+        """Begins a new conversation about the same pair."""
+        visit = self.visits.of(request.session_hash)
+        visit.chat, visit.said = None, []
+
     async def attention(self, request: gr.Request, point: tuple[float, float] | None) -> str:
         """A figure of what a point of the original attends to."""
         return await asyncio.to_thread(show.attention, self.visit(request).result, point)
@@ -218,18 +219,10 @@ class Actions:
 
 def drawn_mask(drawing: dict[str, Any] | None) -> PackedPicture | None:
     """What was drawn over the picture, as a mask; None if nothing was."""
-    layers = [layer[..., 3] > 0 for layer in (drawing or {}).get("layers", [])]
-    if not layers or not any(layer.any() for layer in layers):
-        return None
-    buffer = io.BytesIO()
-    Image.fromarray(np.any(layers, axis=0)).save(buffer, "png")
-    return PackedPicture("the drawn mask", buffer.getvalue())
-
-
-def drawing_of(record: Record) -> dict[str, Any]:
-    """An example's mask of what covers it, as if it had been drawn."""
-    background = Image.open(record.image_orig)
-    mask = Image.open(record.occluder_mask).convert("L").resize(background.size)
-    ink = Image.new("RGBA", background.size, INK)
-    ink.putalpha(mask.point(lambda value: 160 * (value > 127)))
-    return {"background": str(record.image_orig), "layers": [ink], "composite": None}
+    for layer in (drawing or {}).get("layers", []):
+        ink = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
+        if ink.getbbox() is not None:
+            buffer = io.BytesIO()
+            ink.save(buffer, "png")
+            return PackedPicture("the drawn mask", buffer.getvalue())
+    return None

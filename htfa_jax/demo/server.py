@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import socket
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from PIL import Image
 
 from htfa_jax.demo.api import add_api
 from htfa_jax.demo.gate import Gate
-from htfa_jax.demo.layout import CSS, THEME, build_page
+from htfa_jax.demo.layout import THEME, build_page, css
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import ConfigError
 from htfa_jax.infer import DEMO
@@ -64,7 +65,7 @@ def application(
         show_error=True,
         ssr_mode=False,
         theme=THEME,
-        css_paths=CSS,
+        css=css(),
         allowed_paths=[str(DEMO / "examples"), str(private)],
     )
     app.add_middleware(Gate, serving=serving, hosts=hosts)
@@ -76,6 +77,10 @@ def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> N
     listener = listen(args.host, args.port)
     port = listener.getsockname()[1]
     hosts = {*LOOPBACK, args.host, *args.hosts}
+    # Gradio decodes what is drawn on the page: there too nothing may be larger. Pillow raises at
+    # twice this, and warns before.
+    Image.MAX_IMAGE_PIXELS = args.limits.megapixels * 10**6 // 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     with Serving(engine, args.limits) as serving:
         warm_up(engine, args.limits.batch)
         if args.share:

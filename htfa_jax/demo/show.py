@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import threading
+from collections.abc import Sequence
 from html import escape
 
 from PIL import Image
 
+from htfa_jax.data.records import Record
 from htfa_jax.look_inside import alignment_figure, alpha_figure, codes_figure, level2_figure, png
 from htfa_jax.report_html import CAPTIONS
 from htfa_jax.results import Result
@@ -32,6 +34,16 @@ def compare(before: Image.Image, after: Image.Image) -> str:
         'aria-label="divider between the original and the completed picture" '
         "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\"></div>"
     )
+
+
+def thumbnails(examples: Sequence[Record]) -> str:
+    """CSS that shows every example above the name on its button."""
+    rules = []
+    for i, record in enumerate(examples):
+        with Image.open(record.image_orig) as picture:
+            source = _data_uri(picture.convert("RGB"), widest=112)
+        rules.append(f'#example-{i}::before {{ background-image: url("{source}"); }}')
+    return "\n".join(rules)
 
 
 def placeholder(sentence: str) -> str:

@@ -27,7 +27,7 @@ class Limits:
 
     queue: int = 64  # requests that wait
     per_client: int = 32  # of these, from one address
-    batch: int = 8  # requests that are worked on together
+    batch: int = 4  # requests that are worked on together
     streams: int = 8  # answers that are streamed at a time
     upload_mb: int = 20  # of a request, all pictures together
     upload_seconds: int = 60  # in which it must have come
@@ -94,11 +94,12 @@ def _check_size(field: str, picture: PackedPicture, megapixels: int) -> None:
     """Refuses what is too large, before it is decoded."""
     try:
         with Image.open(io.BytesIO(picture.content), formats=FORMATS) as image:
-            width, height = image.size
-    except Exception:  # it is no picture, or Pillow too finds it too large: the reader says so
+            fits = image.width * image.height <= megapixels * 1e6
+    except Image.DecompressionBombError:
+        fits = False
+    except Exception:  # it is no picture: the reader says so
         return
-    if width * height > megapixels * 1e6:
+    if not fits:
         raise DataError(
-            f"{field}: {picture.name} has {width}x{height} pixels, more than {megapixels} million: "
-            "make it smaller"
+            f"{field}: {picture.name} has more than {megapixels} million pixels: make it smaller"
         )
