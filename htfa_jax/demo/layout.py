@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator
 from html import escape
 from pathlib import Path
@@ -68,8 +69,8 @@ QUESTIONS = (
     "How much of the object is hidden by the hand?",
 )
 TITLE = "What is in the hand?"
-
-
+# No endpoint of Gradio's own API.
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 EMPTY = "The completed picture appears here."
 INSIDE = "Look at a picture first; then its inside is drawn here."
 
@@ -122,6 +123,15 @@ class Page:
                 self._talk()
         with gr.Column(elem_classes="card"):
             self._insights()
+        # What a look depends on, and what it changes.
+        self.sent = [
+            self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
+            *self.paint,
+        ]  # fmt: skip
+        self.seen = [
+            self.compare, self.facts, self.picture, self.make_report, self.asker, self.asking,
+            self.chat, self.attention, self.inside,
+        ]  # fmt: skip
         self._connect()
 
     def _pictures(self) -> None:
@@ -242,82 +252,92 @@ class Page:
                 self.inside = gr.HTML(show.placeholder(INSIDE), elem_id="inside")
 
     def _connect(self) -> None:
-        sent = [
-            self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
-            *self.paint,
-        ]  # fmt: skip
-        seen = [
-            self.compare, self.facts, self.picture, self.make_report, self.asker, self.asking,
-            self.chat, self.attention, self.inside,
-        ]  # fmt: skip
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-        drawn: dict[str, Any] = {"api_visibility": "private"}
-
-        @sentences
-        async def look(request: gr.Request, *values: Any) -> list[Any]:
-            visit, is_new = await self.actions.look(request, sent_of(*values))
-            return await self._shown(visit) if is_new else [gr.skip()] * len(seen)
-
-        @sentences
-        async def ask(
-            request: gr.Request, question: str, history: list[dict], *values: Any
-        ) -> AsyncIterator[list[Any]]:
-            visit, is_new = await self.actions.look(request, sent_of(*values[: len(sent)]))
-            updates = await self._shown(visit) if is_new else [gr.skip()] * len(seen)
-            where = seen.index(self.chat)
-            turns = [*([] if is_new else history), {"role": "user", "content": escape(question)}]
-            decoding = decoding_of(*values[len(sent) :])
-            async for text, confidence in self.actions.ask(request, question, decoding):
-                turn = {"role": "assistant", "content": show.said(text, confidence)}
-                updates[where] = [*turns, turn]
-                yield ["", *updates]
-                updates = [gr.skip()] * len(seen)
-
-        @sentences
-        async def attend(request: gr.Request, across: float, down: float) -> str:
-            return await self.actions.attention(request, (across / 100, down / 100))
-
-        @sentences
-        async def clicked(request: gr.Request, picture: Any, event: gr.SelectData) -> list[Any]:
-            x, y = ((i + 0.5) / n for i, n in zip(event.index, picture.size, strict=True))
-            return [
-                await self.actions.attention(request, (x, y)), round(100 * x), round(100 * y),
-            ]  # fmt: skip
-
-        @sentences
-        async def draw(request: gr.Request) -> list[str]:
-            return [await self.actions.attention(request, None), await self.actions.inside(request)]
-
-        @sentences
-        async def report(request: gr.Request) -> str:
-            return str(await self.actions.report(request))
-
-        looked = self.look.click(look, sent, seen, **drawn)
-        looked.success(draw, None, [self.attention, self.inside], **drawn)
+        sent, seen, quiet = self.sent, self.seen, {"show_progress": "hidden", **PRIVATE}
+        figures = [self.attention, self.inside]
+        self.look.click(self.on_look, sent, seen, **PRIVATE).success(
+            self.on_drawing, None, figures, **PRIVATE
+        )
         for choice, record in zip(self.choices, self.examples, strict=True):
-            chosen = choice.click(
-                lambda record=record: example_values(record), None, sent[:7], **quiet
-            )
-            chosen.then(look, sent, seen, **drawn).success(
-                draw, None, [self.attention, self.inside], **drawn
-            )
+            values = functools.partial(example_values, record)
+            choice.click(values, None, sent[:7], **quiet).success(
+                self.on_look, sent, seen, **PRIVATE
+            ).success(self.on_drawing, None, figures, **PRIVATE)
         # A new picture has other boxes and another mask.
         belongs = [*self.boxes, self.drawing, self.known_mask]
         self.orig.upload(lambda path: ["", "", canvas(path), None], self.orig, belongs, **quiet)
         self.orig.clear(lambda: ["", "", None, None], None, belongs, **quiet)
+
+        for event, question in (
+            (self.ask.click, self.question),
+            (self.question.submit, self.question),
+            *((button.click, button) for button in self.suggestions),
+        ):
+            event(
+                self.on_question,
+                [question, self.chat, *sent, *self.words],
+                [self.question, *seen],
+                **quiet,
+            ).success(self.on_drawing, None, figures, **quiet)
         self.chat.clear(self.actions.forget, None, None, **quiet)
 
-        asked = [self.chat, *sent, *self.words]
-        for event in (self.ask.click, self.question.submit):
-            event(ask, [self.question, *asked], [self.question, *seen], **quiet)
-        for button in self.suggestions:
-            button.click(ask, [button, *asked], [self.question, *seen], **quiet)
-
         for slider in self.place:
-            slider.input(attend, self.place, self.attention, trigger_mode="always_last", **quiet)
-        self.asking.select(clicked, self.asking, [self.attention, *self.place], **quiet)
-        made = self.make_report.click(report, None, self.report, **drawn)
-        made.success(None, js="() => document.querySelector('#report').click()")
+            slider.input(
+                self.on_place, self.place, self.attention, trigger_mode="always_last", **quiet
+            )
+        self.asking.select(self.on_click, self.asking, [self.attention, *self.place], **quiet)
+        self.make_report.click(self.on_report, None, self.report, **PRIVATE).success(
+            None, js="() => document.querySelector('#report').click()"
+        )
+
+    @sentences
+    async def on_look(self, request: gr.Request, *values: Any) -> list[Any]:
+        """Values of `sent`, to those of `seen`."""
+        visit, is_new = await self.actions.look(request, sent_of(*values))
+        return await self._shown(visit) if is_new else [gr.skip()] * len(self.seen)
+
+    @sentences
+    async def on_question(
+        self, request: gr.Request, question: str, history: list[dict], *values: Any
+    ) -> AsyncIterator[list[Any]]:
+        """Values of `sent` and of the sampling controls, to the question's and those of `seen`."""
+        self.actions.serving.limits.check_questions([question])
+        sent, decoding = values[: len(self.sent)], decoding_of(*values[len(self.sent) :])
+        visit, is_new = await self.actions.look(request, sent_of(*sent))
+        if is_new:
+            # At once: nothing that fails later may leave the page behind its visit.
+            yield [gr.skip(), *await self._shown(visit)]
+        updates = [gr.skip()] * len(self.seen)
+        turns = [*([] if is_new else history), {"role": "user", "content": escape(question)}]
+        async for text, confidence in self.actions.ask(request, question, decoding):
+            turn = {"role": "assistant", "content": show.said(text, confidence)}
+            updates[self.seen.index(self.chat)] = [*turns, turn]
+            yield ["", *updates]
+
+    @sentences
+    async def on_drawing(self, request: gr.Request) -> list[Any]:
+        """The figures of a look, unless they are there."""
+        visit = self.actions.visit(request)
+        if visit.drawn:
+            return [gr.skip(), gr.skip()]
+        visit.drawn = True
+        return [await self.actions.attention(request, None), await self.actions.inside(request)]
+
+    @sentences
+    async def on_place(self, request: gr.Request, across: float, down: float) -> str:
+        """What a place attends to, in percent of the original's sides."""
+        return await self.actions.attention(request, (across / 100, down / 100))
+
+    @sentences
+    async def on_click(self, request: gr.Request, picture: Any, event: gr.SelectData) -> list[Any]:
+        """What a clicked place attends to, and where it is in percent."""
+        place = [(i + 0.5) / n for i, n in zip(event.index, picture.size, strict=True)]
+        figure = await self.actions.attention(request, tuple(place))
+        return [figure, *(round(100 * part) for part in place)]
+
+    @sentences
+    async def on_report(self, request: gr.Request) -> str:
+        """The path of a report."""
+        return str(await self.actions.report(request))
 
     async def _shown(self, visit: Any) -> list[Any]:
         """What a look changes on the page, in the order of `seen`."""

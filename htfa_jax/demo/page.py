@@ -16,6 +16,7 @@ from typing import Any
 
 import gradio as gr
 
+from htfa_jax.chat import Chat
 from htfa_jax.data.places import PackedPicture
 from htfa_jax.demo import show
 from htfa_jax.demo.api import client_of, read_box, sentence
@@ -139,7 +140,7 @@ class Actions:
         if result.error is not None:
             raise DataError(result.error)
         visit.looked_at, visit.scene, visit.result = sent, scene, result
-        visit.chat, visit.said = None, []
+        visit.chat, visit.said, visit.drawn = None, [], False
         return visit, True
 
     async def ask(
@@ -147,16 +148,16 @@ class Actions:
     ) -> AsyncIterator[tuple[str, float | None]]:
         """The answer so far, again and again, and its confidence at its end."""
         visit = self.visit(request)
-        self.serving.limits.check_questions([question])
 
-        def chat():
+        def chat() -> Chat:
             if visit.chat is None:
                 visit.chat = self.serving.engine.chat(visit.scene)
             return visit.chat
 
         text = ""
         pieces = self.serving.stream(client_of(request), chat, question, decoding)
-        async with contextlib.aclosing(pieces):
+        # One answer at a time: each goes on in the cache of the last.
+        async with visit.talking, contextlib.aclosing(pieces):
             async for item in pieces:
                 if isinstance(item, str):
                     text += item

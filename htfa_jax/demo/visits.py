@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import shutil
@@ -24,6 +25,8 @@ class Visit:
       scene: the pair, read.
       result: of the look.
       chat: about the pair; begins with the first question.
+      talking: while an answer is given.
+      drawn: whether the page shows the figures of `result`.
       said: question, answer and confidence, one after the other.
       uploads: files that the page sent.
     """
@@ -33,6 +36,8 @@ class Visit:
     scene: Scene | None = None
     result: Result | None = None
     chat: Chat | None = None
+    talking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    drawn: bool = False
     said: list[tuple[str, str, float | None]] = dataclasses.field(default_factory=list)
     uploads: set[Path] = dataclasses.field(default_factory=set)
 
