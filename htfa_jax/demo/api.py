@@ -240,8 +240,8 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
         look = serving.look(
             client_of(request),
             pair,
-            _questions(serving, None),
-            # A batch has words; nobody reads these.
+            # Whoever looks asks something; nobody reads this answer.
+            [serving.engine.config.data.default_query],
             decoding=Decoding(max_new_tokens=1),
             completion=painting,
         )
@@ -262,10 +262,10 @@ def client_of(request: Any) -> str:
 
 
 def _questions(serving: Serving, queries: list[str] | None) -> list[str]:
-    if queries is None:
-        return [serving.engine.config.data.default_query]
     if not serving.engine.can_answer:
         raise ConfigError("this run has no text head (loss.text_weight=0): it only completes")
+    if queries is None:
+        return [serving.engine.config.data.default_query]
     serving.limits.check_questions(queries)
     return queries
 

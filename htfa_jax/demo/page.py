@@ -66,7 +66,7 @@ class Sent:
 
 
 def sentences(function: Callable) -> Callable:
-    """Wraps a method of `Actions`: what goes wrong is told on the page."""
+    """Wraps what an event calls: what goes wrong is told on the page."""
 
     @contextlib.contextmanager
     def told() -> Iterator[None]:
