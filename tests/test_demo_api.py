@@ -177,7 +177,7 @@ NOISE = np.random.default_rng(0).bytes(2000)
         ({}, {"temperature": "-1"}, 422, "temperature=-1.0 must be 0 or above"),
         ({}, {"temperature": "warm"}, 422, "temperature: Input should be a valid number"),
         ({}, {"max_new_tokens": "1000"}, 422, "max_new_tokens=1000 must be at most 256"),
-        ({"image_recon": ("b.png", NOISE * 1000)}, {}, 413, "more than 1 MB"),
+        ({"image_recon": ("b.png", NOISE * 2000)}, {}, 413, "more than 1 MB"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_sentence(client, files, change, data, status, said):
@@ -190,7 +190,7 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(client, files, change, d
 def test_a_body_of_untold_length_is_counted(client):
     def body():
         yield b'--x\r\ncontent-disposition: form-data; name="image_orig"; filename="a"\r\n\r\n'
-        for _ in range(1000):
+        for _ in range(2000):
             yield NOISE
 
     headers = {"content-type": "multipart/form-data; boundary=x"}

@@ -61,7 +61,7 @@ def server(tmp_path_factory):
         assert private.stat().st_mode & 0o777 == 0o700
         yield url, private
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         process.wait(60)
     assert not private.exists()
 
@@ -158,7 +158,7 @@ def test_an_example_from_look_to_answer(open_page, width, height, scheme):
         page.get_by_role("button", name=name).click()
     page.locator("#drawing canvas").first.wait_for()
     assert violations(page) == []
-    page.get_by_role("tab", name="Alpha").click()
+    page.get_by_role("tab", name="Maps").click()
     page.locator("#inside figure").nth(2).wait_for()
     assert violations(page) == []
     # Nothing is wider than the screen.

@@ -24,6 +24,7 @@ from htfa_jax.infer import DEMO
 from htfa_jax.inference import HTFAInference
 from htfa_jax.inference_weights import Quantize
 from htfa_jax.runs import find_run
+from htfa_jax.signals import StopSignal
 
 log = logging.getLogger("htfa_jax.demo")  # by name: this module is run as __main__
 
@@ -64,7 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )
-        serve(engine, name_of(workdir), args, folder)
+        # Either signal ends it; all is put away.
+        with contextlib.suppress(KeyboardInterrupt), StopSignal():
+            serve(engine, name_of(workdir), args, folder)
 
 
 @contextlib.contextmanager

@@ -15,10 +15,10 @@ from htfa_jax.data.records import Record
 from htfa_jax.demo import show
 from htfa_jax.demo.page import (
     COVER,
-    INK,
     MARKS,
     Actions,
     Sent,
+    board,
     drawn_mask,
     sentences,
     upload,
@@ -140,7 +140,7 @@ class Page:
         with gr.Row():
             self.orig = upload(label="Original", alt_text="the original", elem_id="orig", **picture)
             self.recon = upload(
-                label="Reconstruction, if any",
+                label="Reconstruction",
                 alt_text="the reconstruction",
                 elem_id="recon",
                 **picture,
@@ -158,17 +158,7 @@ class Page:
                 for name in ("original", "reconstruction")
             ]
             self.marks = gr.Radio(list(MARKS), value=COVER, label="Drawn below is")
-            self.drawing = gr.ImageEditor(
-                label="Mask",
-                type="pil",
-                sources=(),
-                transforms=(),
-                layers=False,
-                buttons=[],
-                height=320,
-                brush=gr.Brush(colors=[INK], default_color=INK, color_mode="fixed"),
-                elem_id="drawing",
-            )
+            self.drawing = board(label="Mask", height=320, elem_id="drawing")
         # Of an example, until something is drawn: its own mask of what covers it.
         self.known_mask = gr.State(None)
         with gr.Accordion("How it is painted", open=False):
@@ -248,7 +238,7 @@ class Page:
                         ]
                 with gr.Column(scale=3, min_width=320):
                     self.attention = gr.HTML(show.placeholder(INSIDE), elem_id="attention")
-            with gr.Tab("Alpha, alignment, codes"):
+            with gr.Tab("Maps"):
                 self.inside = gr.HTML(show.placeholder(INSIDE), elem_id="inside")
 
     def _connect(self) -> None:
@@ -353,7 +343,7 @@ class Page:
             gr.DownloadButton(value=file, interactive=file is not None),
             gr.Button(interactive=True),
             gr.Column(visible=True),
-            original,
+            show.enlarged(original),
             [],
             show.placeholder("Drawing ..."),
             show.placeholder("Drawing ..."),
@@ -392,6 +382,6 @@ def canvas(path: str) -> dict[str, Any]:
 def _header(model: str, step: int) -> str:
     return (
         f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
-        "hides, and at a reconstruction of the object; it paints the object whole and answers "
-        f"questions about it. This is <b>{escape(model)}</b>, step {step:,}.</p></header>"
+        "hides, and at a reconstruction of the object if there is one; it paints the object whole "
+        f"and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}.</p></header>"
     )

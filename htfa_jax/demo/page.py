@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
 from htfa_jax.chat import Chat
 from htfa_jax.data.places import PackedPicture
@@ -42,6 +43,23 @@ def upload(**options: Any) -> gr.Image:
     # Not a subclass: of those Gradio writes stubs beside their source.
     picture.preprocess = lambda payload: None if payload is None else payload.path
     return picture
+
+
+def board(**options: Any) -> gr.ImageEditor:
+    """Where a mask is drawn over a picture; only what was drawn comes back, as pictures."""
+    brush = gr.Brush(colors=[INK], default_color=INK, color_mode="fixed")
+    editor = gr.ImageEditor(
+        type="pil", sources=(), transforms=(), layers=False, buttons=[], brush=brush, **options
+    )
+
+    def layers(payload: Any) -> list[Image.Image]:
+        drawn = editor.blob_storage.pop(payload.id, None) if payload and payload.id else None
+        sent = drawn.layers if drawn else []
+        return [editor.convert_and_format_image(layer) for layer in sent if layer is not None]
+
+    # The picture below comes as an upload of its own.
+    editor.preprocess = layers
+    return editor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,9 +236,9 @@ class Actions:
             raise DataError(f"{path.name} is not kept any more: send it again") from None
 
 
-def drawn_mask(drawing: dict[str, Any] | None) -> PackedPicture | None:
+def drawn_mask(layers: list[Image.Image]) -> PackedPicture | None:
     """What was drawn over the picture, as a mask; None if nothing was."""
-    for layer in (drawing or {}).get("layers", []):
+    for layer in layers:
         ink = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
         if ink.getbbox() is not None:
             buffer = io.BytesIO()

@@ -17,6 +17,8 @@ from htfa_jax.results import Result
 
 # On the page no picture is wider; the download has its own size.
 WIDEST = 1024
+# The longer side of the picture that can be clicked.
+ASKED = 640
 # Matplotlib's figures share caches of fonts and texts.
 drawing = threading.Lock()
 
@@ -44,6 +46,12 @@ def thumbnails(examples: Sequence[Record]) -> str:
             source = _data_uri(picture.convert("RGB"), widest=112)
         rules.append(f'#example-{i}::before {{ background-image: url("{source}"); }}')
     return "\n".join(rules)
+
+
+def enlarged(picture: Image.Image) -> Image.Image:
+    """A picture as large as it is shown: Gradio finds the place of a click only then."""
+    scale = ASKED / max(picture.size)
+    return picture.resize([max(1, round(n * scale)) for n in picture.size])
 
 
 def placeholder(sentence: str) -> str:
