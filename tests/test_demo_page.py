@@ -93,6 +93,7 @@ def open_page(browser, server):
         page.on("request", lambda r: None if r.url.startswith(ours) else noise.append(r.url))
         page.goto(url)
         page.locator("#look").wait_for()
+        page.get_by_text("Loading...").first.wait_for(state="detached")
         return page
 
     yield opened

@@ -244,13 +244,14 @@ class Page:
     def _connect(self) -> None:
         sent, seen, quiet = self.sent, self.seen, {"show_progress": "hidden", **PRIVATE}
         figures = [self.attention, self.inside]
-        self.look.click(self.on_look, sent, seen, **PRIVATE).success(
+        looking = {"show_progress_on": self.compare, **PRIVATE}
+        self.look.click(self.on_look, sent, seen, **looking).success(
             self.on_drawing, None, figures, **PRIVATE
         )
         for choice, record in zip(self.choices, self.examples, strict=True):
             values = functools.partial(example_values, record)
             choice.click(values, None, sent[:7], **quiet).success(
-                self.on_look, sent, seen, **PRIVATE
+                self.on_look, sent, seen, **looking
             ).success(self.on_drawing, None, figures, **PRIVATE)
         # A new picture has other boxes and another mask.
         belongs = [*self.boxes, self.drawing, self.known_mask]
@@ -382,6 +383,7 @@ def canvas(path: str) -> dict[str, Any]:
 def _header(model: str, step: int) -> str:
     return (
         f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
-        "hides, and at a reconstruction of the object if there is one; it paints the object whole "
-        f"and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}.</p></header>"
+        "hides, and at a reconstruction of the object if there is one; it paints the object "
+        f"whole and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}."
+        "</p></header>"
     )

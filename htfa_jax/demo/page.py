@@ -53,8 +53,9 @@ def board(**options: Any) -> gr.ImageEditor:
     )
 
     def layers(payload: Any) -> list[Image.Image]:
-        drawn = editor.blob_storage.pop(payload.id, None) if payload and payload.id else None
-        sent = drawn.layers if drawn else []
+        if payload is not None and payload.id is not None:  # it was sent ahead
+            payload = editor.blob_storage.pop(payload.id, None)
+        sent = [] if payload is None else payload.layers or []
         return [editor.convert_and_format_image(layer) for layer in sent if layer is not None]
 
     # The picture below comes as an upload of its own.
@@ -93,9 +94,7 @@ def sentences(function: Callable) -> Callable:
         except Exception as error:
             if not isinstance(error, HTFAError):
                 log.exception("the page failed")
-            raise gr.Error(
-                sentence(error), duration=None, title="That did not work", print_exception=False
-            ) from error
+            raise gr.Error(sentence(error), duration=None, print_exception=False) from error
 
     if inspect.isasyncgenfunction(function):
 
