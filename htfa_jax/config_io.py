@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util
+import importlib.machinery
 import json
 import sys
 import types
@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from htfa_jax.commands import parse
 from htfa_jax.config import Config, leaves
 from htfa_jax.errors import ConfigError
 from htfa_jax.files import write_whole
@@ -131,9 +132,10 @@ def load_config(source: str | Path) -> Config:
             ) from error
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a configuration is a .py file with get_config(), or a .json")
-    spec = importlib.util.spec_from_file_location(f"htfa_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader(f"htfa_config_{path.stem}", str(path))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(path)
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config()")
     config = module.get_config()
@@ -181,6 +183,7 @@ def parse_args(
     cls: type,
     argv: Sequence[str] | None = None,
     *,
+    description: str | None = None,
     source: str = "config",
     read: Callable[[str], Config] = load_config,
     resolve: Callable[[Config, Config], Config] | None = None,
@@ -192,8 +195,9 @@ def parse_args(
     nearest valid name.
 
     Args:
-      cls: frozen dataclass of the command's options; its docstring is the help text.
+      cls: frozen dataclass of the command's options.
       argv: arguments, those of the process by default.
+      description: what `--help` begins with.
       source: name of the option that names the configuration.
       read: from that option's value to the configuration.
       resolve: called with the configuration after and before the flags; gives the final one.
@@ -209,12 +213,7 @@ def parse_args(
         raise ConfigError(f"--{source} is missing (--help shows all options)")
     else:
         base = load_config("standard")
-    args = tyro.cli(
-        cls,
-        default=cls(config=base),
-        args=argv if own_field else rest,
-        use_underscores=True,
-    )
+    args: Any = parse(cls, argv if own_field else rest, description, default=cls(config=base))
     if resolve is not None:
         args = dataclasses.replace(args, config=resolve(args.config, base))
     return args

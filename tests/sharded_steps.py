@@ -9,14 +9,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
-from htfa_jax.checkpoint import Checkpoints
+from htfa_jax.checkpoints import Checkpoints
 from htfa_jax.config_io import override
 from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.plan import abstract_step

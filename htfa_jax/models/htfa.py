@@ -1,6 +1,7 @@
 """HTFA: the three levels, both encoders and the decoder, wired together."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class Fusion:
     alpha_BHW: jax.Array
     fused_BHWC: jax.Array
     spatial_BPD: jax.Array
-    attention_BNTS: jax.Array | None
+    attention_BNTS: Any
 
 
 @jax.tree_util.register_dataclass
