@@ -30,7 +30,8 @@ import httpx
 import numpy as np
 import tyro
 
-from htfa_jax.infer import DEMO, EXAMPLES, read_jobs
+from htfa_jax.infer import DEMO, EXAMPLES
+from htfa_jax.predictions import read_jobs
 
 KINDS = ("infer", "stream", "complete")
 START_SECONDS = 300

@@ -15,12 +15,11 @@ pytest.importorskip("gradio", reason="the page and the API need the extra `demo`
 from fastapi.testclient import TestClient
 
 from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.demo.limits import Limits
 from htfa_jax.demo.server import application
 from htfa_jax.demo.serving import Serving
-from htfa_jax.demo.uploads import Limits
 from htfa_jax.inference import HTFAInference
-from htfa_jax.results import Completion
-from htfa_jax.sampling import Decoding
+from htfa_jax.options import Completion, Decoding
 
 HOSTS = frozenset({"testserver"})
 

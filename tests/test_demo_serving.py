@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
+from htfa_jax.demo.limits import Limits
 from htfa_jax.demo.serving import Busy, Closed, Serving
-from htfa_jax.demo.uploads import Limits
 from htfa_jax.errors import ConfigError, DataError
-from htfa_jax.results import ONE_PASS, Completion, Result
-from htfa_jax.sampling import Decoding
+from htfa_jax.options import ONE_PASS, Completion, Decoding
+from htfa_jax.results import Result
 
 
 @dataclass

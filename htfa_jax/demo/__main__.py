@@ -1,7 +1,11 @@
-"""Opens the page where one can try a model, and the HTTP API beside it.
+"""Opens a page where one can try a model, and an HTTP API beside it.
 
-python -m htfa_jax.demo                      # the newest run under runs/, else the demo model
-python -m htfa_jax.demo --checkpoint runs/x
+    python -m htfa_jax.demo
+    python -m htfa_jax.demo --checkpoint runs/a --port 8000
+    python -m htfa_jax.demo --demo --limits.queue 16
+
+Without --checkpoint it is the newest run under runs/, and the small trained model of this package
+where there is none, or with --demo.
 """
 
 from __future__ import annotations
@@ -14,17 +18,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import tyro
-
-from htfa_jax.commands import command, use_compilation_cache
+from htfa_jax.commands import command, parse, use_compilation_cache
 from htfa_jax.config_io import load_config
-from htfa_jax.demo.uploads import Limits
+from htfa_jax.demo.limits import Limits
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.infer import DEMO
-from htfa_jax.inference import HTFAInference
-from htfa_jax.inference_weights import Quantize
+from htfa_jax.options import Quantize
 from htfa_jax.runs import find_run
-from htfa_jax.signals import StopSignal
 
 log = logging.getLogger("htfa_jax.demo")  # by name: this module is run as __main__
 
@@ -34,7 +34,7 @@ TRAIN = "python -m htfa_jax.train --config configs/debug.py"
 
 @dataclasses.dataclass(frozen=True)
 class DemoArgs:
-    """Opens a page where one can try a model, and an HTTP API beside it."""
+    """Options of the command."""
 
     checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
     demo: bool = False  # this package's small model
@@ -51,23 +51,30 @@ class DemoArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(DemoArgs, args=argv, use_underscores=True)
-    checkpoint = choose(args)
-    with private_folder() as folder:
+    args = parse(DemoArgs, argv, __doc__)
+    open_page(args, choose(args))
+
+
+def open_page(args: DemoArgs, checkpoint: Path) -> None:
+    """Runs until it is stopped. Raises ConfigError without Gradio, OSError for a taken address."""
+    from htfa_jax.signals import StopSignal
+
+    # Either signal ends it; all is put away.
+    with private_folder() as folder, contextlib.suppress(KeyboardInterrupt), StopSignal():
         try:
             from htfa_jax.demo.server import serve
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"the page needs the package {error.name}: pip install 'htfa-jax[demo]'"
             ) from error
+        from htfa_jax.inference import HTFAInference
+
         workdir, step = find_run(checkpoint, args.revision)
         use_compilation_cache(load_config(workdir))
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )
-        # Either signal ends it; all is put away.
-        with contextlib.suppress(KeyboardInterrupt), StopSignal():
-            serve(engine, name_of(workdir), args, folder)
+        serve(engine, name_of(workdir), args, folder)
 
 
 @contextlib.contextmanager

@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from htfa_jax.data.places import PackedPicture
 from htfa_jax.demo.serving import Busy, Closed, Serving
 from htfa_jax.errors import ConfigError, DataError, HTFAError
+from htfa_jax.options import Completion, Decoding
 from htfa_jax.pairs import Scene
-from htfa_jax.results import Completion, Result
-from htfa_jax.sampling import Decoding
+from htfa_jax.results import Result
 
 PREFIX = "/v1/"
 # Seconds between two looks at whether a client is still there.

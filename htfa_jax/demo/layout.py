@@ -25,9 +25,9 @@ from htfa_jax.demo.page import (
 )
 from htfa_jax.demo.serving import Serving
 from htfa_jax.demo.visits import Visits
-from htfa_jax.infer import DEMO, EXAMPLES, read_jobs
-from htfa_jax.results import Completion
-from htfa_jax.sampling import Decoding
+from htfa_jax.infer import DEMO, EXAMPLES
+from htfa_jax.options import Completion, Decoding
+from htfa_jax.predictions import read_jobs
 
 THEME = gr.themes.Soft(
     primary_hue="teal",

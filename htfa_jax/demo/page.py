@@ -25,9 +25,8 @@ from htfa_jax.demo.serving import Serving
 from htfa_jax.demo.visits import Visit, Visits
 from htfa_jax.errors import DataError, HTFAError
 from htfa_jax.look_inside import figures, png
+from htfa_jax.options import Completion, Decoding
 from htfa_jax.report_html import PREDICTIONS, write_report
-from htfa_jax.results import Completion
-from htfa_jax.sampling import Decoding
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import ConfigError
 from htfa_jax.infer import DEMO
 from htfa_jax.inference import HTFAInference
-from htfa_jax.results import ONE_PASS
+from htfa_jax.options import ONE_PASS
 
 if TYPE_CHECKING:
     from htfa_jax.demo.__main__ import DemoArgs

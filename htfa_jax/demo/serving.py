@@ -20,12 +20,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from htfa_jax.chat import Chat
-from htfa_jax.demo.uploads import Limits, Upload, read_upload
+from htfa_jax.demo.limits import Limits
+from htfa_jax.demo.uploads import Upload, read_upload
 from htfa_jax.errors import HTFAError
 from htfa_jax.inference import HTFAInference
+from htfa_jax.options import Completion, Decoding
 from htfa_jax.pairs import Scene
-from htfa_jax.results import Completion, Result
-from htfa_jax.sampling import Decoding
+from htfa_jax.results import Result
 
 log = logging.getLogger(__name__)
 
