@@ -25,6 +25,7 @@ MODULES = [
     "htfa_jax.infer",
     "htfa_jax.evaluate",
     "htfa_jax.export",
+    "htfa_jax.copy_run",
     "htfa_jax.reproduce",
     "htfa_jax.demo.__main__",
     "weights_convert.__main__",
