@@ -1,0 +1,23 @@
+"""More of everything, for a host of several large devices: 8 decoder layers, 10 epochs.
+
+    python -m htfa_jax.train --config configs/large_scale.py \\
+        --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2_8 ...
+"""
+
+from htfa_jax.config import Config
+from htfa_jax.config_io import override
+
+
+def get_config() -> Config:
+    """The differences from `standard`."""
+    return override(
+        Config(),
+        {
+            "decoder.num_layers": 8,
+            "decoder.num_heads": 32,
+            "train.batch_size": 4,
+            "train.accumulation_steps": 8,
+            "train.epochs": 10,
+            "train.save_every": 500,
+        },
+    )
