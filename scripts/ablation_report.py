@@ -27,6 +27,8 @@ LEVEL = 0.05  # below which an adjusted p is called significant
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 NONE = "-"
+# Variants that see one picture.
+SINGLE = ("original_only", "reconstruction_only")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,6 +260,45 @@ def _psnr_difference(runs: Runs, variant: str) -> str:
     return f"{np.mean(gains):+.2f}" + (f" ± {half:.2f}" if half is not None else "")
 
 
+def claims_table(runs: Runs) -> str:
+    """What the levels are to be worth, and what was measured."""
+    rows = []
+
+    def claim(text: str, other: str, least: float | None) -> None:
+        found = paired(runs.get(FULL, {}), runs.get(other, {}))
+        if found is None:
+            return
+        measured = f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+        met = found.low > 0 if least is None else found.mean >= least
+        rows.append([text, measured, "met" if met else "missed"])
+
+    both = {v: values(runs.get(v, {}), accuracy("both_right")) for v in SINGLE}
+    singles = [v for v in SINGLE if both[v]]
+    if singles:
+        best = max(singles, key=lambda v: np.mean(both[v]))
+        claim(f"both right: 10 points above the better single picture ({best})", best, 0.10)
+    claim("both right: 3 points above concatenation", "concatenation", 0.03)
+    claim("both right: Level 1 is worth something", "no_level1", None)
+    claim("both right: Level 2's affine is worth something", "no_level2_affine", None)
+    closed = values(runs.get(FULL, {}), gap_closed)
+    if closed:
+        met = "met" if np.mean(closed) >= 0.5 else "missed"
+        shown = cell(runs[FULL], gap_closed)
+        rows.append(["hidden part: half of the way from flat fill to VQ round trip", shown, met])
+    return markdown(["claim", "measured", ""], rows)
+
+
+def inside_table(runs: Runs) -> str:
+    """What the levels settled on."""
+    names = ("alpha_mean", "alpha_std", "attention_entropy")
+    rows = [
+        [v, *(cell(r, lambda run, n=n: run.scores["test"]["fusion"].get(n)) for n in names)]
+        for v, r in runs.items()
+    ]
+    head = ["variant", "alpha, mean", "alpha, deviation", "entropy of Level 2's attention, nats"]
+    return markdown(head, [row for row in rows if set(row[1:]) != {NONE}])
+
+
 def stress_table(runs: Runs) -> str:
     """What a wrong reconstruction does."""
     head, rows = ["variant"], []
@@ -363,6 +404,8 @@ def write(out: Path, variants: Sequence[str], budget: dict[str, Any]) -> None:
         main_table(runs),
         bucket_table(runs),
         difference_table(runs),
+        claims_table(runs),
+        inside_table(runs),
         stress_table(runs),
         reference_table(runs),
     ]

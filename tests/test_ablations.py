@@ -15,6 +15,7 @@ from support import random_batch, random_weights, tiny
 
 from htfa_jax.config_io import override
 from htfa_jax.errors import ConfigError
+from htfa_jax.generate import read_pictures
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.metrics import calibration_error
 from htfa_jax.train_state import build
@@ -118,6 +119,11 @@ def test_a_baseline_has_no_levels_and_sees_its_pictures_only(fusion):
     ):
         other = dataclasses.replace(batch, **{field: getattr(batch, field)[::-1].copy()})
         assert (loss(other) != first) == seen, field
+    # The cells to be completed stand last among the picture tokens, whichever way they are read.
+    module = model.merge(weights)
+    prefix = read_pictures(module, batch)
+    output = module(batch)
+    np.testing.assert_allclose(prefix.code_logits_BMC, output.code_logits_BMC, atol=1e-4)
     read = 2 if fusion == "tokens" else 1
     assert (config.num_patches, config.num_codes) == (16 * read, 36 * read)
 
@@ -164,6 +170,7 @@ def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, 
 def test_tables_of_made_up_runs(tmp_path):
     """Two seeds: means, intervals over seeds and verdicts stand in the tables."""
     scores = {
+        "fusion": {"alpha_mean": 0.7, "attention_entropy": 3.5},
         "answers": {
             k: {"all": {"accuracy": 0.8, "within_10_points": 0.9}}
             for k in ("category", "color", "both_right", "hidden_share")
@@ -192,5 +199,10 @@ def test_tables_of_made_up_runs(tmp_path):
     lines = ablation_report.difference_table(runs).splitlines()
     assert "+40.0 (+30.2 to +49.8)" in lines[2] and "| significant |" in lines[2]
     assert "+0.0" in lines[3] and "not significant" in lines[3]
+    claims = ablation_report.claims_table(runs).splitlines()[2:]
+    assert [line.split(" | ")[-1] for line in claims] == ["missed |", "met |", "missed |"]
+    assert "(original_only)" in claims[0] and "0.250 ± 0.000" in claims[2]
+    inside = ablation_report.inside_table(runs)
+    assert "| full | 0.700 ± 0.000 | - | 3.500 ± 0.000 |" in inside
     ablation_report.plot(runs, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
