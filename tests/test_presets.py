@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import support
 from support import random_batch, random_weights
 
 from htfa_jax import configs, flops
@@ -15,6 +16,7 @@ from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import load_config, override, preset_names
 from htfa_jax.config_tiny import SIZES, tiny
 from htfa_jax.plan import abstract_step
+from htfa_jax.pretrained import load_pretrained
 from htfa_jax.train_state import Model, build, new_state
 
 TEXT_ONLY = {"loss.text_weight": 1.0, "loss.code_weight": 0.0}
@@ -136,12 +138,29 @@ def test_what_is_off_has_no_parameters_and_costs_nothing(name, tiny_steps):
     assert operations[1] < operations[0]
 
 
-@pytest.mark.parametrize("name", ["understanding_only", "generation_only", "ablation_no_level1"])
-def test_counted_operations_fall_too(name):
-    configs_ = [load_config(n) for n in ("standard", name)]
-    configs_ = [override(c, {"pretrained.random_parts": "as_configured"}) for c in configs_]
-    standard, preset = (sum(flops.training_step(c, 128).values()) for c in configs_)
-    assert preset < standard
+@pytest.mark.parametrize(
+    "changes,passes",
+    [
+        ({}, 4),
+        ({"level1.learnable": False}, 3),
+        ({"freeze.level1": True}, 3),
+        ({"level2.values": "reconstruction"}, 2),
+        ({"fusion": "original"}, 1),
+        ({"fusion": "tokens"}, 2),
+    ],
+)
+def test_passes_of_a_frozen_siglip(changes, passes):
+    """Forward for each picture that is read, and back through the fused one if alpha learns."""
+    config = override(Config(), {"pretrained.random_parts": "as_configured"} | changes)
+    assert flops.training_step(config, 128)["siglip"] == passes * flops.siglip(config)
+
+
+def test_a_tokenizer_that_will_not_paint_is_read_without_its_decoder(vq_folder):
+    config = support.tiny(loss__code_weight=0.0, pretrained__vq=str(vq_folder))
+    model = build(config)
+    loaded = load_pretrained(config, model)
+    assert set(loaded) == {path for path in model.shapes if path.startswith("vq.")}
+    assert "vq.codebook" in loaded and not [p for p in loaded if p.startswith("vq.decoder")]
 
 
 def test_tiny_changes_sizes_only():
