@@ -204,5 +204,9 @@ def test_tables_of_made_up_runs(tmp_path):
     assert "(original_only)" in claims[0] and "0.250 ± 0.000" in claims[2]
     inside = ablation_report.inside_table(runs)
     assert "| full | 0.700 ± 0.000 | - | 3.500 ± 0.000 |" in inside
-    ablation_report.plot(runs, tmp_path / "plot.png")
+    stress = ablation_report.stress_table(runs, 10).splitlines()
+    assert stress[2] == "| full | 0.900 ± 0.000 |" + " 0.800 ± 0.000 |" * 3
+    painted = ablation_report.stress_picture_table(runs).splitlines()
+    assert painted[2] == "| full |" + " +2.00 ± 0.00 |" * 4
+    ablation_report.plot(runs, 10, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
