@@ -55,7 +55,7 @@ DIFFERENCES = {
 # Paths of `standard` that are left out.
 ABSENT = {
     "understanding_only": r"level3\.head_generate\..*|vq\.decoder\..*",
-    "generation_only": r"decoder\.(embedding|head).*",
+    "generation_only": r"decoder\.(embed|head)\..*",
     "ablation_no_level1": r"level1\..*",
     "ablation_no_level2_affine": r"nothing",
     "ablation_single_encoder": r"vq\..*|level3\.(adapter|head)_generate\..*",
