@@ -2,8 +2,8 @@
 
 Weights, moments, gradients and copies are 16.5 GiB (`python -m htfa_jax.configs`), cut over all
 devices as in `standard`; the activations of 4 samples on each come on top. A pretrained decoder
-brings its own number of layers and heads: convert it with `--num_layers 8`. With 4 devices an update
-sees 128 samples, where `standard` on one sees 8.
+brings its own number of layers and heads: convert it with `--num_layers 8`. An update of 4 devices
+sees 128 samples; of `standard` on one, 8.
 
     python -m htfa_jax.train --config configs/large_scale.py \\
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2_8 ...
