@@ -8,8 +8,8 @@ _PUBLIC = {
     "load_config": "htfa_jax.config_io",
     "HTFA": "htfa_jax.models.htfa",
     "HTFAInference": "htfa_jax.inference",
-    "Completion": "htfa_jax.results",
-    "Decoding": "htfa_jax.sampling",
+    "Completion": "htfa_jax.options",
+    "Decoding": "htfa_jax.options",
 }
 __all__ = list(_PUBLIC)
 

@@ -10,28 +10,10 @@ import numpy as np
 
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.internlm2 import Cache, InternLM2, num_slots, with_room
+from htfa_jax.options import View
 
 # Stands for the word that ends an answer.
 END = "(end)"
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """Which of the decoder's attention to look at; the mean over all of it by default."""
-
-    layer: int | None = None  # of the decoder, counted from 0
-    head: int | None = None  # of that layer, or of every layer
-    rollout: bool = False  # follow the attention through all layers (Abnar and Zuidema, 2020)
-
-    def __post_init__(self) -> None:
-        if self.rollout and (self.layer is not None or self.head is not None):
-            raise ConfigError(f"{self} cannot be: a rollout goes through all layers and heads")
-
-    def __str__(self) -> str:
-        if self.rollout:
-            return "rollout"
-        layer = "all layers" if self.layer is None else f"layer {self.layer}"
-        return layer + (", all heads" if self.head is None else f", head {self.head}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from htfa_jax.config import Config
 from htfa_jax.data.records import Turn
 from htfa_jax.errors import DataError
 from htfa_jax.models.internlm2 import Cache
-from htfa_jax.sampling import Decoding
+from htfa_jax.options import Decoding
 
 if TYPE_CHECKING:
     from htfa_jax.inference import HTFAInference

@@ -8,10 +8,15 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
 
 from htfa_jax.config import Config
 from htfa_jax.errors import HTFAError, TrainingError
 from htfa_jax.logs import log_to_terminal
+
+Args = TypeVar("Args")
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
@@ -39,6 +44,30 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
                 sys.exit(130)
 
     return run
+
+
+def program() -> str:
+    """How this process's command is called: `python -m htfa_jax.train`, or by a script's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return Path(sys.argv[0]).name
+    return f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def parse(
+    cls: type[Args], argv: Sequence[str] | None, description: str | None = None, **more: Any
+) -> Args:
+    """A command line as a dataclass, its fields as flags. Ends the process if it is wrong.
+
+    Args:
+      cls: of the options.
+      argv: arguments, those of the process by default.
+      description: what `--help` begins with, examples included.
+      **more: what else `tyro.cli` takes.
+    """
+    return tyro.cli(
+        cls, args=argv, prog=program(), description=description, use_underscores=True, **more
+    )
 
 
 def available_processors() -> int:

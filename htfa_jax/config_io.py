@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from htfa_jax.commands import parse
 from htfa_jax.config import Config, leaves
 from htfa_jax.errors import ConfigError
 from htfa_jax.files import write_whole
@@ -198,6 +199,7 @@ def parse_args(
     cls: type,
     argv: Sequence[str] | None = None,
     *,
+    description: str | None = None,
     source: str = "config",
     read: Callable[[str], Config] = load_config,
     resolve: Callable[[Config, Config], Config] | None = None,
@@ -209,8 +211,9 @@ def parse_args(
     nearest valid name.
 
     Args:
-      cls: frozen dataclass of the command's options; its docstring is the help text.
+      cls: frozen dataclass of the command's options.
       argv: arguments, those of the process by default.
+      description: what `--help` begins with.
       source: name of the option that names the configuration.
       read: from that option's value to the configuration.
       resolve: called with the configuration after and before the flags; gives the final one.
@@ -226,12 +229,7 @@ def parse_args(
         raise ConfigError(f"--{source} is missing (--help shows all options)")
     else:
         base = load_config("standard")
-    args = tyro.cli(
-        cls,
-        default=cls(config=base),
-        args=argv if own_field else rest,
-        use_underscores=True,
-    )
+    args = parse(cls, argv if own_field else rest, description, default=cls(config=base))
     if resolve is not None:
         args = dataclasses.replace(args, config=resolve(args.config, base))
     return args

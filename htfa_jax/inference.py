@@ -29,10 +29,11 @@ from htfa_jax.data.records import Turn
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError
 from htfa_jax.generate import Prefix, complete, read_pictures
-from htfa_jax.inference_weights import Quantize, for_inference
+from htfa_jax.inference_weights import for_inference
 from htfa_jax.metrics import to_8bit
 from htfa_jax.models.alignment import INTENSITY, SOURCES
 from htfa_jax.models.pictures import denormalize
+from htfa_jax.options import ONE_PASS, Completion, Decoding, Quantize
 from htfa_jax.pairs import (
     Pair,
     Scene,
@@ -43,9 +44,8 @@ from htfa_jax.pairs import (
     with_own_completion,
 )
 from htfa_jax.paths import Flat
-from htfa_jax.results import ONE_PASS, OWN_COMPLETION, Completion, Intermediates, Result
+from htfa_jax.results import OWN_COMPLETION, Intermediates, Result
 from htfa_jax.runs import load_run
-from htfa_jax.sampling import Decoding
 from htfa_jax.sharding import Layout
 from htfa_jax.train_state import build
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
 
 import jax.numpy as jnp
 
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.internlm2 import decoding_layout
+from htfa_jax.options import Quantize
 from htfa_jax.paths import Flat, split
-
-Quantize = Literal["int8"]
 
 
 def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
@@ -27,11 +25,12 @@ def for_inference(config: Config, params: Flat, quantize: Quantize | None = None
       quantize: "int8" for the decoder's blocks and head.
     """
     decoder, others = split(params, r"decoder\..*")
-    inside = {path.removeprefix("decoder."): jnp.asarray(v) for path, v in decoder.items()}
+    inside = {path.removeprefix("decoder."): v for path, v in decoder.items()}
     laid_out = {f"decoder.{path}": v for path, v in decoding_layout(inside).items()}
     dtype = jnp.dtype(config.train.dtype)
+    # Arrays from a file are NumPy's and stay so: nothing has to be compiled for them.
     cast = {
-        path: jnp.asarray(v, dtype if re.fullmatch(r".*\.(kernel|embedding)", path) else None)
+        path: v.astype(dtype) if re.fullmatch(r".*\.(kernel|embedding)", path) else v
         for path, v in {**others, **laid_out}.items()
     }
     if quantize is None:

@@ -23,9 +23,10 @@ from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from htfa_jax.answer_attention import END, View
+from htfa_jax.answer_attention import END
 from htfa_jax.data.preprocess import Box
 from htfa_jax.errors import DataError
+from htfa_jax.options import View
 from htfa_jax.results import Intermediates, Result
 from htfa_jax.visualize import printable
 

@@ -11,13 +11,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flax import nnx, traverse_util
-
 Flat = dict[str, Any]
 
 
 def flatten(tree: Any) -> Flat:
     """A module's state, or a nested dictionary, as `{dotted path: leaf}`."""
+    from flax import nnx, traverse_util  # not by commands that only look at files
+
     if isinstance(tree, nnx.State):
         tree = nnx.to_pure_dict(tree)
     flat = traverse_util.flatten_dict(tree)
@@ -26,6 +26,8 @@ def flatten(tree: Any) -> Flat:
 
 def unflatten(flat: Mapping[str, Any]) -> dict[Any, Any]:
     """The reverse of `flatten`, as `nnx.merge` takes it (elements of lists have number keys)."""
+    from flax import traverse_util
+
     parts = {
         tuple(int(p) if p.isdigit() else p for p in path.split(".")): leaf
         for path, leaf in flat.items()

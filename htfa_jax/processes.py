@@ -7,9 +7,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import jax
-from jax.experimental import multihost_utils
-
 from htfa_jax.errors import ConfigError
 
 # How launchers tell the number of tasks that they started.
@@ -33,6 +30,8 @@ class Distributed:
         """
         given = (self.coordinator, self.num_processes, self.process_id)
         if self.auto or None not in given:
+            import jax  # not by commands that only show their options
+
             try:
                 jax.distributed.initialize(*given)
             except (ValueError, RuntimeError) as error:
@@ -57,12 +56,17 @@ class Distributed:
 
 def is_first() -> bool:
     """Whether this process writes and talks for all."""
+    import jax
+
     return jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def first_goes_ahead(name: str) -> Iterator[None]:
     """The body runs in process 0 before it runs in the others, which may find its files there."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if not is_first():
         multihost_utils.sync_global_devices(name)
     try:

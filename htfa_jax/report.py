@@ -12,7 +12,7 @@ from htfa_jax.picture_metrics import REGIONS
 from htfa_jax.visualize import panel_png
 
 if TYPE_CHECKING:
-    from htfa_jax.evaluate import Report
+    from htfa_jax.evaluation import Report
 
 
 def table(scores: dict[str, Any]) -> str:

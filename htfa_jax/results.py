@@ -1,4 +1,4 @@
-"""What the engine gives back, and how a picture is completed."""
+"""What the engine gives back."""
 
 from __future__ import annotations
 
@@ -10,30 +10,8 @@ from PIL import Image
 
 from htfa_jax.answer_attention import AnswerAttention
 from htfa_jax.data.preprocess import Box
-from htfa_jax.errors import ConfigError
 
 OWN_COMPLETION = "own completion"
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """How a picture is completed."""
-
-    temperature: float = 0.0  # 0: the most probable code of every cell
-    passes: int = 1  # more: the surest codes stay, the others are predicted again
-    paste_back: bool = False  # replace only what the occluder mask covers
-    seed: int = 0  # of the sampling
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.passes < 1 or not 0 <= self.seed < 2**32:
-            raise ConfigError(
-                f"{self} cannot work: temperature must be 0 or above, passes at least 1, seed in "
-                "[0, 2^32)"
-            )
-
-
-# The most probable code of every cell.
-ONE_PASS = Completion()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What a trained model is on disk: a run, one of its checkpoints, an exported run, a hub id.
 
-A run's workdir is described in `checkpoint`. An exported run, as `export` writes it, holds
+A run's workdir is described in `checkpoints`. An exported run, as `export` writes it, holds
 
     config.json                    the run's configuration, without places on its machine
     model.safetensors              all weights; their step among the file's facts
@@ -11,6 +11,7 @@ A run's workdir is described in `checkpoint`. An exported run, as `export` write
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,20 @@ from htfa_jax.paths import Flat
 CHECKPOINTS, MODEL = "checkpoints", "model.safetensors"
 # Of a repository, what using its model takes.
 FETCHED = ("config.json", MODEL, "tokenizer/*")
+
+
+def new_workdir(name: str) -> Path:
+    """runs/NAME_TIME, not there yet."""
+    return Path("runs") / f"{name}_{time.strftime('%Y%m%d_%H%M%S')}"
+
+
+def make_workdir(path: Path) -> Path:
+    """Makes the folder if it is not there. Raises CheckpointError if that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"--workdir {path} cannot be a folder: {error}") from error
+    return path
 
 
 def find_run(path: str | Path, revision: str | None = None) -> tuple[Path, int | None]:
@@ -79,7 +94,7 @@ def load_run(
             raise CheckpointError(f"{folder / MODEL} does not say its step: export the run again")
         return config, params, int(facts["step"]), folder
 
-    from htfa_jax.checkpoint import load_frozen, open_checkpoints  # Orbax: exports need none
+    from htfa_jax.checkpoints import load_frozen, open_checkpoints  # Orbax: exports need none
 
     with open_checkpoints(folder, config, read_only=True) as checkpoints:
         step = checkpoints.best_step() if step is None else step

@@ -1,47 +1,14 @@
-"""How the next word is chosen: options, and one pure function of the logits."""
+"""How the next word is chosen: one pure function of the logits."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from htfa_jax.errors import ConfigError
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How an answer is decoded. Raises ConfigError for values that cannot work."""
-
-    max_new_tokens: int | None = None  # longest answer (None: the run's eval.max_new_tokens)
-    temperature: float = 0.0  # 0: always the most probable word
-    top_k: int = 0  # choose among so many words only (0: all)
-    top_p: float = 1.0  # choose among the likeliest words that together are this probable
-    repetition_penalty: float = 1.0  # above 1: words of the conversation become less likely
-    stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
-    seed: int = 0  # of the sampling
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature={self.temperature} must be 0 or above")
-        if self.top_k < 0:
-            problems.append(f"top_k={self.top_k} must be 0 (all words) or above")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must be in (0, 1]")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            problems.append(f"repetition_penalty={self.repetition_penalty} must be above 0")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            problems.append(f"stop={self.stop!r} must be a tuple of texts that are not empty")
-        if not 0 <= self.seed < 2**32:
-            problems.append(f"seed={self.seed} must be in [0, 2^32)")
-        if problems:
-            raise ConfigError("this decoding cannot work: " + "; ".join(problems))
+from htfa_jax.options import Decoding
 
 
 @jax.tree_util.register_dataclass

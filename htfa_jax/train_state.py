@@ -48,6 +48,16 @@ class Model:
         return nnx.merge(self.graphdef, paths.unflatten(flat))
 
 
+class _SameKey(nnx.RngStream):
+    """Gives the same key at every call, which is enough for shapes.
+
+    Counting calls, as NNX's own stream does, takes longer with everything that was traced before.
+    """
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
 def build(config: Config, decoding: bool = False) -> Model:
     """The structure of the model that a configuration describes; allocates nothing.
 
@@ -55,9 +65,13 @@ def build(config: Config, decoding: bool = False) -> Model:
       config: of the run.
       decoding: the layout of the decoder's weights (see `models.internlm2`).
     """
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: HTFA(config, decoding=decoding, rngs=nnx.Rngs(0)))
-    )
+
+    def make() -> HTFA:
+        rngs = nnx.Rngs(0)
+        rngs.default = _SameKey(0, tag="default")
+        return HTFA(config, decoding=decoding, rngs=rngs)
+
+    graphdef, state = nnx.split(nnx.eval_shape(make))
     return Model(graphdef, paths.flatten(state))
 
 

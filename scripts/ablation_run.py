@@ -23,13 +23,13 @@ from htfa_jax.data.sources import open_source
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError
-from htfa_jax.evaluate import Evaluator
+from htfa_jax.evaluation import Evaluator
 from htfa_jax.files import write_whole
 from htfa_jax.logs import log_to_file
 from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
-from htfa_jax.train import train
 from htfa_jax.train_state import build
+from htfa_jax.training import train
 from weights_convert.ready import with_weights
 
 TEXT_ONLY = {"loss.text_weight": 1.0, "loss.code_weight": 0.0}

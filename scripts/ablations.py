@@ -24,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import ablation_report
-import tyro
 from ablation_run import ABLATIONS, BASELINES, BUDGET, FULL, RESULT, VARIANTS, workdir_of
 
-from htfa_jax.commands import command
+from htfa_jax.commands import command, parse
 from htfa_jax.errors import ConfigError, TrainingError
 from htfa_jax.files import write_whole
 from htfa_jax.logs import progress
@@ -176,7 +175,7 @@ def jobs(args: AblationArgs) -> Iterator[Job]:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(AblationArgs, args=argv, use_underscores=True)
+    args = parse(AblationArgs, argv, __doc__)
     if args.steps is not None and args.minutes is not None:
         raise ConfigError("--steps and --minutes are both given: one of them is the budget")
     wanted = list(jobs(args))

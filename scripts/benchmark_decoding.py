@@ -30,8 +30,9 @@ from htfa_jax.config import DecoderConfig
 from htfa_jax.config_io import load_config
 from htfa_jax.generate import decode_until, prefill
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2, decoding_layout
+from htfa_jax.options import Decoding
 from htfa_jax.paths import flatten, unflatten
-from htfa_jax.sampling import Decoding, sampling_of
+from htfa_jax.sampling import sampling_of
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 from weights_convert.reference import llama_config

@@ -78,7 +78,9 @@ class Runs:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["htfa_jax.train", "tensorboardX", "tensorstore"])
+        self._context.set_forkserver_preload(
+            ["htfa_jax.training", "weights_convert.ready", "tensorboardX", "tensorstore"]
+        )
 
     @contextlib.contextmanager
     def started(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from htfa_jax import encoder_cache
-from htfa_jax.checkpoint import save_frozen
+from htfa_jax.checkpoints import save_frozen
 from htfa_jax.commands import command
 from htfa_jax.config import Config
 from htfa_jax.config_io import ConfigFlags, override, parse_args

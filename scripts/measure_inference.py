@@ -19,7 +19,7 @@ from htfa_jax import Completion, HTFAInference
 from htfa_jax.data.decode import load_image, load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.splits import open_split
-from htfa_jax.evaluate import questions
+from htfa_jax.evaluation import questions
 from htfa_jax.metrics import is_right, psnr
 
 

@@ -27,7 +27,7 @@ import tyro
 from flax import nnx
 from PIL import Image
 
-from htfa_jax import parts, paths, train_vq
+from htfa_jax import parts, paths, vq_stage
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
@@ -122,7 +122,7 @@ def linear_probe(seen_ND: np.ndarray, label_N: np.ndarray, test_ND: np.ndarray) 
 def vq_of(config: Config) -> tuple[Model, Mapping[str, np.ndarray]]:
     """The tiny tokenizer: structure and float32 weights."""
     weights = parts.read_weights(Path(config.pretrained.vq))
-    return train_vq.build(config), {k: np.asarray(v, np.float32) for k, v in weights.items()}
+    return vq_stage.build(config), {k: np.asarray(v, np.float32) for k, v in weights.items()}
 
 
 def decoder_scores(config: Config) -> dict[str, float]:
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = Layout(config)
     scores = {
         "SigLIP": siglip_scores(train, test),
-        "VQ": train_vq.evaluate(config, *vq_of(config), test, layout),
+        "VQ": vq_stage.evaluate(config, *vq_of(config), test, layout),
         "language model": decoder_scores(config),
     }
     if args.run is not None:

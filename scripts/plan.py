@@ -10,20 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from htfa_jax.commands import command
 from htfa_jax.config_io import ConfigFlags, override, parse_args
-from htfa_jax.plan import describe
-from htfa_jax.topologies import find
-from weights_convert.ready import with_weights
+from htfa_jax.train import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Memory, operations and communication of a training step, without running it."""
+    """Options of the command."""
 
     config: ConfigFlags
     topology: str | None = None  # v5e:2x4, v5p:2x2x4, v6e:16x16, h100:8, ... (None: what is here)
@@ -32,7 +29,10 @@ class PlanArgs:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(PlanArgs, sys.argv[1:] if argv is None else argv, resolve=with_weights)
+    args = parse_args(PlanArgs, argv, description=__doc__, resolve=with_weights)
+    from htfa_jax.plan import describe
+    from htfa_jax.topologies import find
+
     # Weights are not looked at: what would be pretrained is frozen as it would be with them.
     config = override(args.config, {"pretrained.random_parts": "as_configured"})
     print(describe(config, args.topology and find(args.topology)))

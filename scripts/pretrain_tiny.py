@@ -41,7 +41,7 @@ from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.paths import Flat
 from htfa_jax.signals import Stopped, StopSignal
 from htfa_jax.train_state import Model
-from htfa_jax.train_vq import train_vq
+from htfa_jax.vq_stage import train_vq
 from weights_convert import to_hf
 from weights_convert.ready import converted
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from htfa_jax import loss_guard
-from htfa_jax.checkpoint import Checkpoints
+from htfa_jax.checkpoints import Checkpoints
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.logs import MetricWriter

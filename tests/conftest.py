@@ -7,7 +7,7 @@ import jax
 import pytest
 from support import random_weights, tiny, write_dataset, write_run
 
-from htfa_jax import train_vq
+from htfa_jax import vq_stage
 from htfa_jax.parts import save_part
 from htfa_jax.train_state import build
 
@@ -38,7 +38,7 @@ def dataset(tmp_path_factory):
 def vq_folder(tmp_path_factory):
     """A weight folder of a tokenizer with random weights."""
     config = tiny()
-    structure = train_vq.build(config)
+    structure = vq_stage.build(config)
     folder = tmp_path_factory.mktemp("vq") / "weights"
     save_part(folder, "vq", config.vq, random_weights(structure))
     return folder

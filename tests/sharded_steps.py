@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
-from htfa_jax.checkpoint import Checkpoints
+from htfa_jax.checkpoints import Checkpoints
 from htfa_jax.config_io import override
 from htfa_jax.optim import learning_rate, make_optimizer
 from htfa_jax.plan import abstract_step

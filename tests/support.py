@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from htfa_jax.batch import Batch
-from htfa_jax.checkpoint import open_checkpoints, save_frozen
+from htfa_jax.checkpoints import open_checkpoints, save_frozen
 from htfa_jax.config import Config
 from htfa_jax.config_io import override, save_config
 from htfa_jax.config_tiny import SIZES

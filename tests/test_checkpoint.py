@@ -6,7 +6,7 @@ import pytest
 from support import tiny
 
 from htfa_jax import parts
-from htfa_jax.checkpoint import Checkpoints, load_frozen, save_frozen
+from htfa_jax.checkpoints import Checkpoints, load_frozen, save_frozen
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.runs import find_run

@@ -11,7 +11,7 @@ import pytest
 from support import tiny
 
 from htfa_jax import checkpoint, checkpoint_files
-from htfa_jax.checkpoint import Checkpoints, load_frozen
+from htfa_jax.checkpoints import Checkpoints, load_frozen
 from htfa_jax.config_io import save_config
 from htfa_jax.errors import CheckpointError, TrainingError
 

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 from support import random_batch, tiny, write_dataset
 
-import htfa_jax.train as train_module
-from htfa_jax import encoder_cache, train_vq
+import htfa_jax.training as train_module
+from htfa_jax import encoder_cache, vq_stage
 from htfa_jax.answers import Said
 from htfa_jax.batch import in_micro_batches
 from htfa_jax.chat import query_of
-from htfa_jax.checkpoint import open_checkpoints
+from htfa_jax.checkpoints import open_checkpoints
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import override
 from htfa_jax.data import held_objects
@@ -30,7 +30,7 @@ from htfa_jax.data.pipeline import (
 )
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
-from htfa_jax.evaluate import Evaluator, Report
+from htfa_jax.evaluation import Evaluator, Report
 from htfa_jax.loss_guard import LossGuard
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models.pictures import normalize
@@ -134,8 +134,8 @@ def step(config):
 
 def vq_step(config):
     """The loss, the choice of pictures and the revival of the VQ stage."""
-    model = train_vq.build(config)
-    tx = train_vq.optax.adam(1e-3)
+    model = vq_stage.build(config)
+    tx = vq_stage.optax.adam(1e-3)
     params = model.shapes
     unused = jax.ShapeDtypeStruct((config.vq.codebook_size,), jnp.int32)
     state = {
@@ -144,7 +144,7 @@ def vq_step(config):
         "opt_state": {"tx": jax.eval_shape(tx.init, params), "unused": unused},
     }
     return program(
-        train_vq.make_step(config, model, tx, Layout(config)), state, random_batch(config, size=2)
+        vq_stage.make_step(config, model, tx, Layout(config)), state, random_batch(config, size=2)
     )
 
 
@@ -257,23 +257,23 @@ def vq_settings(config):
         def save(self, state, meta):
             seen["saved"].append(state)
 
-    real = train_vq.Loop, train_vq.Checkpoints, train_vq.optax.cosine_decay_schedule
-    random_params = train_vq.random_params
-    train_vq.Loop, train_vq.Checkpoints = Loop, Checkpoints
-    train_vq.random_params = lambda config: {"codebook": jnp.zeros((2, 2))}
+    real = vq_stage.Loop, vq_stage.Checkpoints, vq_stage.optax.cosine_decay_schedule
+    random_params = vq_stage.random_params
+    vq_stage.Loop, vq_stage.Checkpoints = Loop, Checkpoints
+    vq_stage.random_params = lambda config: {"codebook": jnp.zeros((2, 2))}
 
     def schedule(*args, **options):
         seen["schedule"] = args
         return real[2](*args, **options)
 
-    train_vq.optax.cosine_decay_schedule = schedule
+    vq_stage.optax.cosine_decay_schedule = schedule
     try:
-        train_vq.train_vq(config, cache_folder(config) / "vq_run")
+        vq_stage.train_vq(config, cache_folder(config) / "vq_run")
     except KeyboardInterrupt:
         pass
     finally:
-        train_vq.Loop, train_vq.Checkpoints, train_vq.optax.cosine_decay_schedule = real
-        train_vq.random_params = random_params
+        vq_stage.Loop, vq_stage.Checkpoints, vq_stage.optax.cosine_decay_schedule = real
+        vq_stage.random_params = random_params
     return seen
 
 

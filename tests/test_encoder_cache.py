@@ -17,8 +17,8 @@ from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.plan import abstract_batch
 from htfa_jax.sharding import Layout
-from htfa_jax.train import train
 from htfa_jax.train_state import build
+from htfa_jax.training import train
 
 BOTH = {"data.cache_codes": True, "data.cache_features": True}
 NAMES = {"vq": "vq-1", "siglip": "siglip-1"}

@@ -13,7 +13,7 @@ from htfa_jax.config_io import override, save_config
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.records import Turn
 from htfa_jax.data.splits import open_tokenizer
-from htfa_jax.evaluate import Evaluator, hidden_share, questions, rules, stated_share
+from htfa_jax.evaluation import Evaluator, hidden_share, questions, rules, stated_share
 from htfa_jax.metrics import to_8bit
 from htfa_jax.picture_metrics import CANDIDATES, flat_fill, region_masks
 from htfa_jax.sharding import Layout

@@ -13,13 +13,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support import write_run
 
-from htfa_jax import HTFAInference, evaluate, export, parts
+from htfa_jax import HTFAInference, evaluate, evaluation, export, exporting, parts
 from htfa_jax.config_io import load_config, override, save_config
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.errors import CheckpointError, ConfigError
-from htfa_jax.export import export_run
+from htfa_jax.exporting import export_run
+from htfa_jax.options import Decoding
 from htfa_jax.runs import MODEL, find_run, load_run
-from htfa_jax.sampling import Decoding
 from htfa_jax.train_state import build
 
 SCORES = {
@@ -143,7 +143,7 @@ def test_two_bytes_a_parameter(dataset, tmp_path):
 
 
 def test_what_the_run_keeps_in_16_bits_stays_so():
-    kind = export.stored_dtype
+    kind = exporting.stored_dtype
     assert kind("siglip.head.kernel", np.dtype("float16"), "float32") == np.float16
     assert kind("siglip.head.kernel", np.dtype("float32"), "float32") == np.float32
     assert kind("vq.codebook", np.dtype("float32"), "bfloat16") == np.float32
@@ -270,9 +270,9 @@ def test_what_is_there_is_not_lost(run, exported, copy, tmp_path, capsys):
 def test_an_export_is_evaluated_on_data_that_is_named(copy, dataset, monkeypatch, capsys):
     def look(self, params, records):
         assert set(params) == set(self.model.shapes)
-        return evaluate.Report({**SCORES, "samples": len(records)}, [], [])
+        return evaluation.Report({**SCORES, "samples": len(records)}, [], [])
 
-    monkeypatch.setattr(evaluate.Evaluator, "__call__", look)
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", look)
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", str(copy)])
     assert "data.jsonl" in capsys.readouterr().err

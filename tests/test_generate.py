@@ -13,7 +13,8 @@ from htfa_jax.config import DecoderConfig
 from htfa_jax.generate import complete, decode_until, paint, prefill, read_pictures
 from htfa_jax.inference_weights import for_inference
 from htfa_jax.models.internlm2 import InternLM2, decoding_layout
-from htfa_jax.sampling import Decoding, sampling_of
+from htfa_jax.options import Decoding
+from htfa_jax.sampling import sampling_of
 from htfa_jax.train_state import build
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from htfa_jax import infer
+from htfa_jax import example, infer, predictions
 from htfa_jax.config_io import load_config
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.records import Record
@@ -102,7 +102,7 @@ def test_lines_that_cannot_be_pairs_name_themselves(tmp_path):
     rows = [good, "{", {**good, "query": 3}, {"id": "no picture"}, [1]]
     rows += [{**good, "conversations": [{"from": "human", "value": "<image>\nWhy?"}]}]
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
-    jobs = infer.read_jobs(path, ("Q?",))
+    jobs = predictions.read_jobs(path, ("Q?",))
     assert jobs[0].record.image_orig == tmp_path / "a.png" and jobs[0].queries == ("Q?",)
     assert jobs[5].queries == ("Why?",)
     for i, said in ((1, "line 2: not valid JSON"), (2, "query must be"), (3, "image_orig"),
@@ -115,8 +115,8 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path):
     odd = "a\u2028b\u0085c"
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps({"id": odd, "image_orig": "a.png"}, ensure_ascii=False) + "\n")
-    assert infer.keep_finished(path) == {odd}
-    (job,) = infer.read_jobs(path, ("Q?",))
+    assert predictions.keep_finished(path) == {odd}
+    (job,) = predictions.read_jobs(path, ("Q?",))
     assert job.id == odd and isinstance(job.record, Record)
 
 
@@ -127,7 +127,7 @@ def test_one_input_or_the_other(run_folder, tmp_path, capsys):
 
 
 def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch):
-    infer.write_example(run_folder, load_config(run_folder), RecordFile(dataset))
+    example.write_example(run_folder, load_config(run_folder), RecordFile(dataset))
     script = run_folder / "infer.sh"
     assert os.access(script, os.X_OK)
     command = script.read_text().splitlines()[-1]

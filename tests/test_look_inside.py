@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from htfa_jax import Decoding, HTFAInference
-from htfa_jax.answer_attention import END, AnswerAttention, View, rollout
+from htfa_jax.answer_attention import END, AnswerAttention, rollout
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.records import Turn
 from htfa_jax.errors import ConfigError, DataError
@@ -27,6 +27,7 @@ from htfa_jax.look_inside import (
     png,
 )
 from htfa_jax.models.internlm2 import with_room
+from htfa_jax.options import View
 from htfa_jax.report_html import write_report
 from htfa_jax.results import Intermediates, Result
 

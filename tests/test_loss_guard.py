@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support import random_batch, random_weights, tiny
 
-import htfa_jax.train as train_module
+import htfa_jax.training as train_module
 from htfa_jax import loss_guard, reproduce
 from htfa_jax.batch import in_micro_batches
 from htfa_jax.config import TrainConfig
@@ -19,9 +19,9 @@ from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
-from htfa_jax.train import train
 from htfa_jax.train_state import build, new_state
 from htfa_jax.train_step import compile_train_step
+from htfa_jax.training import train
 
 GOOD = {"loss": 1.0, "finite": 1.0, "learning_rate": 0.1}
 BAD = GOOD | {"loss": float("nan"), "finite": 0.0, "grad_norm": float("inf")}

@@ -10,7 +10,7 @@ from flax import nnx
 from pretrain_tiny import PretrainArgs, tiny_config, write
 from support import random_weights
 
-from htfa_jax import paths, train_vq
+from htfa_jax import paths, vq_stage
 from htfa_jax.config_io import override
 from htfa_jax.train_state import Model
 from weights_convert import to_hf, vq
@@ -117,7 +117,7 @@ def test_the_loss_is_that_of_transformers():
 def test_the_tokenizer_is_that_of_transformers(config, tmp_path):
     from transformers import JanusVQVAE
 
-    model = train_vq.build(config)
+    model = vq_stage.build(config)
     params = {k: rounded(v) for k, v in random_weights(model).items()}
     write(tmp_path / "vq", to_hf.vq_tensors(params), to_hf.vq_config(config.vq, config.image_size))
     theirs = JanusVQVAE.from_pretrained(tmp_path / "vq", dtype=torch.float32).eval()

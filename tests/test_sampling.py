@@ -11,7 +11,8 @@ from transformers.generation.logits_process import (
 )
 
 from htfa_jax.errors import ConfigError
-from htfa_jax.sampling import Decoding, choose, penalize, sampling_of, truncate
+from htfa_jax.options import Decoding
+from htfa_jax.sampling import choose, penalize, sampling_of, truncate
 
 B, V = 3, 57
 

@@ -10,18 +10,18 @@ import optax
 import pytest
 from support import random_batch, random_weights, tiny
 
-import htfa_jax.train as train_module
+import htfa_jax.training as train_module
 from htfa_jax.batch import in_micro_batches
-from htfa_jax.checkpoint import open_checkpoints
+from htfa_jax.checkpoints import open_checkpoints
 from htfa_jax.config_io import load_config, override
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
-from htfa_jax.train import due, train
 from htfa_jax.train_state import build, new_params, new_state
 from htfa_jax.train_step import make_train_step
+from htfa_jax.training import due, train
 
 # A schedule that no number of steps changes: several tests compile the same program.
 STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from support import random_batch, random_weights, tiny
 
-from htfa_jax import parts, paths, train_state, train_vq
+from htfa_jax import parts, paths, train_state, vq_stage
 from htfa_jax.config_io import override
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.registration import register
 from htfa_jax.sharding import Layout
-from htfa_jax.train_vq import build, cache_key, make_step
 from htfa_jax.vq_losses import losses, perceptual_encoder, revive, training_pictures
+from htfa_jax.vq_stage import build, cache_key, make_step
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_step_revives_and_counts():
     config = tiny(vq_train__revive_after=2, vq__codebook_size=300)
     model = build(config)
     params = random_weights(model)
-    optimizer = train_vq.optax.sgd(0.0)
+    optimizer = vq_stage.optax.sgd(0.0)
     state = {
         "step": jnp.int32(0),
         "params": {path: jnp.array(v) for path, v in params.items()},
@@ -141,8 +141,8 @@ def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_
         data__train=str(dataset), data__validation=str(dataset), vq_train__num_steps=4,
         vq_train__save_every=2, data__cache_dir=str(tmp_path), train__log_every=1,
     )  # fmt: skip
-    whole = train_vq.train_vq(config, tmp_path / "whole")
-    original = train_vq.training_batches
+    whole = vq_stage.train_vq(config, tmp_path / "whole")
+    original = vq_stage.training_batches
 
     def cut(*args):
         for i, loaded in enumerate(original(*args)):
@@ -151,12 +151,12 @@ def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_
             yield loaded
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(train_vq, "training_batches", cut)
-        train_vq.train_vq(config, tmp_path / "parts")
+        patch.setattr(vq_stage, "training_batches", cut)
+        vq_stage.train_vq(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "weights").exists()
     with pytest.raises(ConfigError, match="VQ stage of other settings"):
-        train_vq.train_vq(override(config, {"vq.z_channels": 24}), tmp_path / "parts")
-    again = train_vq.train_vq(config, tmp_path / "parts")
+        vq_stage.train_vq(override(config, {"vq.z_channels": 24}), tmp_path / "parts")
+    again = vq_stage.train_vq(config, tmp_path / "parts")
     expected, got = parts.read_weights(whole), parts.read_weights(again)
     for path, value in expected.items():
         np.testing.assert_array_equal(got[path], value, err_msg=path)
@@ -173,10 +173,10 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
         parts.save_part(workdir / "weights", "vq", config.vq, {"x": np.zeros(2)})
         return workdir / "weights"
 
-    monkeypatch.setattr(train_vq, "train_vq", train)
-    first = train_vq.cached_vq(config, tmp_path / "a")
-    assert train_vq.cached_vq(override(config, {"train.max_steps": 9}), tmp_path / "b") == first
-    assert train_vq.cached_vq(override(config, {"vq.z_channels": 24}), tmp_path / "c") != first
+    monkeypatch.setattr(vq_stage, "train_vq", train)
+    first = vq_stage.cached_vq(config, tmp_path / "a")
+    assert vq_stage.cached_vq(override(config, {"train.max_steps": 9}), tmp_path / "b") == first
+    assert vq_stage.cached_vq(override(config, {"vq.z_channels": 24}), tmp_path / "c") != first
     assert [folder.parent for folder in made] == [tmp_path / "a", tmp_path / "c"]
     keys = {cache_key(config), cache_key(override(config, {"vq_train.l1_weight": 2.0}))}
     dataset_copy = tmp_path / "data.jsonl"

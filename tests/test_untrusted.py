@@ -11,7 +11,7 @@ import pytest
 from support import tiny
 
 from htfa_jax import parts
-from htfa_jax.checkpoint import Checkpoints, load_frozen
+from htfa_jax.checkpoints import Checkpoints, load_frozen
 from htfa_jax.config_io import load_config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError

@@ -19,10 +19,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-import htfa_jax.train as train_module
-from htfa_jax import parts
+from htfa_jax import parts, train
 from htfa_jax.config import DecoderConfig, SigLIPConfig
-from htfa_jax.config_io import save_config
+from htfa_jax.config_io import load_config, override, save_config
 from htfa_jax.errors import CheckpointError
 from htfa_jax.train_state import build
 from weights_convert import internlm2, siglip
@@ -243,7 +242,7 @@ def test_longer_sequences_than_the_weights_can_read_are_refused():
     from htfa_jax.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"up to 3920 tokens .* decoder.max_positions=3000"):
-        override(train_module.load_config("standard"), {"decoder.max_positions": 3000})
+        override(load_config("standard"), {"decoder.max_positions": 3000})
 
 
 def test_verify_notices_a_wrong_weight_and_another_source(llama, tmp_path):
@@ -383,13 +382,13 @@ def test_training_takes_sizes_from_the_folders_and_goes_back_bit_for_bit(llama, 
         level3__generation=False, loss__code_weight=0.0, train__max_steps=1,
     )  # fmt: skip
     save_config(config, tmp_path / "config.json")
-    train_module.main([
+    train.main([
         "--config", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run"),
         f"--config.pretrained.siglip={tmp_path / 'siglip'}",
         f"--config.pretrained.decoder={tmp_path / 'internlm2'}",
         f"--config.data.tokenizer={tokenizer_folder(tmp_path)}",
     ])  # fmt: skip
-    used = train_module.load_config(tmp_path / "run")
+    used = load_config(tmp_path / "run")
     assert used.siglip == SigLIPConfig(8, 48, 3, 4, 56)
     assert used.decoder.embed_dim == 48 and used.decoder.num_layers == 3
 
@@ -425,12 +424,12 @@ def test_flags_that_contradict_a_folder_are_refused(vision, tmp_path):
     run("siglip", vision, tmp_path / "siglip", "--image_size", 48)
     config = tiny()
     base = parts.with_sizes(
-        train_module.override(config, {"pretrained.siglip": str(tmp_path / "siglip")}), config
+        override(config, {"pretrained.siglip": str(tmp_path / "siglip")}), config
     )
     assert base.siglip.embed_dim == 48 and base.siglip.num_layers == 3
-    flagged = train_module.override(base, {"siglip.num_layers": 2})
+    flagged = override(base, {"siglip.num_layers": 2})
     assert parts.with_sizes(flagged, config).siglip.num_layers == 3
-    flagged = train_module.override(
+    flagged = override(
         config, {"pretrained.siglip": str(tmp_path / "siglip"), "siglip.num_layers": 5}
     )
     assert parts.with_sizes(flagged, config).siglip.num_layers == 5

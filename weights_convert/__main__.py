@@ -1,4 +1,14 @@
-"""Converts published PyTorch weights: `python -m weights_convert --help`."""
+"""Converts published PyTorch weights to this package's form, and back.
+
+    python -m weights_convert info google/siglip-so400m-patch14-384
+    python -m weights_convert siglip google/siglip-so400m-patch14-384 weights/siglip
+    python -m weights_convert vq deepseek-ai/Janus-1.3B weights/vq
+    python -m weights_convert internlm2 internlm/internlm2-1_8b weights/internlm2 --num_layers 4
+    python -m weights_convert verify weights/vq --source deepseek-ai/Janus-1.3B
+    python -m weights_convert to_hf runs/a exported
+
+Nothing that a checkpoint brings along is run. `COMMAND --help` shows the options of each.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +17,18 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command
-from weights_convert import htfa, internlm2, siglip, vq
-from weights_convert.folder import write_folder
-from weights_convert.info import describe_source
-from weights_convert.source import Source
-from weights_convert.tokenizer import tokenizer_of
+from htfa_jax.commands import command, program
 
 SOURCE = "folder, .safetensors, .bin, .pt, .pth or .ckpt file, or hub id such as google/siglip-..."
 
 
 def parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    top = argparse.ArgumentParser(prog="python -m weights_convert", description=__doc__)
+    top = argparse.ArgumentParser(
+        prog=program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, help_: str, out: bool = True) -> argparse.ArgumentParser:
@@ -53,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parser().parse_args(argv)
+    # What follows loads JAX, which --help does without.
+    from weights_convert import htfa, internlm2, siglip, vq
+    from weights_convert.folder import write_folder
+    from weights_convert.info import describe_source
+    from weights_convert.source import Source
+    from weights_convert.tokenizer import tokenizer_of
+
     if args.command == "to_hf":
         from weights_convert.to_hf import write_run
 

@@ -1,8 +1,12 @@
 """Looks through a dataset: what would stop a training run, and what the data is like.
 
-    python -m htfa_jax.data.check train.jsonl --config configs/standard.py --report report.json
+    python -m htfa_jax.data.held_objects --num 24 --size 128 --out scenes
+    python -m htfa_jax.data.check scenes/train-24-word.jsonl --config debug
+    python -m htfa_jax.data.check scenes/train-24-word.jsonl --report report.json \\
+        --drop good.jsonl
 
-It sees what a run with this configuration would see. Exits with 1 if such a run would stop.
+It sees what a run with the configuration of --config (default: `standard`) would see. Exits with 1
+if such a run would stop.
 """
 
 from __future__ import annotations
@@ -269,7 +273,7 @@ def _new_file(path: Path | None) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class CheckArgs:
-    """Looks through a dataset. --config FILE says how it would be used (default: `standard`)."""
+    """Options of the command."""
 
     config: ConfigFlags
     # What data.train would be.
@@ -283,7 +287,7 @@ class CheckArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(CheckArgs, argv)
+    args = parse_args(CheckArgs, argv, description=__doc__)
     if not args.source:
         raise ConfigError("which dataset? python -m htfa_jax.data.check SOURCE (--help shows more)")
     for name in ("limit", "num_workers"):

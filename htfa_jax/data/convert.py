@@ -1,4 +1,8 @@
-"""Packs a dataset and its pictures into ArrayRecord shards: python -m htfa_jax.data.convert IN OUT.
+"""Packs a dataset and its pictures into ArrayRecord shards.
+
+    python -m htfa_jax.data.held_objects --num 24 --size 128 --out scenes
+    python -m htfa_jax.data.convert scenes/train-24-word.jsonl packed
+    python -m htfa_jax.data.convert scenes/train-24-word.jsonl small --image_size 64
 
 OUT becomes a folder of `records-00000-of-00012.array_record` files and `manifest.json` (counts,
 sizes, hashes), which can be trained on as it is. Records keep their order. Shards are made in
@@ -21,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from htfa_jax.commands import available_processors, command
+from htfa_jax.commands import available_processors, command, program
 from htfa_jax.config import Config
 from htfa_jax.config_io import override
 from htfa_jax.data.picture_files import read_files
@@ -253,7 +257,11 @@ def _sha256(path: Path) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="htfa_jax.data.convert", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("source", metavar="IN", help="as data.train: a file, a URL, tfds:NAME, ...")
     parser.add_argument("folder", metavar="OUT", help="folder to write to")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])

@@ -1,4 +1,7 @@
-"""ObMan with MOHO's reconstructed views, as records: python -m htfa_jax.data.obman OBMAN OUT.
+"""ObMan with MOHO's reconstructed views, as records.
+
+    python -m htfa_jax.data.obman obman out --views views
+    python -m htfa_jax.data.obman obman out --views views --split test --questions category
 
 The recipe of OCC-MLLM: photographs of ObMan, the object's views that MOHO reconstructs from them,
 and the question what the hand holds. ObMan is read as it is unpacked (its masks are documented in
@@ -27,7 +30,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from htfa_jax.commands import command
+from htfa_jax.commands import command, program
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
 from htfa_jax.errors import DataError
@@ -197,7 +200,7 @@ def _copy(source: Path, target: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
     parser = argparse.ArgumentParser(
-        prog="htfa_jax.data.obman",
+        prog=program(),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

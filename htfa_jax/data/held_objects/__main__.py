@@ -1,10 +1,15 @@
-"""Builds scenes and a contact sheet: python -m htfa_jax.data.held_objects --num 1000 --out DIR."""
+"""Draws scenes of the embedded dataset, and a contact sheet to look at.
+
+    python -m htfa_jax.data.held_objects --num 24 --size 128 --out scenes
+    python -m htfa_jax.data.held_objects --num 12 --size 64 --split test --answers sentence \\
+        --out other
+"""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command
+from htfa_jax.commands import command, program
 from htfa_jax.data.held_objects import build, contact_sheet
 from htfa_jax.data.held_objects.questions import ANSWERS
 from htfa_jax.data.held_objects.scenes import SPLITS
@@ -13,7 +18,11 @@ from htfa_jax.data.held_objects.scenes import SPLITS
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(prog="htfa_jax.data.held_objects", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog=program(),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--num", type=int, default=1000, help="number of scenes")
     parser.add_argument("--size", type=int, default=448, help="pixels of a picture's side")
