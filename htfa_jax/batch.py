@@ -8,6 +8,8 @@ import numpy as np
 
 from htfa_jax.config import Config
 
+# On devices, or on the host on its way there.
+Array = jax.Array | np.ndarray
 # Shape and type of an array.
 Kind = tuple[tuple[int, ...], np.dtype]
 
@@ -42,28 +44,28 @@ class Batch:
         has (whatever `has_recon` says); None unless kept on disk.
     """
 
-    image_orig: jax.Array
-    image_recon: jax.Array
-    image_target: jax.Array
-    region_orig: jax.Array
-    region_recon: jax.Array
-    object_mask: jax.Array
-    occluder_mask: jax.Array
-    bbox_orig: jax.Array
-    bbox_recon: jax.Array
-    has_recon: jax.Array
-    has_target: jax.Array
-    has_object_mask: jax.Array
-    has_occluder_mask: jax.Array
-    has_bbox_orig: jax.Array
-    has_bbox_recon: jax.Array
-    tokens: jax.Array
-    labels: jax.Array
-    loss_mask: jax.Array
-    weight: jax.Array
-    index: jax.Array
-    target_codes: jax.Array | None = None
-    features: jax.Array | None = None
+    image_orig: Array
+    image_recon: Array
+    image_target: Array
+    region_orig: Array
+    region_recon: Array
+    object_mask: Array
+    occluder_mask: Array
+    bbox_orig: Array
+    bbox_recon: Array
+    has_recon: Array
+    has_target: Array
+    has_object_mask: Array
+    has_occluder_mask: Array
+    has_bbox_orig: Array
+    has_bbox_recon: Array
+    tokens: Array
+    labels: Array
+    loss_mask: Array
+    weight: Array
+    index: Array
+    target_codes: Array | None = None
+    features: Array | None = None
 
 
 def in_micro_batches(batch: Batch, steps: int) -> Batch:

@@ -12,7 +12,7 @@ from htfa_jax.logs import progress
 from htfa_jax.pairs import Pair, Scene, as_record, read_scene
 from htfa_jax.results import Result
 
-Query = str | Sequence[str] | None
+Query = str | Sequence[str | None] | None
 # From scenes, their queries and the number of rows they are padded to, to their results.
 Work = Callable[[list[Scene], list[Query], int], list[Result | list[Result]]]
 
@@ -72,15 +72,15 @@ def _batch(
     found: list[Scene | DataError], queries: list[Query], rows: int, work: Work
 ) -> list[Result | list[Result]]:
     results = [_failed(query, error) for query, error in zip(queries, found, strict=True)]
-    good = [i for i, scene in enumerate(found) if isinstance(scene, Scene)]
-    if good:
-        scenes, asked = [found[i] for i in good], [queries[i] for i in good]
+    read = {i: scene for i, scene in enumerate(found) if isinstance(scene, Scene)}
+    if read:
+        scenes, asked = list(read.values()), [queries[i] for i in read]
         try:
             done = work(scenes, asked, rows)
         except HTFAError:
             # One pair's question or mask may be what is wrong: each by itself.
             done = [_alone(s, q, work) for s, q in zip(scenes, asked, strict=True)]
-        for i, result in zip(good, done, strict=True):
+        for i, result in zip(read, done, strict=True):
             results[i] = result
     return results
 

@@ -136,7 +136,8 @@ class Checkpoints:
         """
         step = int(state["step"])
         if metrics is not None:
-            metrics = {self.metric: metrics[self.metric]} if self.metric in metrics else None
+            found = {name: value for name, value in metrics.items() if name == self.metric}
+            metrics = found or None
         items = ocp.args.Composite(
             **{name: ocp.args.StandardSave(state[name]) for name in STATE if name in state},
             meta=ocp.args.JsonSave({**meta, "step": step}),

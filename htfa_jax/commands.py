@@ -81,7 +81,7 @@ def use_compilation_cache(config: Config) -> None:
     """Keeps compiled programs in the run's `data.cache_dir`, unless JAX was told another place."""
     import jax  # not by every command
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         folder = Path(config.data.cache_dir).expanduser() / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         # Small programs too: a start compiles many.

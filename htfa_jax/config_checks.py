@@ -11,7 +11,7 @@ from htfa_jax.errors import ConfigError
 
 def validate(config: Config) -> None:
     """Raises ConfigError naming the fields, what they are and what they must be."""
-    c, problems = config, []
+    c, problems = config, list[str]()
 
     def refuse() -> None:
         if problems:
@@ -139,8 +139,11 @@ def validate(config: Config) -> None:
         f"data.recon_template={c.data.recon_template!r} must name fields of a record in braces, "
         "as in recon/{id}.png; braces that are meant as such are doubled",
     )
-    rest = [name for name in _MESH if get(c, name) == -1]
-    need(len(rest) <= 1, f"{' and '.join(rest)} are both -1: one of them can take what is left")
+    open_ended = [name for name in _MESH if get(c, name) == -1]
+    need(
+        len(open_ended) <= 1,
+        f"{' and '.join(open_ended)} are both -1: one of them can take what is left",
+    )
     refuse()
 
 

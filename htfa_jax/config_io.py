@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util
+import importlib.machinery
 import json
 import sys
 import types
@@ -142,9 +142,10 @@ def load_config(source: str | Path) -> Config:
             ) from error
     if path.suffix != ".py":
         raise ConfigError(f"{path}: a configuration is a .py file with get_config(), or a .json")
-    spec = importlib.util.spec_from_file_location(f"htfa_config_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader = importlib.machinery.SourceFileLoader(f"htfa_config_{path.stem}", str(path))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(path)
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no get_config()")
     config = module.get_config()
@@ -229,7 +230,7 @@ def parse_args(
         raise ConfigError(f"--{source} is missing (--help shows all options)")
     else:
         base = load_config("standard")
-    args = parse(cls, argv if own_field else rest, description, default=cls(config=base))
+    args: Any = parse(cls, argv if own_field else rest, description, default=cls(config=base))
     if resolve is not None:
         args = dataclasses.replace(args, config=resolve(args.config, base))
     return args

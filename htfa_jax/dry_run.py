@@ -58,7 +58,7 @@ def _look(config: Config, split: Split, source: str) -> tuple[int, str]:
     loader = SampleLoader(records, None, config)
     bad = sum("error" in loader(index) for index in range(num))
     found = f"{bad} bad" if bad else "sound"
-    return len(records), f"the first {num} read and decoded: {found} (htfa_jax.data.check: all)"
+    return len(records), f"the first {num} read and decoded: {found}; htfa_jax.data.check reads all"
 
 
 def _steps(config: Config, workdir: Path | None, num_records: int) -> str:

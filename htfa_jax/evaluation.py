@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +217,11 @@ def _answers(
     index_B: np.ndarray,
     share_B: np.ndarray,
 ) -> list[list[Answer]]:
-    rows = []
+    rows: list[list[Answer]] = []
     for i, record in enumerate(found):
-        asked = questions(record) if record and said else []
+        if record is None or not said:
+            rows.append([])
+            continue
         rows.append(
             [
                 Answer(
@@ -231,7 +233,7 @@ def _answers(
                     hidden=stated_share(record) if np.isnan(share_B[i]) else float(share_B[i]),
                     confidence=said[k][i].confidence,
                 )
-                for k, (question, truth) in enumerate(asked)
+                for k, (question, truth) in enumerate(questions(record))
             ]
         )
     return rows
@@ -247,7 +249,7 @@ def _panel_rows(
     ]
 
 
-def _scores(totals: dict[str, float], answers: list[Answer], config: Config) -> dict[str, Any]:
+def _scores(totals: Mapping[str, Any], answers: list[Answer], config: Config) -> dict[str, Any]:
     scores: dict[str, Any] = {"samples": int(totals["samples"])}
     samples = max(totals["samples"], 1)
     losses = {}

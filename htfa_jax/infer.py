@@ -65,22 +65,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(InferArgs, argv, __doc__)
     if args.demo:
         args = of_the_demo(args)
-    for name in ("checkpoint", "output_dir"):
-        if getattr(args, name) is None:
-            raise ConfigError(f"--{name} is missing (--help shows all options; --demo needs none)")
+    checkpoint, folder = given(args, "checkpoint"), given(args, "output_dir")
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
-    workdir, step = find_run(args.checkpoint, args.revision)
+    workdir, step = find_run(checkpoint, args.revision)
     use_compilation_cache(load_config(workdir))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     from htfa_jax.predictions import predict
 
-    failed, tried = predict(args, workdir if step is None else args.checkpoint)
+    failed, tried = predict(args, workdir if step is None else checkpoint, folder)
     if args.visualize:
-        write_report(args.output_dir, f"{args.output_dir.resolve().name}: {workdir.name}")
-    print(f"written to {args.output_dir}")
+        write_report(folder, f"{folder.resolve().name}: {workdir.name}")
+    print(f"written to {folder}")
     if tried and failed == tried:
         sys.exit(2)
+
+
+def given(args: InferArgs, name: str) -> Path:
+    """An option that cannot do without a value. Raises ConfigError if it has none."""
+    value = getattr(args, name)
+    if value is None:
+        raise ConfigError(f"--{name} is missing (--help shows all options; --demo needs none)")
+    return value
 
 
 def of_the_demo(args: InferArgs) -> InferArgs:

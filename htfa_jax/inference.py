@@ -270,7 +270,7 @@ class HTFAInference:
             )
         batch = stack(scenes, rows)
         prefix = self._look(self.params, batch, with_weights)
-        own_B = ~batch.has_recon & self.can_paint
+        own_B = ~np.asarray(batch.has_recon) & self.can_paint
         if own_B.any():
             painted = np.asarray(self._paint(self.params, prefix, **_paint_options(ONE_PASS)))
             batch = with_own_completion(batch, own_B, painted)
@@ -293,12 +293,12 @@ class HTFAInference:
             for query in queries
         ]
         said = self._answers(seen, asked, self.decoding(decoding), return_intermediates)
-        completed: list[Image.Image | None] = [None] * len(asked)
+        completed: Sequence[Image.Image | None] = [None] * len(asked)
         if completion is not None and self.can_paint:
             completed = self._completed(seen, completion)
         out: list[Result | list[Result]] = []
         for i, questions in enumerate(asked):
-            shared = {
+            shared: dict[str, Any] = {
                 "completed": completed[i],
                 "alignment": OWN_COMPLETION if seen.own_B[i] else SOURCES[seen.source_B[i]],
                 "recon_source": self._recon_source(seen, i),
@@ -321,7 +321,7 @@ class HTFAInference:
         out: list[list[Said | None]] = [[] for _ in asked]
         for questions in itertools.zip_longest(*asked):
             if not self.can_answer:
-                said: list[Said | None] = [None] * len(asked)
+                said: Sequence[Said | None] = [None] * len(asked)
             else:
                 rows = len(seen.source_B)
                 prompts = [
@@ -331,9 +331,10 @@ class HTFAInference:
                 spare = next(p for p in prompts if p is not None)
                 filled = [spare if p is None else p for p in prompts]
                 filled += [spare] * (rows - len(filled))
-                said = self.answerer.answers(self.params, seen.prefix.cache, filled, decoding)
+                texts = self.answerer.answers(self.params, seen.prefix.cache, filled, decoding)
                 if watched:
-                    said = self.answerer.watch(self.params, seen.prefix, filled, said)
+                    texts = self.answerer.watch(self.params, seen.prefix, filled, texts)
+                said = texts
             for row, question, answer in zip(out, questions, said, strict=False):
                 if question is not None:
                     row.append(answer)
@@ -351,7 +352,7 @@ class HTFAInference:
     ) -> jax.Array:
         """Completed pictures [B, H, W, 3], uint8."""
         model = self._model.merge(params)
-        seed_B = jnp.full(len(prefix.code_logits_BMC), seed, jnp.uint32)
+        seed_B = jnp.full(len(prefix.fusion.pair.source_B), seed, jnp.uint32)
         codes_BM = complete(model, prefix, seed_B, temperature, passes)
         rgb_BHWC = denormalize(model.vq.decode(codes_BM), self.config.data)
         return to_8bit(rgb_BHWC).astype(jnp.uint8)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from htfa_jax.batch import Batch
+from htfa_jax.batch import Array, Batch
 from htfa_jax.config import Config
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, decode_original, load_mask
 from htfa_jax.data.preprocess import Placement, load_pictures, place
 from htfa_jax.data.records import Record, checked_box
 from htfa_jax.errors import DataError
@@ -83,19 +83,14 @@ def as_record(pair: Pair, where: str) -> Record:
 
     if pair.get("image_orig") is None:
         raise fail("image_orig is missing")
-    return Record(
-        where=where,
-        id=name,
-        image_target=None,
-        turns=(),
-        **{field: picture(field) for field in FIELDS[:4]},
-        **{field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]},
-    )
+    fields: dict[str, Any] = {field: picture(field) for field in FIELDS[:4]}
+    fields |= {field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]}
+    return Record(where=where, id=name, image_target=None, turns=(), **fields)
 
 
 def read_scene(record: Record, config: Config) -> Scene:
     """Decodes a pair's pictures. Raises DataError naming the field and the file."""
-    original = decode_field(record, "image_orig", load_image)
+    original = decode_original(record)
     record = dataclasses.replace(record, image_orig=original, image_target=None)
     sample = load_pictures(record, config.image_size, config.data.resize)
     return Scene(
@@ -110,8 +105,9 @@ def stack(scenes: Sequence[Scene], rows: int) -> Batch:
     """Scenes as a batch without text; rows that are too many repeat the last one."""
     scenes = [*scenes, *[scenes[-1]] * (rows - len(scenes))]
     nothing = np.zeros((rows, 0), np.int32)
+    seen: dict[str, Any] = {n: np.stack([s.sample[n] for s in scenes]) for n in scenes[0].sample}
     return Batch(
-        **{name: np.stack([s.sample[name] for s in scenes]) for name in scenes[0].sample},
+        **seen,
         tokens=nothing,
         labels=nothing,
         loss_mask=nothing.astype(np.float32),
@@ -131,7 +127,7 @@ def with_own_completion(batch: Batch, missing_B: np.ndarray, painted_BHWC: np.nd
       painted_BHWC: uint8.
     """
 
-    def fill(old: np.ndarray, new: Any) -> np.ndarray:
+    def fill(old: Array, new: Any) -> np.ndarray:
         return np.where(missing_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
     region = batch.region_orig

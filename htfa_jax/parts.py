@@ -111,7 +111,8 @@ class WeightWriter:
         kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]],
         facts: Mapping[str, str] | None = None,
     ):
-        header, end = {}, 0
+        header: dict[str, dict[str, Any]] = {}
+        end = 0
         for name, (shape, dtype) in sorted(kinds.items()):
             start, end = end, end + math.prod(shape) * dtype.itemsize
             header[name] = {
@@ -234,7 +235,7 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
     Raises:
       CheckpointError: with both sides of what differs.
     """
-    folder = Path(config.pretrained.htfa).expanduser()
+    folder = Path(str(config.pretrained.htfa)).expanduser()
     found, arrays = read_description(folder, "htfa"), read_weights(folder)
     differing = [
         f"{name}: {found[name.split('.')[1]]!r} in the folder, {value!r} in the configuration"

@@ -45,23 +45,26 @@ class Job:
     queries: tuple[str, ...] | None
 
 
-def predict(args: InferArgs, checkpoint: str | Path) -> tuple[int, int]:
+def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int, int]:
     """Answers what is not answered yet. Returns how many pairs failed, of how many.
 
     Args:
       args: options of the command.
       checkpoint: as `HTFAInference` takes it.
+      folder: for the predictions and their pictures.
     """
-    path = args.output_dir / PREDICTIONS
-    jobs = [one_pair(args)] if args.input is None else read_jobs(args.input, args.query)
-    done = set() if args.input is None else keep_finished(path)
+    path, done = folder / PREDICTIONS, set[str]()
+    if args.input is None:
+        jobs = [one_pair(args)]
+    else:
+        jobs, done = read_jobs(args.input, args.query), keep_finished(path)
     todo = [job for job in jobs if job.id not in done]
     if len(todo) < len(jobs):
         log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
     if not todo:
         return 0, 0
     engine = HTFAInference(checkpoint, device=args.device, quantize=args.quantize)
-    failed = run(engine, todo, path, args, fresh=args.input is None)
+    failed = run(engine, todo, folder, args, fresh=args.input is None)
     if failed:
         print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)
     return failed, len(todo)
@@ -70,7 +73,7 @@ def predict(args: InferArgs, checkpoint: str | Path) -> tuple[int, int]:
 def one_pair(args: InferArgs) -> Job:
     """The pair of the command line."""
     pair = {field: getattr(args, field) for field in FIELDS}
-    record = as_record({"id": args.image_orig.stem, **pair}, "the command line")
+    record = as_record({"id": Path(str(args.image_orig)).stem, **pair}, "the command line")
     return Job(0, record.id, record, args.query or None)
 
 
@@ -144,22 +147,25 @@ def keep_finished(path: Path) -> set[str]:
     return ids
 
 
-def run(engine: HTFAInference, jobs: list[Job], path: Path, args: InferArgs, fresh: bool) -> int:
+def run(engine: HTFAInference, jobs: list[Job], folder: Path, args: InferArgs, fresh: bool) -> int:
     """Writes one line per job, as soon as it is there. Returns how many failed."""
     failed = 0
-    good = [job for job in jobs if isinstance(job.record, Record)]
+    pairs = [r for job in jobs if isinstance(r := job.record, Record)]
+    asked = [job.queries or [None] for job in jobs if isinstance(job.record, Record)]
     results = engine.iterate(
-        [job.record for job in good],
-        [list(job.queries) if job.queries else [None] for job in good],
+        pairs,
+        asked,
         batch_size=args.batch_size,
         decoding=args.decoding,
         completion=args.completion,
         return_intermediates=args.visualize,
     )
-    with path.open("w" if fresh else "a", encoding="utf-8") as file:
+    with (folder / PREDICTIONS).open("w" if fresh else "a", encoding="utf-8") as file:
         for job in jobs:
             if isinstance(job.record, Record):
-                entry = _entry(job, next(results), args)
+                found = next(results)
+                rows = found if isinstance(found, list) else [found]
+                entry = _entry(job, job.record, rows, args, folder)
             else:
                 entry = {"id": job.id, "error": str(job.record)}
             failed += "error" in entry
@@ -172,7 +178,9 @@ def run(engine: HTFAInference, jobs: list[Job], path: Path, args: InferArgs, fre
     return failed
 
 
-def _entry(job: Job, results: list[Result], args: InferArgs) -> dict[str, Any]:
+def _entry(
+    job: Job, record: Record, results: list[Result], args: InferArgs, folder: Path
+) -> dict[str, Any]:
     """The line of a pair; its pictures are written first."""
     first = results[0]
     if first.error is not None:
@@ -188,28 +196,26 @@ def _entry(job: Job, results: list[Result], args: InferArgs) -> dict[str, Any]:
     name = f"{job.number:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', job.id)}.png"
     if first.completed is not None:
         entry["completed"] = f"completed/{name}"
-        _folder(args, "completed")
-        first.completed.save(args.output_dir / entry["completed"])
+        (folder / "completed").mkdir(exist_ok=True)
+        first.completed.save(folder / entry["completed"])
     if args.visualize:
-        entry["figures"] = _draw(job, results, args, name.removesuffix(".png"))
+        entry["figures"] = _draw(record, results, args, folder, name.removesuffix(".png"))
     return entry
 
 
-def _draw(job: Job, results: list[Result], args: InferArgs, name: str) -> dict[str, str]:
+def _draw(
+    record: Record, results: list[Result], args: InferArgs, folder: Path, name: str
+) -> dict[str, str]:
     """Writes the figures of a pair. Returns their paths by kind."""
     # Only here: matplotlib takes a second to load, which an answer need not wait for.
     from htfa_jax.look_inside import figures, png
 
-    _folder(args, "figures")
+    (folder / "figures").mkdir(exist_ok=True)
     paths = {}
-    for kind, figure in figures(*results, truth=_truth(job.record), view=args.attention).items():
+    for kind, figure in figures(*results, truth=_truth(record), view=args.attention).items():
         paths[kind] = f"figures/{name}_{kind}.png"
-        (args.output_dir / paths[kind]).write_bytes(png(figure))
+        (folder / paths[kind]).write_bytes(png(figure))
     return paths
-
-
-def _folder(args: InferArgs, name: str) -> None:
-    (args.output_dir / name).mkdir(exist_ok=True)
 
 
 def _truth(record: Record) -> Image.Image | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image
@@ -11,7 +11,7 @@ from PIL import Image
 from htfa_jax.answer_attention import AnswerAttention
 from htfa_jax.data.preprocess import Box
 
-OWN_COMPLETION = "own completion"
+OWN_COMPLETION: Final = "own completion"
 
 
 @dataclasses.dataclass(frozen=True)

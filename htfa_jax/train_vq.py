@@ -1,7 +1,7 @@
 """Trains a VQ tokenizer on the pictures of a dataset; its weight folder is WORKDIR/weights.
 
     python -m htfa_jax.train_vq --config debug --workdir runs/vq
-    python -m htfa_jax.train --config debug --config.pretrained.vq=runs/vq/weights
+    python -m htfa_jax.train_vq --config debug --config.vq_train.num_steps=4000
 
 The main job runs this stage first when no pretrained VQ is given.
 """

@@ -19,7 +19,7 @@ from htfa_jax.checkpoints import Checkpoints, load_frozen, open_checkpoints, sav
 from htfa_jax.config import Config, leaves
 from htfa_jax.config_io import fields_without_value, load_config, override, save_config
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
-from htfa_jax.data.splits import SPLITS, open_split, open_tokenizer
+from htfa_jax.data.splits import SPLITS, Split, open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError
 from htfa_jax.evaluation import Evaluator
@@ -105,14 +105,14 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
     writer = MetricWriter(workdir / "logs", silent=not is_first())
     evaluations = _Evaluations(config, workdir, model, tokenizer, layout, writer)
     with open_checkpoints(workdir, config) as checkpoints:
-        latest, meta = checkpoints.latest_step(), None
+        latest, meta, first, seen = checkpoints.latest_step(), None, 0, 0
         if latest is not None:
             _refuse_other_weights(before or config, config)
             meta = checkpoints.restore(latest)["meta"]
+            first, seen = latest, int(meta["samples"])
         elif before is not None:
             log.warning("%s holds no complete checkpoint yet: starting at step 0", workdir)
         samples = samples_per_step(config, layout.num_shards)
-        first, seen = (latest, meta["samples"]) if meta else (0, 0)
         steps = num_steps(config, len(records), samples, first, seen)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
@@ -188,14 +188,14 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
             state, stopped = loop.run(state, batches)
         if stopped:
             return None
-        best = checkpoints.best_step()
+        best = checkpoints.best_step() or int(state["step"])
         if best != int(state["step"]):
             log.info("step %d is the best by validation %s", best, config.train.best_metric)
             state["params"] = checkpoints.restore(best, params=state["params"])["params"]
         scores = evaluations.final(best, {**copy(state["params"]), **frozen})
     writer.close()
     if is_first():
-        example = next((s for s in ("test", "validation") if getattr(config.data, s)), "train")
+        example = next((s for s in reversed(SPLITS) if getattr(config.data, s)), SPLITS[0])
         write_example(workdir, config, open_split(config, example))
     return scores
 
@@ -311,7 +311,7 @@ class _Evaluations:
     def final(self, step: int, params: Flat) -> dict[str, Any]:
         """Scores on the test split, else on the validation split; written and logged."""
         data = self.config.data
-        name = "test" if data.test is not None else "validation"
+        name: Split = "test" if data.test is not None else "validation"
         if getattr(data, name) is None:
             log.info("no test or validation data: nothing to evaluate on")
             return {}

@@ -248,7 +248,7 @@ for B, local in ((4, (1, 256, 2, 24)), (6, (3, 256, 2, 24))):
 
 def test_every_device_of_a_mesh_has_its_own_samples_and_heads():
     """In a scan with rematerialisation; 6 samples divide by one axis of two only."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = os.pathsep.join(["tests", *filter(None, sys.path)])
     done = subprocess.run(

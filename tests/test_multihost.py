@@ -17,16 +17,17 @@ ROOT = Path(__file__).parent.parent
 STEPS = 4
 
 
-def start(workdir, config, devices, *flags):
+def start(workdir, config, devices, *options):
+    flags = os.environ.get("XLA_FLAGS", "")
     env = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "htfa_jax.train", "--config", str(config)]
-    command += ["--workdir", str(workdir), *flags]
+    command += ["--workdir", str(workdir), *options]
     return subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

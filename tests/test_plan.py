@@ -1,14 +1,17 @@
 """Counted operations against XLA's own count, and what --dry_run prints."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support import random_batch, taken_apart, tiny
+from support import random_batch, taken_apart, tiny, write_dataset
 
-from htfa_jax import flops, train
-from htfa_jax.config_io import save_config
+from htfa_jax import dry_run, flops, train
+from htfa_jax.config_io import override, save_config
+from htfa_jax.errors import DataError
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
 from htfa_jax.train_state import build
@@ -97,9 +100,17 @@ def test_a_training_step_counts_what_learns_three_times():
     assert "vq" not in flops.training_step(single, 64)
 
 
-def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch):
+def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = tiny(train__accumulation_steps=2, train__frozen_dtype="bfloat16")
+    config = tiny(
+        train__accumulation_steps=2,
+        train__frozen_dtype="bfloat16",
+        train__max_steps=None,
+        train__epochs=3,
+        data__sources=((str(dataset), 1.0), ("held_objects", 2.0)),
+        data__test=str(dataset),
+        data__cache_dir=str(tmp_path / "cache"),
+    )
     save_config(config, tmp_path / "config.json")
     train.main(["--config", "config.json", "--dry_run"])
     shown = capsys.readouterr().out
@@ -114,4 +125,29 @@ def test_dry_run_prints_the_plan_and_does_nothing(tmp_path, capsys, monkeypatch)
     assert "1 x cpu" in shown or "8 x cpu" in shown
     for said in ("GFLOP per sample", "2 micro-steps per update", "optimizer state", "activations"):
         assert said in shown
-    assert not (tmp_path / "runs").exists()
+    # Two samples in each of two micro-steps and part of the batch.
+    update = 4 * int(re.search(r"x (\d+) parts of the batch", shown)[1])
+    records = 7 + 4000
+    assert f"{records * 3 // update:,} of {update} samples, {records // update:,} an ep" in shown
+    assert f"train        {dataset}: 7 records, the first 7 read and decoded: sound" in shown
+    assert "train        held_objects: 4,000 records, drawn on first use" in shown
+    assert f"test         {dataset}: 7 records" in shown and "VQ stage     3 steps" in shown
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+def test_dry_run_reads_the_first_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(dry_run, "describe", lambda config: "")
+    path = write_dataset(tmp_path / "data", 9)
+    (tmp_path / "data/orig3.png").unlink()
+    (tmp_path / "data/orig8.png").unlink()  # beyond those that are read
+    config = tiny(data__train=str(path), train__batch_size=1)
+    with pytest.raises(DataError, match="orig3.png"):
+        dry_run.dry_run(config, None)
+    shown = dry_run.dry_run(override(config, {"data.on_error": "skip"}), None)
+    assert "9 records, the first 8 read and decoded: 1 bad" in shown and "a new run" in shown
+    (tmp_path / "run/checkpoints/12").mkdir(parents=True)
+    lenient = {"data.on_error": "skip", "pretrained.random_parts": "as_configured"}
+    shown = dry_run.dry_run(override(config, lenient), tmp_path / "run")
+    assert "run goes on after step 12" in shown and "VQ stage" not in shown
+    with pytest.raises(DataError, match="nowhere.jsonl"):
+        dry_run.dry_run(override(config, {"data.test": "nowhere.jsonl"}), None)

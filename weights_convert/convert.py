@@ -55,6 +55,16 @@ class Tensors(Protocol):
         """A tensor."""
 
 
+class Checkpoint(Tensors, Protocol):
+    """What writing a weight folder asks of a checkpoint beside its tensors."""
+
+    name: str
+    revision: str | None
+
+    def hashes(self, keys: list[str]) -> list[dict[str, str]]:
+        """Name and SHA-256 of the files that hold some tensors."""
+
+
 class InMemory:
     """Tensors that are all there already."""
 

@@ -13,8 +13,7 @@ import numpy as np
 from htfa_jax.errors import CheckpointError
 from htfa_jax.logs import progress
 from htfa_jax.parts import CONFIG, WEIGHTS, WeightWriter, description, new_folder, write_json
-from weights_convert.convert import Layout, Step, arrays, plan
-from weights_convert.source import Source
+from weights_convert.convert import Checkpoint, Layout, Step, arrays, plan
 
 log = logging.getLogger("htfa_jax.weights_convert")
 
@@ -24,7 +23,7 @@ CONVERSION = "conversion.json"
 
 
 def write_folder(
-    source: Source,
+    source: Checkpoint,
     layout: Layout,
     out: Path,
     beside: Callable[[Path], None] | None = None,
@@ -64,7 +63,7 @@ def write_folder(
 
 
 def kinds_of(
-    steps: list[Step], layout: Layout, source: Source
+    steps: list[Step], layout: Layout, source: Checkpoint
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """{path: (shape, type)} of what will be written; layers of one stack must share a type."""
     kinds: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
@@ -78,7 +77,7 @@ def kinds_of(
     return kinds
 
 
-def describe(source: Source, layout: Layout, used: list[str]) -> dict[str, object]:
+def describe(source: Checkpoint, layout: Layout, used: list[str]) -> dict[str, object]:
     """What conversion.json says."""
     ignored: dict[str, int] = {}
     for key in set(source.keys) - set(used):

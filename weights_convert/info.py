@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+from collections.abc import Callable
 
 from htfa_jax.errors import CheckpointError
 from weights_convert import htfa, internlm2, siglip, vq
+from weights_convert.convert import Layout
 from weights_convert.source import Source
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[[Source], Layout]] = {
     "siglip": siglip.layout,
     "vq": vq.layout,
     "internlm2": internlm2.layout,

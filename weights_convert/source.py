@@ -8,6 +8,7 @@ that a checkpoint brings along is ever run: safetensors hold no code, pickles go
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -63,7 +64,7 @@ class HubFiles:
         except Exception as error:  # each release raises the errors of another HTTP library
             raise hub.refusal(repository, error) from error
         self.repository, self.revision = repository, info.sha
-        self.names = sorted(s.rfilename for s in info.siblings if "/" not in s.rfilename)
+        self.names = sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
 
     def get(self, name: str) -> Path:
         """A local path of a file."""
@@ -93,7 +94,8 @@ class Source:
     """
 
     def __init__(self, name: str | Path, revision: str | None = None):
-        self.name, self.revision = str(name), None
+        self.name = str(name)
+        self.revision: str | None = None
         path = Path(name).expanduser()
         weights: list[str] | None = None
         if path.is_file():
@@ -245,10 +247,8 @@ def safetensors_file(path: Path) -> dict[str, Handle]:
         raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
     handles = {}
     for key in file.keys():  # noqa: SIM118
-        part = file.get_slice(key)
-        handles[key] = Handle(
-            part.get_shape(), part.get_dtype(), lambda key=key: file.get_tensor(key)
-        )
+        part, read = file.get_slice(key), functools.partial(file.get_tensor, key)
+        handles[key] = Handle(part.get_shape(), part.get_dtype(), read)
     return handles
 
 

@@ -90,6 +90,14 @@ def decode_field(
         ) from error
 
 
+def decode_original(record: Record) -> Image.Image:
+    """The original, which every record has. Raises DataError as `decode_field` does."""
+    image = decode_field(record, "image_orig", load_image)
+    if image is None:
+        raise record.error("image_orig is missing")
+    return image
+
+
 def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
     """A picture whose size is known and is not too much, not decoded yet."""
     if isinstance(source, Image.Image):

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change
-from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.decode import decode_original
 from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, load_pictures
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.tokenizer import ChatTokenizer, whole_answers
@@ -116,7 +116,7 @@ class Examiner:
     def _pictures(self, record: Record, seen: Seen) -> None:
         for field in (*PICTURES, *MASKS, *BOXES):
             seen.fields[field] += getattr(record, field) is not None
-        original = decode_field(record, "image_orig", load_image)
+        original = decode_original(record)
         seen.sizes[original.size] += 1
         crop = Change().window if self.config.augment.crop else None
         decoded = dataclasses.replace(record, image_orig=original)

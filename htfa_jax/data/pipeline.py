@@ -7,7 +7,7 @@ alone, so a run resumes from its step number.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -214,7 +214,7 @@ def training_batches(
     samples: int,
     share: tuple[int, int] = (0, 1),
     kept: Kept | None = None,
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """Endless updates' worth of samples; each epoch in another order.
 
     Args:
@@ -246,7 +246,7 @@ def evaluation_batches(
     max_samples: int | None = None,
     num_shards: int = 1,
     share: tuple[int, int] = (0, 1),
-) -> Iterator[Loaded]:
+) -> Generator[Loaded, None, None]:
     """Every record once; the last batch is filled up with samples of weight 0.
 
     In order, with one process; `num_shards` and `share` are a layout's.
@@ -264,7 +264,7 @@ def evaluation_batches(
     return read(dataset, config)
 
 
-def read(dataset: grain.MapDataset, config: Config) -> Iterator[Any]:
+def read(dataset: grain.MapDataset, config: Config) -> Generator[Any, None, None]:
     """Reads a dataset in order, ahead of its use, in threads or in worker processes.
 
     Raises TrainingError if a worker process dies, and what loading raises, from wherever it is.

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from PIL import Image
 
 from htfa_jax.data.forms import in_own_form
 from htfa_jax.data.places import StoredPicture
 from htfa_jax.errors import DataError
 
+# A file, or in a program what stands in its place.
 Picture = Path | StoredPicture
+Pixels = Image.Image | np.ndarray
 
 ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "human": "user",
@@ -85,7 +88,7 @@ class Record:
 
     where: str
     id: str
-    image_orig: Picture
+    image_orig: Picture | Pixels
     image_recon: Picture | None
     image_target: Picture | None
     object_mask: Picture | None
@@ -178,13 +181,14 @@ def checked_box(
         raise fail(f"{name}={list(value)} must be finite numbers: x, y, w, h in pixels")
     if value[2] <= 0 or value[3] <= 0:
         raise fail(f"{name}={list(value)} has no area: width and height must be above 0")
-    return tuple(map(float, value))
+    x, y, w, h = map(float, value)
+    return x, y, w, h
 
 
 def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
     if not isinstance(conversations, list) or not conversations:
         raise fail("conversations must be a list of turns that is not empty")
-    turns = []
+    turns: list[Turn] = []
     for i, turn in enumerate(conversations):
         if not isinstance(turn, Mapping):
             raise fail(f"conversations[{i}] must be an object with from and value")

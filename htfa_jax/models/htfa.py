@@ -1,6 +1,7 @@
 """HTFA: the three levels, both encoders and the decoder, wired together."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ class Fusion:
     alpha_BHW: jax.Array | None
     pictures: list[jax.Array]
     spatial_BPD: jax.Array
-    attention_BNTS: jax.Array | None
+    attention_BNTS: Any
 
     @property
     def fused_BHWC(self) -> jax.Array:

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
+from htfa_jax.batch import Array
 from htfa_jax.config import DataConfig
 from htfa_jax.models.alignment import box_mask
 
 
-def normalize(image_BHWC: jax.Array, region_B4: jax.Array, config: DataConfig) -> jax.Array:
+def normalize(image_BHWC: Array, region_B4: Array, config: DataConfig) -> jax.Array:
     """8-bit RGB to (x / 255 - mean) / std, and 0 outside the region (the letterbox's padding)."""
     mean, std = _channels(config)
     x_BHWC = (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
