@@ -3,7 +3,7 @@
     python scripts/ablation_report.py OUT
 
 Figures are means over seeds. Of several seeds the interval is Student's 95 percent interval of the
-mean over seeds; of one seed that of the 500 scenes (Wilson's), where there is one. Differences of
+mean over seeds; of one seed, for shares, that over scenes (Wilson's). Differences of
 accuracy are paired: each scene's difference, averaged over seeds, in a paired t-test over scenes.
 """
 
