@@ -95,8 +95,8 @@ class AdaptiveFusion(nnx.Module):
         if self.num_scales == 1:
             alpha_BHW = jnp.broadcast_to(self._map(0, (H, W)), (B, H, W))
             return blend(alpha_BHW, orig_BHWC, recon_BHWC), alpha_BHW
-        equal = self.constant is not None
-        raw = jnp.zeros(self.num_scales) if equal else self.scale_weights[...]
+        learns = self.constant is None
+        raw = self.scale_weights[...] if learns else jnp.zeros(self.num_scales)
         weights = jax.nn.softmax(raw)
         fused_BHWC, alphas = 0.0, []
         for s in range(self.num_scales):
