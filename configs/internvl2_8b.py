@@ -1,4 +1,4 @@
-"""HTFA with the 32 layers of InternVL2-8B's language model, on 16 or more large chips.
+"""HTFA with the 32 layers of InternVL2-8B's language model, on 8 H100 (24.7 GiB of each) or more.
 
     python -m htfa_jax.train --config configs/internvl2_8b.py \\
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internvl2_8b ...

@@ -66,9 +66,7 @@ class Answerer:
         layout: Layout,
     ):
         self.config, self.tokenizer = config, tokenizer
-        self.num_picture_tokens = config.patch_grid**2
-        if config.level3.generation:
-            self.num_picture_tokens += config.code_grid**2
+        self.num_picture_tokens = config.num_patches + config.num_codes
         stop_ids = tuple(sorted(tokenizer.stop_ids))
 
         def first(params, *inputs, num_slots, max_new_tokens):
@@ -180,7 +178,7 @@ class Answerer:
                 words=tuple(map(self._word, s.tokens)),
                 weights=weights[:, i, :, : len(s.tokens)],
                 rollout_TS=rollout_BRS[i, : len(s.tokens)],
-                num_patches=self.config.patch_grid**2,
+                num_patches=self.config.num_patches,
             )
             out.append(dataclasses.replace(s, attention=attention))
         return out

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 DType = Literal["bfloat16", "float16", "float32"]
+# Beside the levels: one picture alone, or the tokens of both, one after the other.
+Fusion = Literal["levels", "original", "reconstruction", "tokens"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Level1Config:
 
     alpha: Literal["map", "predicted"] = "map"  # one map, or a map plus a per-picture prediction
     init_alpha: float = 0.5  # weight of the original at the start
-    learnable: bool = True  # False keeps alpha where it starts
+    learnable: bool = True  # False: alpha is init_alpha everywhere, without parameters
     num_scales: int = 1  # more than 1: fused at halved sizes too, and summed
     head_channels: int = 16  # channels of the predicting convolutions
 
@@ -78,6 +80,7 @@ class Level2Config:
     num_heads: int = 8  # attention heads
     dropout: float = 0.1  # on the attention weights, in training
     alignment: Literal["features", "pixels", "none"] = "features"  # where the box affine acts
+    values: Literal["fused", "reconstruction"] = "fused"  # picture whose features are attended to
     mask_keys: bool = True  # hide keys outside the picture or the object mask
     intensity_threshold: float = 0.01  # mean RGB in [0, 1] above which a pixel is foreground
 
@@ -274,6 +277,7 @@ class Config:
 
     seed: int = 0  # of weights, data order and dropout
     image_size: int = 448  # pixels, both sides
+    fusion: Fusion = "levels"  # Levels 1 and 2; or, to compare with, pictures as they are
     siglip: SigLIPConfig = field(default_factory=SigLIPConfig)
     vq: VQConfig = field(default_factory=VQConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -313,6 +317,21 @@ class Config:
     def patch_grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.siglip.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Understanding tokens of a sample."""
+        return self.patch_grid**2 * self.pictures_read
+
+    @property
+    def num_codes(self) -> int:
+        """Generation tokens of a sample."""
+        return self.code_grid**2 * self.pictures_read if self.level3.generation else 0
+
+    @property
+    def pictures_read(self) -> int:
+        """Pictures that the decoder sees the tokens of."""
+        return 2 if self.fusion == "tokens" else 1
 
     @property
     def vq_downsampling(self) -> int:

@@ -95,6 +95,16 @@ def validate(config: Config) -> None:
         "data.cache_features=True needs a SigLIP that stays as it is: set freeze.siglip=True and "
         "pretrained.siglip or pretrained.run",
     )
+    need(
+        c.fusion == "levels" or not c.data.cache_features,
+        f"data.cache_features=True keeps what Level 2 reads, and fusion={c.fusion} has no Level 2",
+    )
+    unread = c.level2.values == "reconstruction" and not c.level3.generation
+    need(
+        c.fusion != "levels" or not unread or not c.level1.learnable,
+        "level2.values=reconstruction with level3.generation=False: nothing reads the fused "
+        "picture, so set level1.learnable=False",
+    )
     kept = [n for n in ("data.cache_codes", "data.cache_features") if get(c, n)]
     changed = [f"{n}={v}" for n, v in leaves(c) if n.startswith("augment.") and v]
     need(
@@ -102,8 +112,7 @@ def validate(config: Config) -> None:
         f"{' and '.join(kept)} would keep what the encoders make of unchanged pictures, while "
         f"{', '.join(changed)} changes them in every epoch: leave one of the two off",
     )
-    longest = c.patch_grid**2 + c.data.max_text_length + c.eval.max_new_tokens
-    longest += c.code_grid**2 if c.level3.generation else 0
+    longest = c.num_patches + c.num_codes + c.data.max_text_length + c.eval.max_new_tokens
     limit = c.decoder.max_positions
     need(
         limit is None or longest <= limit,

@@ -1,8 +1,9 @@
 """Configurations from files and command lines, changed by name, and back to files.
 
 A configuration file is a Python file with `get_config() -> Config` (see `configs/`), or the
-`config.json` that a run wrote. `override` changes fields by dotted name; `parse_args` reads
-`--config FILE` and `--config.train.batch_size=4` from a command line.
+`config.json` that a run wrote; `:tiny` behind its name gives the same at test size. `override`
+changes fields by dotted name; `parse_args` reads `--config FILE` and `--config.train.batch_size=4`
+from a command line.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from htfa_jax.commands import parse
 from htfa_jax.config import Config, leaves
 from htfa_jax.errors import ConfigError
 from htfa_jax.files import write_whole
+
+# Behind a configuration's name: the same at test size.
+TINY = ":tiny"
 
 # The type of a command's `config` field: its fields take `=True` and `=False`, while a switch of
 # the command itself is given by its name alone.
@@ -106,16 +110,22 @@ def load_config(source: str | Path) -> Config:
 
     Args:
       source: a Python file with `get_config()`, a `config.json` as a run writes it, a folder
-        that holds one, or the name of a packaged preset (`debug`).
+        that holds one, or the name of a packaged preset (`debug`); with `:tiny` behind it, see
+        `config_tiny`.
     """
+    if str(source).endswith(TINY):
+        from htfa_jax.config_tiny import tiny  # which changes configurations by this module
+
+        return tiny(load_config(str(source).removesuffix(TINY)))
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
     if not path.suffix and not path.exists():
         path = presets_folder() / f"{source}.py"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in presets_folder().glob("*.py")))
-        raise ConfigError(f"no configuration at {source}; packaged presets: {names}")
+        raise ConfigError(
+            f"no configuration at {source}; packaged presets: {', '.join(preset_names())}"
+        )
     if path.suffix == ".json":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -162,8 +172,13 @@ _ABSENT = object()
 
 def presets_folder() -> Path:
     """Where the packaged configurations are: inside the package, or the repository's own."""
-    installed = Path(__file__).parent / "configs"
+    installed = Path(__file__).parent / "presets"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names of the packaged configurations."""
+    return sorted(path.stem for path in presets_folder().glob("*.py"))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -175,8 +190,10 @@ def source_name(argv: Sequence[str]) -> str:
     """A short name for the `--config` of a command line, for the folder of its run."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="standard")
-    path = Path(first.parse_known_args(list(argv))[0].config)
-    return path.parent.name if path.name == "config.json" else path.stem
+    source = first.parse_known_args(list(argv))[0].config
+    path = Path(source.removesuffix(TINY))
+    name = path.parent.name if path.name == "config.json" else path.stem
+    return f"{name}_tiny" if source.endswith(TINY) else name
 
 
 def parse_args(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from htfa_jax.answers import Answerer
+from htfa_jax.answers import Answerer, Said
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.data.pipeline import Loaded, evaluation_batches
@@ -135,19 +135,18 @@ class Evaluator:
         seen = {
             "original": rgb(pair.orig_BHWC),
             "reconstruction": rgb(pair.recon_BHWC),
-            "fused": rgb(prefix.fusion.fused_BHWC),
-            "alpha": prefix.fusion.alpha_BHW,
             "target": rgb(normalize(batch.image_target, batch.region_orig, self.config.data)),
             "hidden_share": hidden_share(batch),
         }
         source_BX = jax.nn.one_hot(pair.source_B, len(SOURCES))
         aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
         sums = {f"aligned/{name}": aligned_X[i] for i, name in enumerate(SOURCES)}
-        entropy_B = attention_entropy(prefix.fusion.attention_BNTS)
-        sums |= {
-            "samples": weight_B.sum(),
-            "attention_entropy": jnp.sum(entropy_B * weight_B),
-        }
+        sums["samples"] = weight_B.sum()
+        if self.config.fusion == "levels":
+            seen["fused"] = rgb(prefix.fusion.fused_BHWC)
+            seen["alpha"] = prefix.fusion.alpha_BHW
+            entropy_B = attention_entropy(prefix.fusion.attention_BNTS)
+            sums["attention_entropy"] = jnp.sum(entropy_B * weight_B)
         if prefix.code_logits_BMC is not None:
             codes_BM = model.target_codes(batch, pair)
             sums["code_usage"] = (
@@ -179,9 +178,9 @@ class Evaluator:
             for k in range(max(map(len, per_scene), default=0))
         ]
 
-    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[str]:
+    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[Said]:
         decoding = Decoding(max_new_tokens=self.config.eval.max_new_tokens)
-        return [said.text for said in self._answerer.answers(params, cache, prompts, decoding)]
+        return self._answerer.answers(params, cache, prompts, decoding)
 
 
 def questions(record: Record) -> list[tuple[Turn, Turn]]:
@@ -214,7 +213,7 @@ def stated_share(record: Record) -> float | None:
 
 def _answers(
     found: Sequence[Record | None],
-    said: list[list[str]],
+    said: list[list[Said]],
     index_B: np.ndarray,
     share_B: np.ndarray,
 ) -> list[list[Answer]]:
@@ -229,9 +228,10 @@ def _answers(
                     scene=int(index_B[i]),
                     kind=question.kind or "answer",
                     question=question.text,
-                    answer=said[k][i],
+                    answer=said[k][i].text,
                     truth=truth.text,
                     hidden=stated_share(record) if np.isnan(share_B[i]) else float(share_B[i]),
+                    confidence=said[k][i].confidence,
                 )
                 for k, (question, truth) in enumerate(questions(record))
             ]
@@ -271,6 +271,7 @@ def _scores(totals: Mapping[str, Any], answers: list[Answer], config: Config) ->
     scores["fusion"] = {
         name: float(totals[name] / samples)
         for name in ("alpha_mean", "alpha_std", "attention_entropy")
+        if name in totals
     }
     return scores
 

@@ -59,31 +59,34 @@ def decoder(config: Config, text_length: int) -> float:
 
 def levels(config: Config) -> float:
     """Level 2, the adapters and the generation head (Level 1 is too small to count)."""
-    patches, codes, width = config.patch_grid**2, code_tokens(config), config.siglip.embed_dim
+    patches, codes, width = config.num_patches, config.num_codes, config.siglip.embed_dim
     out = config.decoder.embed_dim
     hidden = config.level3.adapter_mlp_dim or 4 * out
-    total = patches * 4 * width**2 + 2 * patches**2 * width
-    total += patches * hidden * (width + out) + codes * hidden * (config.vq.codebook_dim + out)
-    total += codes * out * config.vq.codebook_size if config.loss.code_weight else 0
+    total = patches * hidden * (width + out) + codes * hidden * (config.vq.codebook_dim + out)
+    if config.fusion == "levels":
+        total += patches * 4 * width**2 + 2 * patches**2 * width
+    total += config.code_grid**2 * out * config.vq.codebook_size if config.loss.code_weight else 0
     return 2.0 * total
-
-
-def code_tokens(config: Config) -> int:
-    """Generation tokens of a sample."""
-    return config.code_grid**2 if config.level3.generation else 0
 
 
 def sequence_length(config: Config, text_length: int) -> int:
     """Tokens of a sample that the decoder sees."""
     text = text_length if config.loss.text_weight else 0
-    return config.patch_grid**2 + code_tokens(config) + text
+    return config.num_patches + config.num_codes + text
 
 
 def training_step(config: Config, text_length: int) -> dict[str, float]:
     """Operations of one sample in one training step, by part."""
-    # Only the fused picture's pass carries gradients past a frozen SigLIP.
-    unlearned = 0 if config.data.cache_features else 2
-    siglip_passes = unlearned + 2 if config.is_frozen("siglip") else 3 * 3
+    # Only the fused picture's pass carries gradients past a frozen encoder, if Level 1 learns.
+    is_fused, read = config.fusion == "levels", config.pictures_read
+    learns = is_fused and config.level1.learnable and not config.freeze.level1
+    passes = 2 if learns else read
+    unlearned = 2 if is_fused and not config.data.cache_features else 0
+    of_fused = 1 if config.level2.values == "fused" or not is_fused else 0
+    if config.is_frozen("siglip"):
+        siglip_passes = unlearned + of_fused * passes
+    else:
+        siglip_passes = 3 * (2 + of_fused if is_fused else read)
     parts = {
         "siglip": siglip_passes * siglip(config),
         "levels": 3 * levels(config),
@@ -92,5 +95,5 @@ def training_step(config: Config, text_length: int) -> dict[str, float]:
     if config.level3.generation:
         once = vq_encoder(config.vq, config.image_size)
         targets = 1 if config.loss.code_weight and not config.data.cache_codes else 0
-        parts["vq"] = ((2 if config.is_frozen("vq") else 3) + targets) * once
+        parts["vq"] = ((passes if config.is_frozen("vq") else 3 * read) + targets) * once
     return parts

@@ -21,7 +21,7 @@ class Prefix:
     Attributes:
       fusion: Levels 1 and 2.
       cache: keys and values of the picture tokens.
-      codes_BMD: tokens of the generation branch, None without one.
+      codes_BMD: tokens of the cells to be completed, None without a generation branch.
       code_logits_BMC: logits of the completed picture's codes, None without codes.
       attention: the decoder's weights between picture tokens, mean over its heads
         [layers, B, S, S]; None unless asked for.
@@ -50,7 +50,8 @@ def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> P
         hidden_BTD, cache, attention = seen.hidden_BTD, seen.cache, seen.kept
     else:
         hidden_BTD, cache = model.decode(prefix_BTD, 0, cache)
-    code_start = config.patch_grid**2
+    # The cells of the picture that is completed stand last.
+    code_start = length - config.code_grid**2
     return Prefix(
         fusion=fusion,
         cache=cache,
@@ -194,7 +195,7 @@ def complete(
       passes: k; None for the shorter program of a single one.
     """
     M = prefix.code_logits_BMC.shape[1]
-    start = model.config.patch_grid**2
+    start = model.config.num_patches + model.config.num_codes - M
     draw = functools.partial(_draw_codes, seed_B=seed_B, temperature=temperature)
 
     def one_pass(i: jax.Array, carry: tuple[jax.Array, jax.Array]):

@@ -268,6 +268,10 @@ class HTFAInference:
 
     def _see(self, scenes: list[Scene], rows: int, with_weights: bool = False) -> _Seen:
         """Encodes the pictures; completes them first where there is no reconstruction."""
+        if with_weights and self.config.fusion != "levels":
+            raise ConfigError(
+                f"this run has no Levels 1 and 2 to look into (fusion={self.config.fusion})"
+            )
         batch = stack(scenes, rows)
         prefix = self._look(self.params, batch, with_weights)
         own_B = ~np.asarray(batch.has_recon) & self.can_paint

@@ -191,8 +191,9 @@ def loss_and_metrics(
         metrics["code_accuracy"] = jnp.sum(right_BM * weights_BM) / divisor
         total += config.loss.code_weight * metrics["code_loss"]
     share_B = batch.weight / at_least_one(counts.samples)
-    alpha_BHW = jax.lax.stop_gradient(output.fusion.alpha_BHW)
-    metrics["alpha_mean"] = jnp.sum(alpha_BHW.mean(axis=(1, 2)) * share_B)
-    metrics["alpha_std"] = jnp.sum(alpha_BHW.std(axis=(1, 2)) * share_B)
+    if output.fusion.alpha_BHW is not None:
+        alpha_BHW = jax.lax.stop_gradient(output.fusion.alpha_BHW)
+        metrics["alpha_mean"] = jnp.sum(alpha_BHW.mean(axis=(1, 2)) * share_B)
+        metrics["alpha_std"] = jnp.sum(alpha_BHW.std(axis=(1, 2)) * share_B)
     metrics["without_box"] = jnp.sum((output.fusion.pair.source_B == NO_BOX) * share_B)
     return total, {"loss": total, **metrics}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ class Answer:
       kind: sort of question.
       question, answer, truth: texts; no truth outside an evaluation.
       hidden: hidden share of the object in [0, 1], None if unknown.
+      confidence: that the model says it has, in [0, 1]; None if unknown.
     """
 
     scene: int
@@ -29,6 +30,7 @@ class Answer:
     answer: str
     truth: str | None
     hidden: float | None
+    confidence: float | None = None
 
 
 def is_right(answer: str, truth: str) -> bool:
@@ -43,16 +45,32 @@ def percent(text: str) -> float | None:
     return float(match[1]) if match else None
 
 
+def calibration_error(
+    confidences: Sequence[float], rights: Sequence[bool], num_bins: int = 10
+) -> float:
+    """Expected calibration error: how far confidence is from accuracy, over bins of confidence.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (2017): bins of equal width, each with
+    the share of the answers in it as its weight.
+    """
+    confidence, right = np.asarray(confidences, np.float64), np.asarray(rights, np.float64)
+    bin_ = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bin_, confidence - right, num_bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
 def score_kind(answers: list[Answer]) -> dict[str, float]:
     """Accuracy of the answers to one kind of question.
 
-    Where every truth is a percentage, also the mean absolute error in points (an answer
-    without a number counts as 100 off) and the share within 10 points.
+    With confidences, also their calibration error. Where every truth is a percentage, also the
+    mean absolute error in points (an answer without a number counts as 100 off) and the share
+    within 10 points.
     """
-    scores = {
-        "count": len(answers),
-        "accuracy": float(np.mean([is_right(a.answer, a.truth) for a in answers])),
-    }
+    rights = [is_right(a.answer, a.truth) for a in answers]
+    scores = {"count": len(answers), "accuracy": float(np.mean(rights))}
+    confidences = [a.confidence for a in answers]
+    if None not in confidences:
+        scores["calibration_error"] = calibration_error(confidences, rights)
     truths = [percent(a.truth) for a in answers]
     if None not in truths:
         said = [percent(a.answer) for a in answers]
@@ -82,6 +100,7 @@ def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, fl
             kind="both_right",
             answer=f"{a.answer}, {colors[a.scene].answer}",
             truth=f"{a.truth}, {colors[a.scene].truth}",
+            confidence=_product(a.confidence, colors[a.scene].confidence),
         )
         for a in kinds.get("category", [])
         if a.scene in colors
@@ -89,6 +108,11 @@ def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, fl
     if both:
         table["both_right"] = _by_bucket(both)
     return table
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    """Confidence that two answers are both right."""
+    return None if a is None or b is None else a * b
 
 
 def _by_bucket(answers: list[Answer]) -> dict[str, dict[str, float]]:

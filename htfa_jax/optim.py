@@ -17,7 +17,7 @@ def frozen_pattern(config: Config) -> str:
     # The tokenizer never moves: what trains in its place is `vq_encoder`.
     patterns = [r"vq\..*"]
     patterns += [rf"{part}\..*" for part in ("siglip", "decoder") if config.is_frozen(part)]
-    patterns += [r"level1\..*"] if freeze.level1 or not config.level1.learnable else []
+    patterns += [r"level1\..*"] if freeze.level1 else []
     patterns += [r"level2\..*"] if freeze.level2 else []
     patterns += [r"level3\..*"] if freeze.adapters else []
     return "|".join(patterns)

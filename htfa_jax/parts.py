@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -185,7 +186,13 @@ def with_sizes(config: Config, base: Config) -> Config:
 
 
 def load_part(
-    folder: str | Path, family: str, sizes: Any, shapes: Mapping[str, Any], **facts: Any
+    folder: str | Path,
+    family: str,
+    sizes: Any,
+    shapes: Mapping[str, Any],
+    *,
+    unused: str = "",
+    **facts: Any,
 ) -> Flat:
     """Reads a weight folder strictly.
 
@@ -194,6 +201,7 @@ def load_part(
       family: what it must hold.
       sizes: the run's configuration dataclass of this part, which must agree.
       shapes: `{path: anything with .shape}` that must be there, no more and no less.
+      unused: regex of the paths that may be there besides, and are left out.
       **facts: more of the run's configuration that must agree, where the folder tells it.
 
     Raises:
@@ -210,6 +218,7 @@ def load_part(
     if differing:
         raise CheckpointError(f"{folder} is of another {family}:\n  " + "\n  ".join(differing))
     arrays = read_weights(folder)
+    arrays = {p: x for p, x in arrays.items() if p in shapes or not re.fullmatch(unused, p)}
     check_shapes(arrays, shapes, str(folder))
     return arrays
 

@@ -187,7 +187,7 @@ def describe(config: Config, target: Target | None = None) -> str:
     found = make_plan(abstract, config)
     length, train, mesh = config.data.text_buckets[-1], config.train, abstract.layout.mesh
     device = mesh.devices.flat[0]
-    patches, codes = config.patch_grid**2, flops.code_tokens(config)
+    patches, codes = config.num_patches, config.num_codes
     operations = sum(found.operations.values())
 
     def size(kind: str, bytes_: int, note: str = "") -> str:

@@ -10,6 +10,9 @@ from htfa_jax.paths import Flat
 from htfa_jax.runs import load_run
 from htfa_jax.train_state import Model, build
 
+# Of a tokenizer: what a run without codes leaves out.
+NOT_PAINTING = r"decoder\..*"
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,8 @@ def load_pretrained(config: Config, model: Model) -> Flat:
         shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
         # Position embeddings are made for one size of pictures.
         facts = {"image_size": config.image_size} if part == "siglip" else {}
-        arrays = parts.load_part(folder, family, sizes, shapes, **facts)
+        unused = NOT_PAINTING if part == "vq" and not config.loss.code_weight else ""
+        arrays = parts.load_part(folder, family, sizes, shapes, unused=unused, **facts)
         loaded |= {f"{part}.{path}": value for path, value in arrays.items()}
         log.info("%s: weights from %s", part, folder)
     if config.pretrained.htfa is not None:

@@ -52,7 +52,7 @@ def _answers(kinds: dict[str, dict[str, dict[str, float]]]) -> str:
             )
     first = next(iter(kinds.values()))
     lines.append(["scenes", *(_cell(first, b, "count", ".0f") for b in buckets)])
-    return _columns(lines)
+    return columns(lines)
 
 
 def _cell(rows: dict[str, dict[str, float]], bucket: str, name: str, form: str = ".3f") -> str:
@@ -68,10 +68,11 @@ def _pictures(regions: dict[str, dict[str, dict[str, float]]]) -> str:
         lines.append(
             [name.replace("_", " "), *(f"{c['psnr']:.2f} ({c['ssim']:.3f})" for c in cells)]
         )
-    return _columns(lines)
+    return columns(lines)
 
 
-def _columns(lines: list[list[str]]) -> str:
+def columns(lines: list[list[str]]) -> str:
+    """Cells as text; the first column is left-aligned, the others right-aligned."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(

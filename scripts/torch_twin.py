@@ -277,7 +277,10 @@ class Twin:
 # Fields that the twin knows with one value only.
 FIXED = {
     "optim.name": "adamw",
+    "fusion": "levels",
     "level1.num_scales": 1,
+    "level2.values": "fused",
+    "level1.learnable": True,
     "level3.generation": True,
     "freeze.vq": True,
     "decoder.dropout": 0.0,
@@ -300,7 +303,7 @@ def learning_parts(config: Config) -> set[str]:
     frozen = {
         "siglip": config.is_frozen("siglip"),
         "decoder": config.is_frozen("decoder"),
-        "level1": freeze.level1 or not config.level1.learnable,
+        "level1": freeze.level1,
         "level2": freeze.level2,
         "level3": freeze.adapters,
     }

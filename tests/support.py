@@ -13,6 +13,7 @@ from htfa_jax.batch import Batch
 from htfa_jax.checkpoints import open_checkpoints, save_frozen
 from htfa_jax.config import Config
 from htfa_jax.config_io import override, save_config
+from htfa_jax.config_tiny import SIZES
 from htfa_jax.data.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.optim import frozen_pattern
@@ -21,52 +22,22 @@ from htfa_jax.train_state import Model, build
 
 GOLDEN = Path(__file__).parent / "golden"
 
-TINY = {
-    "image_size": 48,
-    "siglip.patch_size": 12,
-    "siglip.embed_dim": 24,
-    "siglip.num_layers": 2,
-    "siglip.num_heads": 3,
-    "siglip.mlp_dim": 36,
-    "vq.stem": 8,
-    "vq.base_channels": 12,
-    "vq.channel_multipliers": (1,),
-    "vq.num_res_blocks": 1,
-    "vq.z_channels": 20,
-    "vq.codebook_size": 22,
-    "vq.codebook_dim": 6,
+# What the tests' model is like beside its sizes; no number a default, where a test compares.
+CHOICES = {
     "vq.normalize_codes": True,
-    "decoder.vocab_size": 390,
-    "decoder.embed_dim": 40,
-    "decoder.num_layers": 2,
-    "decoder.num_heads": 4,
-    "decoder.num_kv_heads": 2,
-    "decoder.mlp_dim": 56,
     "decoder.rope_theta": 5000.0,
     "decoder.rms_norm_eps": 1e-4,
     "level1.alpha": "predicted",
-    "level1.head_channels": 5,
-    "level2.num_heads": 4,
     "level2.dropout": 0.0,
     "level2.alignment": "pixels",
-    "level3.adapter_mlp_dim": 28,
     "level3.adapter_dropout": 0.0,
-    "loss.text_chunk": 32,
-    "data.max_text_length": 70,
-    "data.text_buckets": (70,),
-    "data.tokenizer_vocab_size": 390,
     "optim.learning_rate": 1e-3,
     "optim.learning_rate_factors": (),
     "train.batch_size": 2,
     "train.accumulation_steps": 1,
-    "train.max_steps": 4,
     "train.dtype": "float32",
     "train.frozen_dtype": "float32",
     "train.remat": "none",
-    "eval.batch_size": 3,
-    "eval.max_new_tokens": 5,
-    "vq_train.num_steps": 3,
-    "vq_train.batch_size": 4,
 }
 
 # A record that nothing is wrong with, as a dataset holds it.
@@ -83,7 +54,8 @@ GOOD = {
 
 def tiny(**changes) -> Config:
     """The tiny configuration; dots in names are written as double underscores."""
-    return override(Config(), TINY | {k.replace("__", "."): v for k, v in changes.items()})
+    changes = {k.replace("__", "."): v for k, v in changes.items()}
+    return override(Config(), SIZES | CHOICES | changes)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

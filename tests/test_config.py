@@ -131,6 +131,18 @@ def test_wrong_names_and_types_are_refused(changes, message):
         ({"level1.num_scales": 2, "level1.alpha": "predicted"}, "works with level1.alpha=map"),
         ({"loss.text_weight": 0.0, "loss.code_weight": 0.0}, "nothing to train"),
         ({"level3.generation": False}, "set loss.code_weight=0"),
+        (
+            {
+                "level3.generation": False,
+                "loss.code_weight": 0.0,
+                "level2.values": "reconstruction",
+            },
+            "nothing reads the fused picture, so set level1.learnable=False",
+        ),
+        (
+            {"fusion": "tokens", "data.cache_features": True, "pretrained.siglip": "x"},
+            "fusion=tokens has no Level 2",
+        ),
         ({"data.text_buckets": (512, 128)}, "must be rising lengths"),
         ({"data.text_buckets": (128,)}, "must reach data.max_text_length=2048"),
         ({"optim.learning_rate": float("nan")}, "optim.learning_rate=nan must be finite"),
@@ -160,7 +172,7 @@ def test_a_configuration_cannot_be_changed():
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(ConfigError, match="packaged presets: debug, .*standard"):
+    with pytest.raises(ConfigError, match="packaged presets: .*debug, .*standard"):
         load_config("debgu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="is not valid JSON"):

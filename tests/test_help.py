@@ -22,6 +22,7 @@ MODULES = [
     "htfa_jax.train",
     "htfa_jax.train_vq",
     "htfa_jax.checkpoint",
+    "htfa_jax.configs",
     "htfa_jax.infer",
     "htfa_jax.evaluate",
     "htfa_jax.export",
@@ -87,6 +88,7 @@ def workspace(run_folder, tmp_path_factory):
 WORK = {
     "htfa_jax.train": ["htfa_jax.training.train", "htfa_jax.dry_run.dry_run"],
     "htfa_jax.train_vq": ["htfa_jax.vq_stage.train_in"],
+    "htfa_jax.configs": ["htfa_jax.preset_table.table"],
     "htfa_jax.infer": ["htfa_jax.predictions.predict"],
     "htfa_jax.evaluate": ["htfa_jax.evaluation.evaluate_run"],
     "htfa_jax.export": ["htfa_jax.exporting.export_run"],

@@ -24,21 +24,27 @@ from htfa_jax.models.vq import VQ, VQEncoder
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Fusion:
-    """What Levels 1 and 2 make of a batch.
+    """What Levels 1 and 2 make of a batch, or what stands in their place (`Config.fusion`).
 
     Attributes:
       pair: the pictures, registered.
-      alpha_BHW: weight of the original.
-      fused_BHWC: fused picture.
-      spatial_BPD: F_spatial.
+      alpha_BHW: weight of the original; None without Level 1.
+      pictures: what the generation branch encodes, [B, H, W, 3] each: the fused picture, or those
+        that are read without fusion, the original last.
+      spatial_BPD: F_spatial, or the features of those pictures one after the other.
       attention_BNTS: Level 2's weights, None unless asked for.
     """
 
     pair: Pair
-    alpha_BHW: jax.Array
-    fused_BHWC: jax.Array
+    alpha_BHW: jax.Array | None
+    pictures: list[jax.Array]
     spatial_BPD: jax.Array
     attention_BNTS: Any
+
+    @property
+    def fused_BHWC(self) -> jax.Array:
+        """The fused picture; without fusion the one that the completed codes stand on."""
+        return self.pictures[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +77,15 @@ class HTFA(nnx.Module):
         self.has_text = config.loss.text_weight > 0
         self.has_codes = config.loss.code_weight > 0
         self.siglip = SigLIP(config.siglip, config.image_size, dtype=dtype, remat=remat, rngs=rngs)
-        self.level1 = AdaptiveFusion(config.level1, config.image_size, dtype=dtype, rngs=rngs)
-        self.level2 = SpatialAttention(
-            config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs
-        )
+        if config.fusion == "levels":
+            self.level1 = AdaptiveFusion(config.level1, config.image_size, dtype=dtype, rngs=rngs)
+            self.level2 = SpatialAttention(
+                config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs
+            )
         if config.level3.generation:
-            self.vq = VQ(config.vq, dtype=dtype, rngs=rngs)
+            paints = self.has_codes and config.vq.has_decoder
+            sizes = dataclasses.replace(config.vq, has_decoder=paints)
+            self.vq = VQ(sizes, dtype=dtype, rngs=rngs)
             # The tokenizer gives the targets and paints, so it must not move: an encoder that
             # trains is a second one, which starts as a copy.
             if not config.is_frozen("vq"):
@@ -129,7 +138,8 @@ class HTFA(nnx.Module):
         tokens = [self.level3.understand(fusion.spatial_BPD, understand_key)]
         if self.config.level3.generation:
             encoder = self.vq.encoder if self.config.is_frozen("vq") else self.vq_encoder
-            vectors_BME, _ = self.vq.straight_through(encoder(fusion.fused_BHWC))
+            vectors = [self.vq.straight_through(encoder(x))[0] for x in fusion.pictures]
+            vectors_BME = jnp.concatenate(vectors, axis=1)
             tokens.append(self.level3.generate(vectors_BME, generate_key))
         return jnp.concatenate(tokens, axis=1), fusion
 
@@ -151,32 +161,46 @@ class HTFA(nnx.Module):
         """Levels 1 and 2, with Level 2's attention weights if they are wanted."""
         alignment, grid = self.config.level2.alignment, self.config.patch_grid
         pair = register(batch, self.config)
+        if self.config.fusion != "levels":
+            return self.unfused(pair)
         recon_BHWC = self.seen_recon(pair)
         fused_BHWC, alpha_BHW = self.level1(pair.orig_BHWC, recon_BHWC, pair.object_BHW)
-        orig_BPD, recon_BPD, fused_BPD = self.features(batch, pair, fused_BHWC)
+        orig_BPD, recon_BPD, *fused = self.features(batch, pair, fused_BHWC)
         if alignment == "features":
             recon_BPD = resample_tokens(recon_BPD, pair.affine, recon_BHWC.shape[1:3])
         recon_BPD *= object_at_cells(pair, grid)[..., None].astype(recon_BPD.dtype)
         spatial_BPD, attention_BNTS = self.level2(
             orig_BPD,
             recon_BPD,
-            fused_BPD,
+            fused[0] if fused else recon_BPD,
             visible_keys(pair, grid) if self.config.level2.mask_keys else None,
             key,
             with_weights=with_weights,
         )
-        return Fusion(pair, alpha_BHW, fused_BHWC, spatial_BPD, attention_BNTS)
+        return Fusion(pair, alpha_BHW, [fused_BHWC], spatial_BPD, attention_BNTS)
+
+    def unfused(self, pair: Pair) -> Fusion:
+        """One picture, or both side by side, in place of Levels 1 and 2."""
+        recon_BHWC = self.seen_recon(pair)
+        pictures = {
+            "original": [pair.orig_BHWC],
+            "reconstruction": [recon_BHWC],
+            "tokens": [recon_BHWC, pair.orig_BHWC],
+        }[self.config.fusion]
+        features = jnp.split(self.siglip(jnp.concatenate(pictures)), len(pictures))
+        return Fusion(pair, None, pictures, jnp.concatenate(features, axis=1), None)
 
     def seen_recon(self, pair: Pair) -> jax.Array:
         """The reconstruction [B, H, W, 3] as Level 1 and SigLIP see it."""
         return pair.aligned_BHWC if self.config.level2.alignment == "pixels" else pair.recon_BHWC
 
     def features(self, batch: Batch, pair: Pair, fused_BHWC: jax.Array) -> list[jax.Array]:
-        """SigLIP's features of the three pictures, each [B, P, D]."""
+        """SigLIP's features [B, P, D] of original, reconstruction, and fused if Level 2 asks."""
+        fused = [fused_BHWC] if self.config.level2.values == "fused" else []
         if self.config.is_frozen("siglip"):
-            return [*self.frozen_features(batch, pair), self.siglip(fused_BHWC)]
-        pictures = [pair.orig_BHWC, self.seen_recon(pair), fused_BHWC]
-        return jnp.split(self.siglip(jnp.concatenate(pictures)), 3)
+            return [*self.frozen_features(batch, pair), *map(self.siglip, fused)]
+        pictures = [pair.orig_BHWC, self.seen_recon(pair), *fused]
+        return jnp.split(self.siglip(jnp.concatenate(pictures)), len(pictures))
 
     def frozen_features(self, batch: Batch, pair: Pair) -> list[jax.Array]:
         """A frozen SigLIP's features of original and reconstruction, each [B, P, D]."""

@@ -2,6 +2,7 @@
 
 alpha = sigmoid(raw). raw is a learned map, the same for every picture; `alpha="predicted"` adds
 what a small convolutional head sees in this pair, so that alpha can know where the hand is.
+With `learnable=False` alpha is the constant it starts at, and the level has no parameters.
 """
 
 import math
@@ -63,13 +64,17 @@ class AdaptiveFusion(nnx.Module):
     """
 
     def __init__(self, config: Level1Config, image_size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        scales, start = config.num_scales, config.init_alpha
-        raw = math.log(start / (1.0 - start))
-        sizes = [image_size // 2**s for s in range(scales)]
+        self.num_scales = config.num_scales
+        self.constant = None if config.learnable else config.init_alpha
+        self.predicted = config.learnable and config.alpha == "predicted"
+        if not config.learnable:
+            return
+        raw = math.log(config.init_alpha / (1.0 - config.init_alpha))
+        sizes = [image_size // 2**s for s in range(self.num_scales)]
         self.raw = nnx.List(nnx.Param(jnp.full((n, n), raw, jnp.float32)) for n in sizes)
-        if scales > 1:
-            self.scale_weights = nnx.Param(jnp.full((scales,), 1.0 / scales, jnp.float32))
-        self.predicted = config.alpha == "predicted"
+        if self.num_scales > 1:
+            weights = jnp.full((self.num_scales,), 1.0 / self.num_scales, jnp.float32)
+            self.scale_weights = nnx.Param(weights)
         if self.predicted:
             self.head = AlphaHead(config.head_channels, dtype=dtype, rngs=rngs)
 
@@ -83,32 +88,39 @@ class AdaptiveFusion(nnx.Module):
           recon_BHWC: reconstruction, of the same size.
           mask_BHW: 1 where the object is, for the predicting head; None if unknown.
         """
-        if len(self.raw) == 1:
-            alpha_BHW = self._alpha(orig_BHWC, recon_BHWC, mask_BHW)
+        B, H, W, _ = orig_BHWC.shape
+        if self.predicted:
+            alpha_BHW = self._predict(orig_BHWC, recon_BHWC, mask_BHW)
             return blend(alpha_BHW, orig_BHWC, recon_BHWC), alpha_BHW
-        H, W = orig_BHWC.shape[1:3]
-        weights = jax.nn.softmax(self.scale_weights[...])
+        if self.num_scales == 1:
+            alpha_BHW = jnp.broadcast_to(self._map(0, (H, W)), (B, H, W))
+            return blend(alpha_BHW, orig_BHWC, recon_BHWC), alpha_BHW
+        learns = self.constant is None
+        raw = self.scale_weights[...] if learns else jnp.zeros(self.num_scales)
+        weights = jax.nn.softmax(raw)
         fused_BHWC, alphas = 0.0, []
-        for s, raw in enumerate(self.raw):
+        for s in range(self.num_scales):
             size = (H // 2**s, W // 2**s)
             orig, recon = resize(orig_BHWC, size), resize(recon_BHWC, size)
-            alpha = resize(jax.nn.sigmoid(raw[...])[None, ..., None], size)[..., 0]
-            alphas.append(jnp.broadcast_to(alpha, (len(orig), *size)))
+            alphas.append(jnp.broadcast_to(self._map(s, size), (B, *size)))
             fused_BHWC += weights[s] * resize(blend(alphas[s], orig, recon), (H, W))
         return fused_BHWC, alphas[0]
 
-    def _alpha(
+    def _map(self, scale: int, size: tuple[int, int]) -> jax.Array:
+        """Alpha [1, H, W] of a scale, the same for every picture."""
+        if self.constant is not None:
+            return jnp.full((1, *size), self.constant, jnp.float32)
+        return resize(jax.nn.sigmoid(self.raw[scale][...])[None, ..., None], size)[..., 0]
+
+    def _predict(
         self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array | None
     ) -> jax.Array:
+        """Alpha [B, H, W] of each pair: the map, before its sigmoid, plus what the head sees."""
         B, H, W, _ = orig_BHWC.shape
-        raw_BHW = self.raw[0][...][None]
-        if not self.predicted:
-            alpha_BHW = resize(jax.nn.sigmoid(raw_BHW)[..., None], (H, W))[..., 0]
-            return jnp.broadcast_to(alpha_BHW, (B, H, W))
         if mask_BHW is None:
             mask_BHW = jnp.zeros((B, H, W), jnp.float32)
-        added_BHW = self.head(orig_BHWC, recon_BHWC, mask_BHW)
-        return jax.nn.sigmoid(resize(raw_BHW[..., None], (H, W))[..., 0] + added_BHW)
+        raw_1HW = resize(self.raw[0][...][None, ..., None], (H, W))[..., 0]
+        return jax.nn.sigmoid(raw_1HW + self.head(orig_BHWC, recon_BHWC, mask_BHW))
 
 
 def blend(alpha_BHW: jax.Array, orig_BHWC: jax.Array, recon_BHWC: jax.Array) -> jax.Array:

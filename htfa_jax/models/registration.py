@@ -24,7 +24,7 @@ class Pair:
       orig_BHWC: normalised original.
       recon_BHWC: normalised reconstruction, in its own frame.
       aligned_BHWC: reconstruction in the original's frame.
-      affine: reconstruction point -> original point.
+      affine: reconstruction point -> original point; None if nothing is to be aligned.
       box_orig_B4: the object's box in the original, of which the affine was made.
       box_recon_B4: the same in the reconstruction.
       source_B: index into `alignment.SOURCES`: where the affine came from.
@@ -36,7 +36,7 @@ class Pair:
     orig_BHWC: jax.Array
     recon_BHWC: jax.Array
     aligned_BHWC: jax.Array
-    affine: Affine
+    affine: Affine | None
     box_orig_B4: jax.Array
     box_recon_B4: jax.Array
     source_B: jax.Array
@@ -77,15 +77,18 @@ def register(batch: Batch, config: Config) -> Pair:
     if config.level2.alignment == "none":
         source_B = jnp.full_like(source_B, alignment.OFF)
     source_B = jnp.where(has_recon_B, source_B, alignment.NO_RECON)
-    affine = alignment.select(
-        source_B <= alignment.INTENSITY,
-        alignment.affine_of(box_orig_B4, box_recon_B4),
-        alignment.identity(len(source_B)),
-    )
+    affine, aligned_BHWC = None, recon_BHWC
+    if config.level2.alignment != "none":
+        affine = alignment.select(
+            source_B <= alignment.INTENSITY,
+            alignment.affine_of(box_orig_B4, box_recon_B4),
+            alignment.identity(len(source_B)),
+        )
+        aligned_BHWC = alignment.resample(recon_BHWC, affine, orig_BHWC.shape[1:3])
     return Pair(
         orig_BHWC=orig_BHWC,
         recon_BHWC=recon_BHWC,
-        aligned_BHWC=alignment.resample(recon_BHWC, affine, orig_BHWC.shape[1:3]),
+        aligned_BHWC=aligned_BHWC,
         affine=affine,
         box_orig_B4=box_orig_B4,
         box_recon_B4=box_recon_B4,
@@ -103,8 +106,8 @@ def object_at_cells(pair: Pair, grid: int) -> jax.Array:
 
 def visible_keys(pair: Pair, grid: int) -> jax.Array:
     """Cells [B, P] that the aligned reconstruction covers, inside the object mask."""
-    region_BHW = alignment.box_mask(pair.region_B4, pair.orig_BHWC.shape[1:3])
-    covered_BHW1 = alignment.resample(
-        region_BHW[..., None].astype(jnp.float32), pair.affine, region_BHW.shape[1:]
-    )
-    return (at_cells(covered_BHW1[..., 0], grid) >= 0.5) & (object_at_cells(pair, grid) >= 0.5)
+    covered_BHW = alignment.box_mask(pair.region_B4, pair.orig_BHWC.shape[1:3])
+    if pair.affine is not None:
+        region_BHW1 = covered_BHW[..., None].astype(jnp.float32)
+        covered_BHW = alignment.resample(region_BHW1, pair.affine, covered_BHW.shape[1:])[..., 0]
+    return (at_cells(covered_BHW, grid) >= 0.5) & (object_at_cells(pair, grid) >= 0.5)
