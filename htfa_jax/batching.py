@@ -19,7 +19,7 @@ Work = Callable[[list[Scene], list[Query], int], list[Result | list[Result]]]
 
 def in_batches(
     config: Config,
-    pairs: Sequence[Pair],
+    pairs: Sequence[Pair | Scene],
     queries: Sequence[Query] | str | None,
     batch_size: int,
     work: Work,
@@ -46,8 +46,11 @@ def in_batches(
     rows = min(batch_size, 1 << (len(pairs) - 1).bit_length()) if pairs else 1
 
     def read(i: int) -> Scene | DataError:
+        pair = pairs[i]
+        if isinstance(pair, Scene):
+            return pair
         try:
-            return read_scene(as_record(pairs[i], f"pair {i}"), config)
+            return read_scene(as_record(pair, f"pair {i}"), config)
         except DataError as error:
             return error
 

@@ -22,12 +22,14 @@ class Chat:
 
     Attributes:
       turns: the conversation so far.
+      confidence: of the newest answer, as in `Result`; None before the first.
     """
 
     def __init__(self, engine: HTFAInference, cache: Cache):
         self._engine, self._cache = engine, cache
         self._read = np.zeros(0, np.int32)
         self.turns: list[Turn] = []
+        self.confidence: float | None = None
 
     def ask(self, query: str | None = None, *, decoding: Decoding | None = None) -> str:
         """The answer, which then is part of the conversation."""
@@ -56,6 +58,7 @@ class Chat:
             # Taken at every piece: whoever stops listening has used up the older cache.
             self._cache = state.cache
             self._read = np.concatenate([prompt, said.tokens[:-1]])
+            self.confidence = said.confidence
             if piece:
                 yield piece
         self.turns += [question, Turn("assistant", "".join(pieces))]

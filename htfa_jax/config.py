@@ -236,6 +236,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # updates that are not finite: see loss_guard
     max_skipped: int = 10  # such updates in a row that "skip" leaves out before it stops too
     watchdog_seconds: float = 1800.0  # without a step, then all stacks are printed (0: never)
+    profile_steps: int = 0  # steps that JAX's profiler records, after the first two (0: none)
     save: Literal["steps", "epoch", "no"] = "steps"  # when to write a checkpoint
     save_every: int | None = None  # steps or epochs between checkpoints (None: 250 or 1)
     keep_checkpoints: int = 3  # latest ones kept, besides the best

@@ -34,9 +34,8 @@ def dry_run(config: Config, workdir: Path | None) -> str:
             num_train += num if split == "train" else 0
     lines.append(_steps(config, workdir, num_train))
     if needs_vq_stage(config):
-        trained = (cached_folder(config) / WEIGHTS).is_file()
-        said = "was trained before" if trained else f"{config.vq_train.num_steps:,} steps before"
-        lines.append(f"VQ stage     {said}")
+        said = "was trained before" if _has_vq(config) else f"{config.vq_train.num_steps:,} steps"
+        lines.append(f"VQ stage     {said}, before the first of these")
     lines.append(describe(config))
     return "\n".join(lines)
 
@@ -59,6 +58,12 @@ def _look(config: Config, split: Split, source: str) -> tuple[int, str]:
     bad = sum("error" in loader(index) for index in range(num))
     found = f"{bad} bad" if bad else "sound"
     return len(records), f"the first {num} read and decoded: {found}; htfa_jax.data.check reads all"
+
+
+def _has_vq(config: Config) -> bool:
+    """Whether the cache holds the stage's result, as far as that is known without drawing data."""
+    mixed = config.data.sources and EMBEDDED in sources_of(config, "train")
+    return not mixed and (cached_folder(config) / WEIGHTS).is_file()
 
 
 def _steps(config: Config, workdir: Path | None, num_records: int) -> str:

@@ -145,7 +145,7 @@ class HTFAInference:
 
     def batch_infer(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Pair | Scene],
         queries: Sequence[Query] | str | None = None,
         *,
         batch_size: int = 8,
@@ -156,8 +156,8 @@ class HTFAInference:
         """`infer` for many pairs, in order; a bad pair's result holds its error.
 
         Args:
-          pairs: (original, reconstruction or None), mappings with a record's field names, or
-            records.
+          pairs: (original, reconstruction or None), mappings with a record's field names,
+            records, or scenes of `pairs.read_scene`.
           queries: one for each pair (several questions: a list), or one for all.
           batch_size: pairs at a time.
           decoding, completion, return_intermediates: as in `infer`.
@@ -175,7 +175,7 @@ class HTFAInference:
 
     def iterate(
         self,
-        pairs: Sequence[Pair],
+        pairs: Sequence[Pair | Scene],
         queries: Sequence[Query] | str | None = None,
         *,
         batch_size: int = 8,
@@ -204,7 +204,10 @@ class HTFAInference:
         yield from self.chat(image_orig, image_recon, **fields).stream(query, decoding=decoding)
 
     def chat(self, image_orig: Any, image_recon: Any = None, **fields: Any) -> Chat:
-        """A conversation about a pair, which is encoded once."""
+        """A conversation about a pair, which is encoded once.
+
+        In place of the original there may be the whole pair as a scene of `pairs.read_scene`.
+        """
         self._need_text()
         seen = self._see_pair(image_orig, image_recon, fields)
         return Chat(self, seen.prefix.cache)
@@ -259,7 +262,8 @@ class HTFAInference:
         self, orig: Any, recon: Any, fields: dict[str, Any], with_weights: bool = False
     ) -> _Seen:
         pair = {"image_orig": orig, "image_recon": recon, **fields}
-        scene = read_scene(as_record(pair, "this pair"), self.config)
+        is_read = isinstance(orig, Scene)
+        scene = orig if is_read else read_scene(as_record(pair, "this pair"), self.config)
         return self._see([scene], 1, with_weights)
 
     def _see(self, scenes: list[Scene], rows: int, with_weights: bool = False) -> _Seen:

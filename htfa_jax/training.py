@@ -35,6 +35,7 @@ from htfa_jax.paths import Flat
 from htfa_jax.plan import size_table
 from htfa_jax.pretrained import load_pretrained
 from htfa_jax.processes import first_goes_ahead, is_first
+from htfa_jax.profiler import recorded
 from htfa_jax.runs import make_workdir
 from htfa_jax.sharding import Layout
 from htfa_jax.signals import Stopped, StopSignal
@@ -158,7 +159,11 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
 
         loop = Loop(
             name="train",
-            step_fn=lambda state, batch: step_fn(state, frozen, batch),
+            step_fn=recorded(
+                lambda state, batch: step_fn(state, frozen, batch),
+                workdir / "logs",
+                config.train.profile_steps,
+            ),
             put=lambda batch: put_update(config, layout, batch),
             num_steps=steps,
             log_every=config.train.log_every,

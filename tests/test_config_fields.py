@@ -340,7 +340,8 @@ def run(config):
         kept = sorted(int(p.name) for p in checkpoints.folder.iterdir())
     lines = (workdir / "logs" / "metrics.jsonl").read_text().splitlines()
     logged = [row["step"] for row in map(json.loads, lines) if "train/loss" in row]
-    return failed, best, kept, logged, evaluated
+    profiles = len(list((workdir / "logs").rglob("*.xplane.pb")))
+    return failed, best, kept, logged, evaluated, profiles
 
 
 def kept(config):
@@ -503,6 +504,7 @@ CASES = {
     "train.on_nonfinite": ("skip", skipped),
     "train.max_skipped": (2, skipped, {"train.on_nonfinite": "skip"}),
     "train.watchdog_seconds": (60.0, vq_settings),
+    "train.profile_steps": (2, run),
     "train.save": ("no", run),
     "train.save_every": (2, run, {"eval.during_training": "no"}),
     "train.keep_checkpoints": (1, run),

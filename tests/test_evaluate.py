@@ -181,7 +181,10 @@ def test_the_main_job_from_nothing_to_its_panel(dataset, tmp_path, capsys):
         assert said in log, said
     for name in ("logs/parameters.txt", "tokenizer/tokenizer.json", "config.json", "infer.sh"):
         assert (run / name).is_file(), name
-    assert list((run / "logs").glob("events*"))
+    (events,) = (run / "logs").glob("events*")
+    for name in ("loss", "text_loss", "code_loss", "learning_rate", "alpha_mean", "alpha_std"):
+        assert f"train/{name}".encode() in events.read_bytes(), name
+    assert b"validation/attention_entropy" in events.read_bytes()
     assert (run / "logs/panels/step_0000002.png").is_file()
     panel = np.asarray(Image.open(run / "evaluation/test/panel.png"))
     assert panel.shape[1] > 1000 and panel.std() > 20

@@ -26,11 +26,23 @@ MODULES = [
     "htfa_jax.infer",
     "htfa_jax.evaluate",
     "htfa_jax.export",
+    "htfa_jax.copy_run",
     "htfa_jax.reproduce",
+    "htfa_jax.demo.__main__",
     "weights_convert.__main__",
 ]
 # What takes a good part of a second, or of a disk.
-HEAVY = ["jax", "flax", "orbax", "grain", "tensorflow", "torch", "transformers", "matplotlib"]
+HEAVY = [
+    "jax",
+    "flax",
+    "orbax",
+    "grain",
+    "tensorflow",
+    "torch",
+    "transformers",
+    "matplotlib",
+    "gradio",
+]
 
 
 def test_importing_the_package_imports_nothing():
@@ -81,6 +93,7 @@ WORK = {
     "htfa_jax.evaluate": ["htfa_jax.evaluation.evaluate_run"],
     "htfa_jax.export": ["htfa_jax.exporting.export_run"],
     "htfa_jax.reproduce": ["htfa_jax.reproduction.reproduce"],
+    "htfa_jax.demo": ["htfa_jax.demo.__main__.open_page"],
     "htfa_jax.data.obman": ["htfa_jax.data.obman.write_records"],
 }
 
@@ -108,7 +121,7 @@ def test_examples_work(module, workspace, monkeypatch):
         if name == "weights_convert":
             assert parser().parse_args(argv).command == argv[0]
             continue
-        package = name == "htfa_jax.data.held_objects"
+        package = name in ("htfa_jax.data.held_objects", "htfa_jax.demo")
         with contextlib.suppress(Begun):
             importlib.import_module(name + ".__main__" * package).main(argv)
             assert name not in WORK

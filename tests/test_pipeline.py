@@ -145,6 +145,27 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_reason(source):
     assert not multiprocessing.active_children()
 
 
+def test_batches_are_read_ahead(source):
+    """After one batch the records of the next ones are read, before anybody asks for them."""
+    records, tokenizer = source
+    read = []
+
+    class Watched(type(records)):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    batches = training_batches(tiny(data__num_threads=2), Watched(records.path), tokenizer, 0, 2)
+    try:
+        next(batches)
+        deadline = time.monotonic() + 10
+        while len(read) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(read) >= 4
+    finally:
+        batches.close()
+
+
 def test_a_picture_that_disappears_under_way_is_told_from_a_worker(tmp_path, source):
     records = RecordFile(write_dataset(tmp_path, 7))
     batches = training_batches(tiny(data__num_workers=1), records, source[1], 0, 2)

@@ -150,4 +150,4 @@ def test_dry_run_reads_the_first_records(tmp_path, monkeypatch):
     shown = dry_run.dry_run(override(config, lenient), tmp_path / "run")
     assert "run goes on after step 12" in shown and "VQ stage" not in shown
     with pytest.raises(DataError, match="nowhere.jsonl"):
-        dry_run.dry_run(override(config, {"data.test": "nowhere.jsonl"}), None)
+        dry_run.dry_run(override(config, lenient | {"data.test": "nowhere.jsonl"}), None)

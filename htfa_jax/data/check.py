@@ -37,6 +37,7 @@ from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
 from htfa_jax.files import whole_file
 from htfa_jax.logs import progress
+from htfa_jax.train import with_weights
 
 log = logging.getLogger("htfa_jax.check")  # by name: this module is run as __main__ too
 
@@ -287,7 +288,7 @@ class CheckArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(CheckArgs, argv, description=__doc__)
+    args = parse_args(CheckArgs, argv, description=__doc__, resolve=with_weights)
     if not args.source:
         raise ConfigError("which dataset? python -m htfa_jax.data.check SOURCE (--help shows more)")
     for name in ("limit", "num_workers"):

@@ -27,7 +27,7 @@ class TfdsRecords:
     """The records of one split.
 
     Args:
-      name: NAME[/config][:version][:split].
+      name: `NAME[/config][:version][:split]`.
       split: if the name has none.
       image_root: as `data.image_root`, for features that are paths.
       recon_template: as `data.recon_template`.

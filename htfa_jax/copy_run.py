@@ -1,0 +1,130 @@
+"""Copies a run to a bucket or another disk, and back again on a machine that knows nothing of it.
+
+    python -m htfa_jax.copy_run runs/a kept/a    # or gs://bucket/a, s3://bucket/a
+    python -m htfa_jax.copy_run kept/a runs/b    # on the next machine; then go on training there
+
+Started again it copies what is new. Nothing is deleted at the target.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from htfa_jax.commands import command, parse
+from htfa_jax.data.places import is_url, remote
+from htfa_jax.errors import CheckpointError
+from htfa_jax.files import whole_file
+from htfa_jax.logs import progress
+
+# What belongs to the process that trains, or is not whole yet.
+LEFT_OUT = re.compile(r"lock\.json|(.*/)?\.[^/]*|.*\.orbax-checkpoint-tmp.*")
+# Files that are never written twice under one name.
+UNCHANGING = re.compile(r"checkpoints/\d+/.*|frozen/.*")
+HASHES = re.compile(r"checkpoints/\d+/hashes\.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied:
+    """What a copy did.
+
+    Attributes:
+      files: that were copied.
+      size: of these, in bytes.
+      there: files that were at the target already.
+    """
+
+    files: int
+    size: int
+    there: int
+
+
+def copy_run(source: str | Path, target: str | Path) -> Copied:
+    """Copies a run's workdir, a training one too; either side is a folder or a URL.
+
+    A checkpoint's hashes are copied last: one that was cut off is noticed where it arrives.
+
+    Raises:
+      CheckpointError: no run there, a target that has gone on further, or a copy that fails.
+      DataError: an unknown scheme, or one that needs more packages.
+    """
+    source, target = str(source).rstrip("/"), str(target).rstrip("/")
+    try:
+        with remote(source) as (files, start), remote(target) as (others, end):
+            found, there = _sizes(files, start), _sizes(others, end)
+            if "config.json" not in found:
+                raise CheckpointError(f"{source} is not a run: there is no config.json in it")
+            newest, beyond = _newest(found), _newest(there)
+            if beyond > newest:
+                raise CheckpointError(
+                    f"{target} holds step {beyond} of a run, {source} only step {newest}: copy "
+                    "the other way, or name another target"
+                )
+            new = [
+                name
+                for name in sorted(found, key=lambda name: (bool(HASHES.fullmatch(name)), name))
+                if not UNCHANGING.fullmatch(name) or there.get(name) != found[name]
+            ]
+            with progress(len(new), "copy", unit="file") as bar:
+                for name in new:
+                    _copy(files, f"{start}/{name}", others, end, name, is_url(target))
+                    bar.update(1)
+    except OSError as error:
+        raise CheckpointError(f"{source} cannot be copied to {target}: {error}") from error
+    return Copied(len(new), sum(found[name] for name in new), len(found) - len(new))
+
+
+def _sizes(files: Any, folder: str) -> dict[str, int]:
+    """{path inside: bytes} of what there is to copy."""
+    if not files.isdir(folder):
+        return {}
+    found = files.find(folder, detail=True)
+    inside = {path[len(folder.rstrip("/")) + 1 :]: facts["size"] for path, facts in found.items()}
+    return {name: size for name, size in inside.items() if not LEFT_OUT.fullmatch(name)}
+
+
+def _newest(names: dict[str, int]) -> int:
+    steps = [re.match(r"checkpoints/(\d+)/", name) for name in names]
+    return max((int(step[1]) for step in steps if step), default=-1)
+
+
+def _copy(files: Any, path: str, others: Any, folder: str, name: str, far: bool) -> None:
+    """Copies one file; a local one is there whole or not at all, as it is in a bucket."""
+    with files.open(path, "rb") as content:
+        if far:
+            with others.open(f"{folder}/{name}", "wb") as file:
+                shutil.copyfileobj(content, file, 2**24)
+            return
+        place = Path(folder) / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(place, "wb") as file:
+            shutil.copyfileobj(content, file, 2**24)
+
+
+@dataclasses.dataclass(frozen=True)
+class CopyArgs:
+    """Options of the command."""
+
+    source: Annotated[str, tyro.conf.Positional]  # a workdir, or a URL: gs://, s3:// ...
+    target: Annotated[str, tyro.conf.Positional]  # where it goes, the same
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    args = parse(CopyArgs, argv, __doc__)
+    copied = copy_run(args.source, args.target)
+    print(
+        f"{copied.files} files, {copied.size / 1e6:,.1f} MB, copied to {args.target}; "
+        f"{copied.there} were there"
+    )
+
+
+if __name__ == "__main__":
+    main()

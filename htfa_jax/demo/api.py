@@ -1,0 +1,342 @@
+"""The HTTP API: answers, streamed answers and completed pictures for pictures sent as a form.
+
+Errors are JSON, {"error": sentence}; a full queue is 503 and too many requests of one address are
+429, both with Retry-After. `/openapi.json` describes it all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+from collections.abc import AsyncIterator, Awaitable
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from htfa_jax.data.places import PackedPicture
+from htfa_jax.demo.serving import Busy, Closed, Serving
+from htfa_jax.errors import ConfigError, DataError, HTFAError
+from htfa_jax.options import Completion, Decoding
+from htfa_jax.pairs import Scene
+from htfa_jax.results import Result
+
+PREFIX = "/v1/"
+# Seconds between two looks at whether a client is still there.
+PATIENCE = 0.2
+
+
+class Answer(BaseModel):
+    """An answer to one question."""
+
+    query: str
+    answer: str
+    confidence: float | None = Field(description="mean probability of the answer's words")
+
+
+class Answers(BaseModel):
+    """What the model says of a pair."""
+
+    answers: list[Answer]
+    alignment: str = Field(description="how the reconstruction was aligned: boxes, mask, ...")
+    reconstruction: str = Field(description="given, own completion, or none")
+
+
+class Problem(BaseModel):
+    """Why there is no result."""
+
+    error: str
+
+
+class Health(BaseModel):
+    """Whether the server works, and on what."""
+
+    status: str
+    model: str
+    step: int
+    waiting: int
+    streaming: int
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The form cannot be read."},
+    403: {"model": Problem, "description": "A page of another site sent it."},
+    408: {"model": Problem, "description": "It came too slowly."},
+    413: {"model": Problem, "description": "It is too large."},
+    422: {"model": Problem, "description": "A picture, box, question or option cannot be used."},
+    429: {"model": Problem, "description": "Too many requests of yours wait: see Retry-After."},
+    503: {"model": Problem, "description": "The queue is full: see Retry-After."},
+}
+
+BOX = "the object's box in its pixels: a JSON list [x, y, width, height]"
+
+
+async def pictures(
+    request: Request,
+    image_orig: Annotated[UploadFile, File(description="where something hides the object")],
+    image_recon: Annotated[
+        UploadFile | None, File(description="a reconstruction; without it the model paints one")
+    ] = None,
+    object_mask: Annotated[
+        UploadFile | None, File(description="white where the object is, its hidden part included")
+    ] = None,
+    occluder_mask: Annotated[
+        UploadFile | None, File(description="white where something covers the original")
+    ] = None,
+    bbox_orig: Annotated[str | None, Form(description=f"in the original, {BOX}")] = None,
+    bbox_recon: Annotated[str | None, Form(description=f"in the reconstruction, {BOX}")] = None,
+) -> Scene:
+    """The pair of a request, decoded and checked."""
+    sent = {
+        "image_orig": image_orig,
+        "image_recon": image_recon,
+        "object_mask": object_mask,
+        "occluder_mask": occluder_mask,
+    }
+    packed = {
+        field: PackedPicture(upload.filename or field, await upload.read())
+        for field, upload in sent.items()
+        if upload is not None
+    }
+    boxes = {"bbox_orig": bbox_orig, "bbox_recon": bbox_recon}
+    serving: Serving = request.app.state.serving
+    return await serving.read(packed, {name: read_box(box, name) for name, box in boxes.items()})
+
+
+def read_box(text: str | None, name: str) -> Any:
+    """A box as JSON or as numbers with commas; None without one. Raises DataError."""
+    if not text or not text.strip():
+        return None
+    try:
+        return json.loads(f"[{text.strip().removeprefix('[').removesuffix(']')}]")
+    except json.JSONDecodeError:
+        raise DataError(
+            f"{name}={text[:80]!r} must be four numbers: x, y, width, height in pixels"
+        ) from None
+
+
+async def decoding(
+    request: Request,
+    max_new_tokens: Annotated[
+        int | None, Form(description="words of the longest answer (default: the run's)")
+    ] = None,
+    temperature: Annotated[float, Form(description="0: always the most probable word")] = 0.0,
+    top_k: Annotated[int, Form(description="choose among so many words only; 0: all")] = 0,
+    top_p: Annotated[
+        float, Form(description="the likeliest words that together are this probable")
+    ] = 1.0,
+    repetition_penalty: Annotated[float, Form()] = 1.0,
+    seed: Annotated[int, Form()] = 0,
+) -> Decoding:
+    """How answers are decoded."""
+    serving: Serving = request.app.state.serving
+    most = serving.limits.new_words
+    if max_new_tokens is not None and max_new_tokens > most:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at most {most}")
+    return Decoding(
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+
+
+async def completion(
+    temperature: Annotated[
+        float, Form(description="0: the most probable code of every cell")
+    ] = 0.0,
+    passes: Annotated[
+        int, Form(description="how often the unsure codes are predicted again", le=16)
+    ] = 1,
+    paste_back: Annotated[bool, Form(description="replace only what occluder_mask covers")] = False,
+    seed: Annotated[int, Form()] = 0,
+) -> Completion:
+    """How the picture is completed."""
+    return Completion(temperature, passes, paste_back, seed)
+
+
+Pair = Annotated[Scene, Depends(pictures)]
+Words = Annotated[Decoding, Depends(decoding)]
+Painting = Annotated[Completion, Depends(completion)]
+Queries = Annotated[
+    list[str] | None, Form(description="a question; several times for several (default: the run's)")
+]
+
+
+def add_api(app: FastAPI, serving: Serving, model: str) -> None:
+    """Adds the routes and what turns errors into sentences.
+
+    Args:
+      app: where to.
+      serving: the engine behind its queue.
+      model: how /healthz calls the model.
+    """
+    app.state.serving = serving
+    _add_errors(app)
+
+    @app.get("/healthz", tags=["health"])
+    async def health() -> Health:
+        """Whether the server works, and how much waits."""
+        return Health(
+            status="ok",
+            model=model,
+            step=serving.engine.step,
+            waiting=serving.waiting,
+            streaming=serving.streaming,
+        )
+
+    @app.post("/v1/infer", responses=PROBLEMS)
+    async def infer(request: Request, pair: Pair, words: Words, query: Queries = None) -> Answers:
+        """Answers one question about a pair, or several."""
+        questions = _questions(serving, query)
+        look = serving.look(client_of(request), pair, questions, decoding=words, completion=None)
+        results = await while_connected(request, look)
+        return Answers(
+            answers=[
+                Answer(query=r.query, answer=r.answer, confidence=r.confidence) for r in results
+            ],
+            alignment=results[0].alignment,
+            reconstruction=results[0].recon_source,
+        )
+
+    events = {
+        200: {
+            "content": {"text/event-stream": {}},
+            "description": 'Server-sent events: {"text": piece} each, then `end` with '
+            '{"answer", "confidence"}, or `error` with {"error"}.',
+        }
+    }
+
+    @app.post("/v1/stream", responses=PROBLEMS | events, response_class=StreamingResponse)
+    async def stream(
+        request: Request,
+        pair: Pair,
+        words: Words,
+        query: Annotated[str | None, Form(description="a question (default: the run's)")] = None,
+    ) -> StreamingResponse:
+        """Answers one question piece by piece, as server-sent events."""
+        (question,) = _questions(serving, None if query is None else [query])
+        pieces = serving.stream(
+            client_of(request), lambda: serving.engine.chat(pair), question, words
+        )
+        # Here, so that a full queue is an answer with its own status.
+        first = await anext(pieces)
+        return StreamingResponse(_events(first, pieces), media_type="text/event-stream")
+
+    picture = {200: {"content": {"image/png": {}}, "description": "The whole object."}}
+
+    @app.post("/v1/complete", responses=PROBLEMS | picture, response_class=Response)
+    async def complete(request: Request, pair: Pair, painting: Painting) -> Response:
+        """Paints the object whole, in the original's frame and size: a PNG."""
+        if not serving.engine.can_paint:
+            raise ConfigError("this run cannot paint: it was trained without codes or a VQ decoder")
+        look = serving.look(
+            client_of(request),
+            pair,
+            # Whoever looks asks something; nobody reads this answer.
+            [serving.engine.config.data.default_query],
+            decoding=Decoding(max_new_tokens=1),
+            completion=painting,
+        )
+        (result,) = await while_connected(request, look)
+        return Response(await asyncio.to_thread(png, result), media_type="image/png")
+
+
+def png(result: Result) -> bytes:
+    """The completed picture as a file."""
+    buffer = io.BytesIO()
+    result.completed.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def client_of(request: Any) -> str:
+    """The address that a request came from."""
+    return request.client.host if request.client else "unknown"
+
+
+def _questions(serving: Serving, queries: list[str] | None) -> list[str]:
+    if not serving.engine.can_answer:
+        raise ConfigError("this run has no text head (loss.text_weight=0): it only completes")
+    if queries is None:
+        return [serving.engine.config.data.default_query]
+    serving.limits.check_questions(queries)
+    return queries
+
+
+async def while_connected(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
+    """What `work` gives; it is given up when the client leaves. Raises DataError of a bad pair."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait({task}, timeout=PATIENCE))[0]:
+            if await request.is_disconnected():
+                raise HTTPException(499, "nobody waits for this any more")
+        results = task.result()
+    finally:
+        task.cancel()
+    if results[0].error is not None:
+        raise DataError(results[0].error)
+    return results
+
+
+async def _events(first: str | float, pieces: AsyncIterator[str | float]) -> AsyncIterator[str]:
+    """Server-sent events of an answer."""
+    text, item = "", first
+    async with contextlib.aclosing(pieces):
+        try:
+            while isinstance(item, str):
+                text += item
+                yield _event({"text": item})
+                item = await anext(pieces)
+            yield _event({"answer": text, "confidence": item}, "end")
+        except Exception as error:
+            yield _event({"error": sentence(error)}, "error")
+
+
+def _event(data: dict[str, Any], name: str = "") -> str:
+    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error as JSON with a sentence."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, Busy):
+            return busy_problem(error)
+        if isinstance(error, Closed):
+            return problem(str(error), 503, {"retry-after": "10"})
+        if isinstance(error, StarletteHTTPException):
+            return problem(sentence(error), error.status_code)
+        expected = isinstance(error, HTFAError | RequestValidationError)
+        return problem(sentence(error), 422 if expected else 500)
+
+    for kind in (HTFAError, RequestValidationError, StarletteHTTPException, Exception):
+        app.add_exception_handler(kind, answer)
+
+
+def sentence(error: Exception) -> str:
+    """What a caller is told of an error."""
+    if isinstance(error, HTFAError):
+        return str(error)
+    if isinstance(error, StarletteHTTPException):
+        return str(error.detail)
+    if isinstance(error, RequestValidationError):
+        return "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
+    return "the server failed at this; its log says why"
+
+
+def busy_problem(error: Busy) -> JSONResponse:
+    """No room, and when there may be some."""
+    headers = {"retry-after": str(error.retry_after)}
+    return problem(str(error), 429 if error.greedy else 503, headers)
+
+
+def problem(message: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
+    """An error as it is answered."""
+    return JSONResponse({"error": message}, status, headers)

@@ -1,0 +1,134 @@
+"""Page, API and gate as one application, and the server that runs it."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from gradio.networking import setup_tunnel
+from PIL import Image
+
+from htfa_jax.demo.api import add_api
+from htfa_jax.demo.gate import Gate
+from htfa_jax.demo.layout import THEME, build_page, css
+from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import ConfigError
+from htfa_jax.infer import DEMO
+from htfa_jax.inference import HTFAInference
+from htfa_jax.options import ONE_PASS
+
+if TYPE_CHECKING:
+    from htfa_jax.demo.__main__ import DemoArgs
+
+log = logging.getLogger(__name__)
+
+DESCRIPTION = "Answers questions about an object that something hides, and paints it whole."
+LOOPBACK, EVERYWHERE = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
+GRACE = 5  # seconds that running requests have when the server is stopped
+
+
+def application(
+    serving: Serving, model: str, private: Path, hosts: frozenset[str] | None
+) -> FastAPI:
+    """Page and API behind the gate.
+
+    Args:
+      serving: the engine behind its queue.
+      model: what the model is called.
+      private: folder for what belongs to visitors of the page.
+      hosts: names that the server is called by; None allows all.
+    """
+    app = FastAPI(
+        title="htfa_jax",
+        description=DESCRIPTION,
+        version=version("htfa-jax"),
+        # The usual pages of FastAPI load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+    )
+    add_api(app, serving, model)
+    gr.mount_gradio_app(
+        app,
+        build_page(serving, model, private),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        max_file_size=serving.limits.upload_mb * 10**6,
+        show_error=True,
+        ssr_mode=False,
+        theme=THEME,
+        css=css(),
+        allowed_paths=[str(DEMO / "examples"), str(private)],
+    )
+    app.add_middleware(Gate, serving=serving, hosts=hosts)
+    return app
+
+
+def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> None:
+    """Runs until it is stopped. Raises OSError if the address is taken."""
+    listener = listen(args.host, args.port)
+    port = listener.getsockname()[1]
+    hosts = {*LOOPBACK, args.host, *args.hosts}
+    # Gradio decodes what is drawn on the page: there too nothing may be larger. Pillow raises at
+    # twice this, and warns before.
+    Image.MAX_IMAGE_PIXELS = args.limits.megapixels * 10**6 // 2
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with Serving(engine, args.limits) as serving:
+        warm_up(engine, args.limits.batch)
+        if args.share:
+            public = share(args.host, port)
+            hosts.add(public.removeprefix("https://"))
+            log.info("for everybody who knows it: %s", public)
+        known = None if args.host in EVERYWHERE and not args.hosts else frozenset(hosts)
+        app = application(serving, model, private, known)
+        server = uvicorn.Server(
+            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+        )
+        name = f"[{args.host}]" if ":" in args.host else args.host
+        log.info("open http://%s:%d  (Ctrl-C stops it)", name, port)
+        server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises OSError that says what to do."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error}; take another --port") from error
+    return listener
+
+
+def share(host: str, port: int) -> str:
+    """A public address that leads here, through Gradio's servers. Raises ConfigError."""
+    try:
+        return setup_tunnel(host, port, secrets.token_urlsafe(32), None, None)
+    except Exception as error:  # there are many ways to be without a network
+        raise ConfigError(f"--share: Gradio's servers give no address: {error}") from error
+
+
+def warm_up(engine: HTFAInference, batch: int) -> None:
+    """Compiles what requests will need, so that none of them waits for it."""
+    side = engine.config.image_size
+    grey = Image.new("RGB", (side, side), "grey")
+    pair = {"image_orig": grey, "image_recon": grey}
+    log.info("compiling for batches of up to %d", batch)
+    rows = 1
+    while rows <= batch:
+        for completion in (None, ONE_PASS):
+            engine.batch_infer([pair] * rows, batch_size=batch, completion=completion)
+        rows *= 2
+    engine.infer(grey, grey, return_intermediates=True)
+    if engine.can_answer:
+        engine.chat(grey, grey).ask()

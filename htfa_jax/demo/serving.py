@@ -1,0 +1,292 @@
+"""One engine for many callers: a bounded queue, and one thread that works through it.
+
+Callers are coroutines. What they ask for waits in one queue; the thread takes looks that may go
+together as one batch, and gives every running answer one more word per turn. So nobody waits for
+somebody's long answer, and a caller who reads slowly, or is gone, holds nothing up: what is ready
+lies in a ticket of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from htfa_jax.chat import Chat
+from htfa_jax.demo.limits import Limits
+from htfa_jax.demo.uploads import Upload, read_upload
+from htfa_jax.errors import HTFAError
+from htfa_jax.inference import HTFAInference
+from htfa_jax.options import Completion, Decoding
+from htfa_jax.pairs import Scene
+from htfa_jax.results import Result
+
+log = logging.getLogger(__name__)
+
+# Pictures that are decoded at a time: each may take a few hundred megabytes.
+READERS = 2
+# Ends what a ticket brings.
+END = object()
+
+
+class Busy(HTFAError):
+    """No room in the queue.
+
+    Attributes:
+      retry_after: seconds after which there may be room.
+      greedy: whether it is this client who fills it.
+    """
+
+    def __init__(self, message: str, retry_after: int, greedy: bool = False):
+        super().__init__(message)
+        self.retry_after, self.greedy = retry_after, greedy
+
+
+class Closed(HTFAError):
+    """The server goes down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """Results of one pair. Looks with equal `options` are worked on together."""
+
+    scene: Scene
+    queries: tuple[str, ...]
+    options: tuple[Decoding, Completion | None, bool]
+
+
+# Gives an answer piece by piece.
+Answer = Callable[[], Iterator[Any]]
+
+
+class Ticket:
+    """A caller's place: what was asked for, and what is there already.
+
+    Attributes:
+      client: the caller's address.
+      work: what was asked for.
+      gone: whether nobody waits for it any more.
+    """
+
+    def __init__(self, client: str, work: Look | Answer):
+        self.client, self.work, self.gone = client, work, False
+        self._items: asyncio.Queue[Any] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, *items: Any) -> None:
+        """Hands something over, from the engine's thread; an exception is raised there."""
+        with contextlib.suppress(RuntimeError):  # the caller's loop has ended
+            for item in items:
+                self._loop.call_soon_threadsafe(self._items.put_nowait, item)
+
+    async def items(self) -> AsyncIterator[Any]:
+        """What comes, until the end. Whoever stops listening is gone."""
+        try:
+            while (item := await self._items.get()) is not END:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.gone = True
+
+
+class Serving:
+    """The engine behind a queue. A context manager: the thread runs inside of it.
+
+    Args:
+      engine: of which nobody else may make use meanwhile.
+      limits: of the queue.
+    """
+
+    def __init__(self, engine: HTFAInference, limits: Limits):
+        self.engine, self.limits = engine, limits
+        self._waiting: collections.deque[Ticket] = collections.deque()
+        self._running: list[tuple[Ticket, Iterator[Any]]] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._turn_seconds = 0.1  # of a turn with a batch, smoothed
+        self._readers = asyncio.Semaphore(READERS)
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    def __enter__(self) -> Serving:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    @property
+    def streaming(self) -> int:
+        """Answers that are being given."""
+        return len(self._running)
+
+    async def read(self, pictures: Mapping[str, Upload], boxes: Mapping[str, Any]) -> Scene:
+        """Decodes and checks a pair as `uploads.read_upload` does, beside the engine's thread."""
+        async with self._readers:
+            return await asyncio.to_thread(
+                read_upload, pictures, boxes, self.engine.config, self.limits
+            )
+
+    async def look(
+        self,
+        client: str,
+        scene: Scene,
+        queries: Sequence[str],
+        *,
+        decoding: Decoding,
+        completion: Completion | None,
+        inside: bool = False,
+    ) -> list[Result]:
+        """What `HTFAInference.infer` gives for several questions, from a batch if others wait too.
+
+        Args:
+          client: address of who asks.
+          scene, queries: the pair and the questions.
+          decoding, completion: options.
+          inside: whether results hold what the model saw.
+
+        Raises:
+          Busy, Closed: see there.
+        """
+        ticket = Ticket(client, Look(scene, tuple(queries), (decoding, completion, inside)))
+        self._enter(ticket)
+        async with contextlib.aclosing(ticket.items()) as items:
+            return await anext(items)
+
+    async def stream(
+        self, client: str, chat: Callable[[], Chat], query: str, decoding: Decoding
+    ) -> AsyncIterator[str | float]:
+        """An answer piece by piece, and its confidence behind it.
+
+        Args:
+          client: address of who asks.
+          chat: the conversation; called in the engine's thread.
+          query: question.
+          decoding: options.
+
+        Raises:
+          Busy, Closed: see there.
+        """
+
+        def answer() -> Iterator[str | float]:
+            talk = chat()
+            yield from talk.stream(query, decoding=decoding)
+            yield talk.confidence
+
+        ticket = Ticket(client, answer)
+        self._enter(ticket)
+        async with contextlib.aclosing(ticket.items()) as items:
+            async for item in items:
+                yield item
+
+    def check_room(self, client: str) -> None:
+        """Raises Busy, before anything is read for a request that would find no room."""
+        with self._changed:
+            length = len(self._waiting)
+            own = sum(ticket.client == client for ticket in self._waiting)
+        wait = max(1, math.ceil((1 + length / self.limits.batch) * self._turn_seconds))
+        if length >= self.limits.queue:
+            raise Busy(f"{length} requests wait already: try again in {wait} s", wait)
+        if own >= self.limits.per_client:
+            raise Busy(
+                f"{own} of your requests wait already: try again in {wait} s", wait, greedy=True
+            )
+
+    def _enter(self, ticket: Ticket) -> None:
+        with self._changed:
+            if self._closed:
+                raise Closed("the server is going down: ask again when it is back")
+            self.check_room(ticket.client)
+            self._waiting.append(ticket)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+                if self._closed:
+                    break
+                looks = self._next_looks()
+                answers = self._next_answers()
+            start = time.monotonic()
+            if looks:
+                self._look(looks)
+            self._running += answers
+            self._running = [pair for pair in self._running if self._proceed(*pair)]
+            if looks:
+                self._turn_seconds += 0.2 * (time.monotonic() - start - self._turn_seconds)
+        for ticket in [*self._waiting, *(ticket for ticket, _ in self._running)]:
+            ticket.put(Closed("the server went down before it was this request's turn"))
+
+    def _next_looks(self) -> list[Ticket]:
+        """The oldest look, and the oldest that may go with it; they leave the queue."""
+        found = [t for t in self._waiting if isinstance(t.work, Look) and not t.gone]
+        batch = [t for t in found if t.work.options == found[0].work.options][: self.limits.batch]
+        self._leave(batch)
+        return batch
+
+    def _next_answers(self) -> list[tuple[Ticket, Iterator[Any]]]:
+        """The oldest answers that there is room for; they leave the queue."""
+        room = self.limits.streams - len(self._running)
+        found = [t for t in self._waiting if not isinstance(t.work, Look) and not t.gone][:room]
+        self._leave(found)
+        return [(ticket, ticket.work()) for ticket in found]
+
+    def _leave(self, tickets: list[Ticket]) -> None:
+        self._waiting = collections.deque(
+            t for t in self._waiting if not t.gone and t not in tickets
+        )
+
+    def _look(self, tickets: list[Ticket]) -> None:
+        decoding, completion, inside = tickets[0].work.options
+        try:
+            results = self.engine.batch_infer(
+                [ticket.work.scene for ticket in tickets],
+                [list(ticket.work.queries) for ticket in tickets],
+                batch_size=self.limits.batch,
+                decoding=decoding,
+                completion=completion,
+                return_intermediates=inside,
+            )
+        except Exception as error:  # whatever it is, the next batch may do
+            for ticket in tickets:
+                ticket.put(_failure(error))
+            return
+        for ticket, rows in zip(tickets, results, strict=True):
+            ticket.put(rows, END)
+
+    def _proceed(self, ticket: Ticket, answer: Iterator[Any]) -> bool:
+        """One more piece for a caller. Returns whether there may be another."""
+        if ticket.gone:
+            answer.close()
+            return False
+        try:
+            ticket.put(next(answer))
+            return True
+        except StopIteration:
+            ticket.put(END)
+        except Exception as error:
+            ticket.put(_failure(error))
+        return False
+
+
+def _failure(error: Exception) -> Exception:
+    """What a caller is told: sentences as they are; what else there may be goes to the log too."""
+    if not isinstance(error, HTFAError):
+        log.error("a request failed", exc_info=error)
+    return error

@@ -1,0 +1,70 @@
+"""Pictures that callers send: checked as a dataset's are, and written nowhere."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from htfa_jax.config import Config
+from htfa_jax.data.decode import FORMATS
+from htfa_jax.data.places import PackedPicture
+from htfa_jax.data.records import Record, checked_box
+from htfa_jax.demo.limits import Limits
+from htfa_jax.errors import DataError
+from htfa_jax.pairs import FIELDS, Scene, read_scene
+
+# A file's name and content, or a mask in memory.
+Upload = PackedPicture | np.ndarray
+
+
+def read_upload(
+    pictures: Mapping[str, Upload | None], boxes: Mapping[str, Any], config: Config, limits: Limits
+) -> Scene:
+    """A pair out of what was sent; nothing of it is written anywhere.
+
+    Args:
+      pictures: by the names of a record's pictures; None where there is none.
+      boxes: `bbox_orig`, `bbox_recon`: [x, y, w, h], or None.
+      config: of the run.
+      limits: of what is taken.
+
+    Raises:
+      DataError: naming the field, the file, what is wrong with it and what to do.
+    """
+
+    def fail(reason: str) -> DataError:
+        return DataError(reason)
+
+    if pictures.get("image_orig") is None:
+        raise fail("image_orig is missing: send the picture where something hides the object")
+    for field, picture in pictures.items():
+        if isinstance(picture, PackedPicture):
+            _check_size(field, picture, limits.megapixels)
+    record = Record(
+        where="the upload",
+        id=str(getattr(pictures["image_orig"], "name", "drawn")),
+        image_target=None,
+        turns=(),
+        **{field: pictures.get(field) for field in FIELDS[:4]},
+        **{field: checked_box(boxes.get(field), field, fail) for field in FIELDS[4:]},
+    )
+    return read_scene(record, config)
+
+
+def _check_size(field: str, picture: PackedPicture, megapixels: int) -> None:
+    """Refuses what is too large, before it is decoded."""
+    try:
+        with Image.open(io.BytesIO(picture.content), formats=FORMATS) as image:
+            fits = image.width * image.height <= megapixels * 1e6
+    except Image.DecompressionBombError:
+        fits = False
+    except Exception:  # it is no picture: the reader says so
+        return
+    if not fits:
+        raise DataError(
+            f"{field}: {picture.name} has more than {megapixels} million pixels: make it smaller"
+        )
