@@ -142,7 +142,7 @@ class Evaluator:
         aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
         sums = {f"aligned/{name}": aligned_X[i] for i, name in enumerate(SOURCES)}
         sums["samples"] = weight_B.sum()
-        if self.config.fusion == "levels":
+        if prefix.fusion.alpha_BHW is not None:
             seen["fused"] = rgb(prefix.fusion.fused_BHWC)
             seen["alpha"] = prefix.fusion.alpha_BHW
             entropy_B = attention_entropy(prefix.fusion.attention_BNTS)

@@ -380,7 +380,7 @@ class HTFAInference:
             reconstruction_HWC=picture(pair.recon_BHWC),
             aligned_HWC=picture(pair.aligned_BHWC),
             fused_HWC=picture(fusion.fused_BHWC),
-            alpha_HW=np.asarray(fusion.alpha_BHW[row]),
+            alpha_HW=np.asarray(fusion.alpha_BHW)[row],
             attention_NTS=np.asarray(fusion.attention_BNTS[row]),
             code_probabilities_MC=None
             if logits is None

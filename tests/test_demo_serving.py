@@ -50,12 +50,12 @@ class Engine:
         return Talk(self)
 
 
-def serve(test, **limits):
-    """Runs a coroutine function with a serving engine."""
+def serve(test, chores=(), **limits):
+    """Runs a coroutine function with a serving engine; chores are made of that engine."""
 
     async def run():
         engine = Engine()
-        with Serving(engine, Limits(**limits)) as serving:
+        with Serving(engine, Limits(**limits), [chore(engine) for chore in chores]) as serving:
             try:
                 await asyncio.wait_for(test(serving, engine), 20)
             finally:
@@ -79,6 +79,25 @@ async def blocked(serving, engine):
     first = look(serving, "first")
     await until(engine.entered.is_set)
     return first
+
+
+def test_chores_are_done_while_nobody_waits():
+    def chore(name):
+        return lambda engine: lambda: engine.go.wait(10) and engine.log.append(name)
+
+    async def test(serving, engine):
+        # The first chore is being done when a caller comes: the second one has to wait.
+        task = look(serving, "s")
+        await until(lambda: serving.waiting == 1)
+        engine.go.set()
+        await task
+        await until(lambda: len(engine.log) == 3)
+        assert engine.log == ["chore 1", "batch of 1", "chore 2"]
+
+    def failing(engine):
+        return lambda: 1 / 0
+
+    serve(test, [chore("chore 1"), failing, chore("chore 2")])
 
 
 def test_what_waits_goes_together():

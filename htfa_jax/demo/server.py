@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import secrets
 import socket
 import warnings
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +25,7 @@ from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import ConfigError
 from htfa_jax.infer import DEMO
 from htfa_jax.inference import HTFAInference
-from htfa_jax.options import ONE_PASS
+from htfa_jax.options import ONE_PASS, Completion
 
 if TYPE_CHECKING:
     from htfa_jax.demo.__main__ import DemoArgs
@@ -81,8 +83,10 @@ def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> N
     # twice this, and warns before.
     Image.MAX_IMAGE_PIXELS = args.limits.megapixels * 10**6 // 2
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-    with Serving(engine, args.limits) as serving:
-        warm_up(engine, args.limits.batch)
+    first, later = warm_up(engine, args.limits.batch)
+    log.info("compiling for the first visitor")
+    first()
+    with Serving(engine, args.limits, later) as serving:
         if args.share:
             public = share(args.host, port)
             hosts.add(public.removeprefix("https://"))
@@ -118,17 +122,19 @@ def share(host: str, port: int) -> str:
         raise ConfigError(f"--share: Gradio's servers give no address: {error}") from error
 
 
-def warm_up(engine: HTFAInference, batch: int) -> None:
-    """Compiles what requests will need, so that none of them waits for it."""
+def warm_up(
+    engine: HTFAInference, batch: int
+) -> tuple[Callable[[], object], list[Callable[[], object]]]:
+    """Compiles what requests will need: for the page's first visitor, then for all others."""
     side = engine.config.image_size
     grey = Image.new("RGB", (side, side), "grey")
     pair = {"image_orig": grey, "image_recon": grey}
-    log.info("compiling for batches of up to %d", batch)
-    rows = 1
-    while rows <= batch:
-        for completion in (None, ONE_PASS):
-            engine.batch_infer([pair] * rows, batch_size=batch, completion=completion)
-        rows *= 2
-    engine.infer(grey, grey, return_intermediates=True)
+    sizes = [2**i for i in range(batch.bit_length())]
+
+    def look(rows: int, completion: Completion | None) -> None:
+        engine.batch_infer([pair] * rows, batch_size=batch, completion=completion)
+
+    later = [functools.partial(look, n, c) for n in sizes for c in (None, ONE_PASS)]
     if engine.can_answer:
-        engine.chat(grey, grey).ask()
+        later.insert(0, lambda: engine.chat(grey, grey).ask())
+    return functools.partial(engine.infer, grey, grey, return_intermediates=True), later

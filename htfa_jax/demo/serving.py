@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from htfa_jax.chat import Chat
@@ -103,10 +103,17 @@ class Serving:
     Args:
       engine: of which nobody else may make use meanwhile.
       limits: of the queue.
+      chores: what the thread does while nobody waits, each once.
     """
 
-    def __init__(self, engine: HTFAInference, limits: Limits):
+    def __init__(
+        self,
+        engine: HTFAInference,
+        limits: Limits,
+        chores: Iterable[Callable[[], object]] = (),
+    ):
         self.engine, self.limits = engine, limits
+        self._chores = collections.deque(chores)
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._running: list[tuple[Ticket, Iterator[Any]]] = []
         self._changed = threading.Condition()
@@ -218,11 +225,17 @@ class Serving:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._running or self._closed)
+                self._changed.wait_for(
+                    lambda: self._waiting or self._running or self._chores or self._closed
+                )
                 if self._closed:
                     break
+                idle = not self._waiting and not self._running
                 looks = self._next_looks()
                 answers = self._next_answers()
+            if idle:
+                self._do_chore()
+                continue
             start = time.monotonic()
             if looks:
                 self._look(looks)
@@ -232,6 +245,12 @@ class Serving:
                 self._turn_seconds += 0.2 * (time.monotonic() - start - self._turn_seconds)
         for ticket in [*self._waiting, *(ticket for ticket, _ in self._running)]:
             ticket.put(Closed("the server went down before it was this request's turn"))
+
+    def _do_chore(self) -> None:
+        try:
+            self._chores.popleft()()
+        except Exception as error:  # callers come first, and are told themselves what fails
+            log.error("a chore failed", exc_info=error)
 
     def _next_looks(self) -> list[Ticket]:
         """The oldest look, and the oldest that may go with it; they leave the queue."""
