@@ -370,7 +370,7 @@ def plot(runs: Runs, scenes: int, path: Path) -> None:
     figure = Figure(figsize=(13, 0.35 * len(runs) + 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    _bars(axes[0][0], runs, accuracy("both_right"), "category and colour both right")
+    _bars(axes[0][0], runs, accuracy("both_right"), "category and colour both right", True)
     ax = axes[0][1]
     names = [f"{100 * low:.0f}-{100 * high:.0f}%" for low, high in BUCKETS]
     marks = zip(runs.items(), [c for c in COLORS for _ in range(2)], strict=False)
@@ -379,14 +379,14 @@ def plot(runs: Runs, scenes: int, path: Path) -> None:
         style = "-" if i % 2 == 0 else "--"
         ax.plot(names, means, style, marker="os^Dv<>"[i % 7], color=color, label=variant)
     ax.set_title("both right, by hidden share")
-    ax.legend(fontsize=7)
+    _legend(ax)
     ax = axes[1][0]
     _bars(ax, runs, picture("psnr"), "PSNR of the hidden part, dB")
     for candidate, style in (("flat_fill", ":"), ("vq_round_trip", "--")):
         found = [x for r in runs.values() for x in values(r, picture("psnr", candidate=candidate))]
         if found:
             ax.axvline(found[0], color="0.3", ls=style, label=candidate.replace("_", " "))
-            ax.legend(fontsize=7)
+            _legend(ax)
     ax = axes[1][1]
     measures = {"right": lambda run: first_right(run, scenes)}
     measures |= {stress: accuracy("both_right", split=stress) for stress in STRESSES}
@@ -398,21 +398,31 @@ def plot(runs: Runs, scenes: int, path: Path) -> None:
     ax.set_yticks(np.arange(len(runs)) + 0.3, list(runs))
     ax.invert_yaxis()
     ax.set_title(f"both right of {scenes} scenes, by reconstruction")
-    ax.legend(fontsize=7)
+    _legend(ax)
     figure.savefig(path, format="png", dpi=110)
 
 
-def _bars(ax: Any, runs: Runs, measure, title: str) -> None:
-    """Means and intervals over seeds; each seed a dot."""
-    shown = {v: values(r, measure) for v, r in runs.items()}
-    for i, numbers in enumerate(shown.values()):
-        if numbers:
-            half = seed_interval(numbers)
-            ax.barh(i, np.mean(numbers), xerr=half, color=COLORS[0], alpha=0.6, capsize=3)
-            ax.plot(numbers, [i] * len(numbers), "o", color=COLORS[7], ms=3)
-    ax.set_yticks(range(len(shown)), list(shown))
+def _bars(ax: Any, runs: Runs, measure, title: str, scenes: bool = False) -> None:
+    """Means, intervals over seeds (of a share and one seed, over scenes); each seed a dot."""
+    for i, found in enumerate(runs.values()):
+        numbers = values(found, measure)
+        if not numbers:
+            continue
+        mean = float(np.mean(numbers))
+        error = seed_interval(numbers)
+        if error is None and scenes:
+            low, high = scene_interval(mean, len(next(iter(found.values())).right))
+            error = [[mean - low], [high - mean]]
+        ax.barh(i, mean, xerr=error, color=COLORS[0], alpha=0.6, capsize=3)
+        ax.plot(numbers, [i] * len(numbers), "o", color=COLORS[7], ms=3)
+    ax.set_yticks(range(len(runs)), list(runs))
     ax.invert_yaxis()
     ax.set_title(title)
+
+
+def _legend(ax: Any) -> None:
+    """Below the panel, where it hides nothing."""
+    ax.legend(fontsize=7, ncol=5, loc="upper center", bbox_to_anchor=(0.5, -0.06), frameon=False)
 
 
 def write(out: Path, variants: Sequence[str], budget: dict[str, Any]) -> None:
