@@ -30,3 +30,20 @@ class CheckpointError(HTFAError):
 
 class TrainingError(HTFAError):
     """A run that cannot go on, for example because its loss is not finite."""
+
+
+class Busy(HTFAError):
+    """A server's queue has no room.
+
+    Attributes:
+      retry_after: seconds after which there may be room.
+      greedy: whether it is this client who fills it.
+    """
+
+    def __init__(self, message: str, retry_after: int, greedy: bool = False):
+        super().__init__(message)
+        self.retry_after, self.greedy = retry_after, greedy
+
+
+class Closed(HTFAError):
+    """The server goes down."""

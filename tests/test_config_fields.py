@@ -251,8 +251,8 @@ def vq_settings(config):
         def __exit__(self, *exception):
             pass
 
-        def latest_step(self):
-            return None
+        def resume(self, state, key, what):
+            return state, {}
 
         def save(self, state, meta):
             seen["saved"].append(state)

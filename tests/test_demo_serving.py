@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 
 from htfa_jax.demo.limits import Limits
-from htfa_jax.demo.serving import Busy, Closed, Serving
-from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import Busy, Closed, ConfigError, DataError
 from htfa_jax.options import ONE_PASS, Completion, Decoding
 from htfa_jax.results import Result
 

@@ -127,10 +127,11 @@ def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, mon
         assert said in shown
     # Two samples in each of two micro-steps and part of the batch.
     update = 4 * int(re.search(r"x (\d+) parts of the batch", shown)[1])
-    records = 7 + 4000
+    drawn = config.held_objects.num_train
+    records = 7 + drawn
     assert f"{records * 3 // update:,} of {update} samples, {records // update:,} an ep" in shown
     assert f"train        {dataset}: 7 records, the first 7 read and decoded: sound" in shown
-    assert "train        held_objects: 4,000 records, drawn on first use" in shown
+    assert f"train        held_objects: {drawn} records, drawn on first use" in shown
     assert f"test         {dataset}: 7 records" in shown and "VQ stage     3 steps" in shown
     assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
 

@@ -179,8 +179,9 @@ def test_the_list_of_presets(capsys):
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}
     assert set(preset_names()) <= set(rows)
     # 698,147,584 and 482,045,555 parameters; 1,024 patches, 784 codes, 2,048 words; weights,
-    # moments, gradients and a bfloat16 copy of the first, bfloat16 of the second.
-    memory = (698_147_584 * (4 + 8 + 4 + 2) + 482_045_555 * 2) / 2**30
+    # moments, gradients and a bfloat16 copy of the first, bfloat16 of the second, but for the
+    # codebook of 8,192 x 256, which stays in float32.
+    memory = (698_147_584 * (4 + 8 + 4 + 2) + (482_045_555 + 8192 * 256) * 2) / 2**30
     numbers = ["698.1", "M", "482.0", "M", "3,856", "14.4", f"{memory:.2f}", "GiB"]
     assert rows["standard"][1:] == numbers
     assert rows["generation_only"][5] == "1,808" and rows["ablation_single_encoder"][5] == "3,072"

@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from htfa_jax.data.places import PackedPicture
-from htfa_jax.demo.serving import Busy, Closed, Serving
-from htfa_jax.errors import ConfigError, DataError, HTFAError
+from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import Busy, Closed, ConfigError, DataError, HTFAError
 from htfa_jax.options import Completion, Decoding
 from htfa_jax.pairs import Scene
 from htfa_jax.results import Result

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from htfa_jax.demo.api import PREFIX, busy_problem, problem
-from htfa_jax.demo.serving import Busy, Serving
+from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import Busy
 
 # Of a request to the API, besides its pictures: the other fields.
 FIELDS_BYTES = 2**20

@@ -22,7 +22,7 @@ from typing import Any
 from htfa_jax.chat import Chat
 from htfa_jax.demo.limits import Limits
 from htfa_jax.demo.uploads import Upload, read_upload
-from htfa_jax.errors import HTFAError
+from htfa_jax.errors import Busy, Closed, HTFAError
 from htfa_jax.inference import HTFAInference
 from htfa_jax.options import Completion, Decoding
 from htfa_jax.pairs import Scene
@@ -34,23 +34,6 @@ log = logging.getLogger(__name__)
 READERS = 2
 # Ends what a ticket brings.
 END = object()
-
-
-class Busy(HTFAError):
-    """No room in the queue.
-
-    Attributes:
-      retry_after: seconds after which there may be room.
-      greedy: whether it is this client who fills it.
-    """
-
-    def __init__(self, message: str, retry_after: int, greedy: bool = False):
-        super().__init__(message)
-        self.retry_after, self.greedy = retry_after, greedy
-
-
-class Closed(HTFAError):
-    """The server goes down."""
 
 
 @dataclasses.dataclass(frozen=True)
