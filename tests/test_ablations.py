@@ -142,10 +142,12 @@ def test_variants_differ_from_the_base_by_their_changes_only():
 
 @pytest.mark.slow
 def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, capsys):
-    """Three variants of two steps; a second call has nothing left to do."""
+    """Two variants of two steps; a second call has nothing left to do."""
     monkeypatch.setenv("HOME", str(tmp_path))
+    # What conftest asks XLA for makes weights at random slow to compile.
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
     out = tmp_path / "out"
-    variants = ["full", "generation_only", "concatenation"]
+    variants = ["full", "concatenation"]
     argv = ["--out", str(out), "--base", "debug:tiny", "--steps", "2", "--seeds", "1"]
     argv += ["--stress_scenes", "2", "--variants", *variants]
     ablations.main(argv)
@@ -161,7 +163,7 @@ def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, 
     before = (out / "runs/full/seed_0/result.json").stat().st_mtime_ns
 
     ablations.main(argv)
-    assert "3 runs, 3 of them done" in capsys.readouterr().err
+    assert "2 runs, 2 of them done" in capsys.readouterr().err
     assert (out / "runs/full/seed_0/result.json").stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         ablations.main([*argv, "--steps", "3"])

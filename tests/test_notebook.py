@@ -46,6 +46,14 @@ def test_it_shows_no_badge_and_no_machine():
             assert not re.search(r"/(home|root|tmp|work)/", text), text
 
 
+def test_it_was_run_as_it_stands():
+    """In order, without an error, and with what it showed."""
+    counts = [cell.execution_count for cell in CODE if not tags(cell) & ELSEWHERE]
+    assert None not in counts and counts == sorted(counts)
+    assert not [out for cell in CODE for out in cell.outputs if out.output_type == "error"]
+    assert sum(len(images(cell)) for cell in CODE) >= 6
+
+
 @pytest.mark.slow
 def test_every_cell_runs(tmp_path):
     """At small scale on two devices, the cells of the hub and of `standard` skipped by default."""
