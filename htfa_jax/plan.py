@@ -103,6 +103,22 @@ class Abstract:
             "frozen weights": total(self.frozen, self.layout.frozen(self.frozen)),
         }
 
+    def step_bytes(self, config: Config) -> dict[str, int]:
+        """Bytes on each device that a step needs beside, by kind, activations not counted."""
+        layout, params = self.layout, self.state["params"]
+
+        def shard(path: str, place: Any) -> int:
+            return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
+
+        width = copy_dtype(config).itemsize
+        copy = 0
+        if layout.mesh.size > 1 or width < 4:
+            copy = width * sum(shard(path, layout.used) for path in params)
+        # Of several micro-steps they add up in float32.
+        width = 4 if config.train.accumulation_steps > 1 else width
+        gradients = width * sum(shard(path, layout.stored) for path in params)
+        return {"compute copy": copy, "gradients": gradients}
+
 
 def abstract_step(
     config: Config, devices: Sequence[Any] | None = None, text_length: int | None = None
@@ -154,22 +170,11 @@ class Plan:
 def make_plan(abstract: Abstract, config: Config) -> Plan:
     """Compiles the training step, which takes a minute or more for a large model."""
     compiled = abstract.lower().compile()
-    memory = compiled.memory_analysis()
-    layout, params = abstract.layout, abstract.state["params"]
-
-    def shard(path: str, place: Any) -> int:
-        return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
-
-    width = copy_dtype(config).itemsize
-    copy = 0
-    if layout.mesh.size > 1 or width < 4:
-        copy = width * sum(shard(path, layout.used) for path in params)
-    accumulates = config.train.accumulation_steps > 1
-    gradients = (4 if accumulates else width) * sum(shard(path, layout.stored) for path in params)
-    rest = memory.temp_size_in_bytes - copy - gradients
+    memory, beside = compiled.memory_analysis(), abstract.step_bytes(config)
+    rest = memory.temp_size_in_bytes - sum(beside.values())
     return Plan(
         kept=abstract.device_bytes(),
-        estimated={"compute copy": copy, "gradients": gradients, "activations": max(rest, 0)},
+        estimated=beside | {"activations": max(rest, 0)},
         peak=memory.peak_memory_in_bytes,
         operations=flops.training_step(config, config.data.text_buckets[-1]),
         collectives=collectives(compiled.as_text()),

@@ -13,7 +13,6 @@ from htfa_jax import flops
 from htfa_jax.config_io import load_config, override
 from htfa_jax.plan import abstract_step
 from htfa_jax.report import columns
-from htfa_jax.train_step import copy_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +37,14 @@ def sizes(name: str) -> Sizes:
     """What a preset or a file is made of, with pretrained parts."""
     config = override(load_config(name), {"pretrained.random_parts": "as_configured"})
     abstract = abstract_step(config, jax.devices()[:1])
-    trainable, length = _number(abstract.state["params"]), config.data.text_buckets[-1]
-    width = copy_dtype(config).itemsize
-    # As `plan` counts them: gradients of several micro-steps add up in float32.
-    copy = width if width < 4 else 0
-    gradient = 4 if config.train.accumulation_steps > 1 else width
+    length = config.data.text_buckets[-1]
+    kept, beside = abstract.device_bytes(), abstract.step_bytes(config)
     return Sizes(
-        trainable=trainable,
+        trainable=_number(abstract.state["params"]),
         frozen=_number(abstract.frozen),
         tokens=flops.sequence_length(config, length),
         operations=sum(flops.training_step(config, length).values()),
-        memory=sum(abstract.device_bytes().values()) + (copy + gradient) * trainable,
+        memory=sum(kept.values()) + sum(beside.values()),
     )
 
 
