@@ -132,14 +132,23 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[str]:
         alt = escape(f"{kind}, {entry['id']}", quote=True)
         yield (
             f'<figure>\n<div class="scroll"><img loading="lazy" alt="{alt}" '
-            f'src="{_data_uri(folder / path)}"></div>\n'
+            f'src="{_picture(folder / path)}"></div>\n'
             f"<figcaption>{escape(CAPTIONS[kind])}</figcaption>\n</figure>\n"
         )
 
 
-def _data_uri(path: Path) -> str:
-    """A picture inside of its address, as WebP: a page of PNGs would be five times as large."""
-    buffer = io.BytesIO()
+def _picture(path: Path) -> str:
     with Image.open(path) as image:
-        image.convert("RGB").save(buffer, "webp", quality=88)
+        return data_uri(image.convert("RGB"), 88)
+
+
+def data_uri(picture: Image.Image, quality: int) -> str:
+    """A picture inside of its address, as WebP: a page of PNGs would be five times as large.
+
+    Args:
+      picture: RGB.
+      quality: as Pillow counts it, up to 100.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, "webp", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import threading
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from PIL import Image
 
 from htfa_jax.data.records import Record
 from htfa_jax.look_inside import alignment_figure, alpha_figure, codes_figure, level2_figure, png
-from htfa_jax.report_html import CAPTIONS
+from htfa_jax.report_html import CAPTIONS, data_uri
 from htfa_jax.results import Result
 
 # On the page no picture is wider; the download has its own size.
@@ -123,6 +122,4 @@ def _data_uri(picture: Image.Image, widest: int = WIDEST) -> str:
     if max(picture.size) > widest:
         picture = picture.copy()
         picture.thumbnail((widest, widest))
-    buffer = io.BytesIO()
-    picture.save(buffer, "webp", quality=90)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(picture, 90)
