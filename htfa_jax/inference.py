@@ -208,7 +208,7 @@ class HTFAInference:
 
         In place of the original there may be the whole pair as a scene of `pairs.read_scene`.
         """
-        self._need_text()
+        self.need_text()
         seen = self._see_pair(image_orig, image_recon, fields)
         return Chat(self, seen.prefix.cache)
 
@@ -234,11 +234,7 @@ class HTFAInference:
         Raises:
           ConfigError: if the run has no codes or its tokenizer cannot paint.
         """
-        if not self.can_paint:
-            raise ConfigError(
-                "this run cannot paint: it was trained without codes (loss.code_weight=0), or its "
-                "VQ tokenizer has no decoder (vq.has_decoder=False)"
-            )
+        self.need_painting()
         seen = self._see_pair(image_orig, image_recon, fields)
         options = Completion(temperature, passes, paste_back, seed)
         return [
@@ -254,9 +250,18 @@ class HTFAInference:
             options = dataclasses.replace(options, max_new_tokens=limit)
         return options
 
-    def _need_text(self) -> None:
+    def need_text(self) -> None:
+        """Raises ConfigError if the run cannot answer."""
         if not self.can_answer:
             raise ConfigError("this run has no text head (loss.text_weight=0): it only completes")
+
+    def need_painting(self) -> None:
+        """Raises ConfigError if the run cannot complete a picture."""
+        if not self.can_paint:
+            raise ConfigError(
+                "this run cannot paint: it was trained without codes (loss.code_weight=0), or its "
+                "VQ tokenizer has no decoder (vq.has_decoder=False)"
+            )
 
     def _see_pair(
         self, orig: Any, recon: Any, fields: dict[str, Any], with_weights: bool = False

@@ -235,8 +235,7 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
     @app.post("/v1/complete", responses=PROBLEMS | picture, response_class=Response)
     async def complete(request: Request, pair: Pair, painting: Painting) -> Response:
         """Paints the object whole, in the original's frame and size: a PNG."""
-        if not serving.engine.can_paint:
-            raise ConfigError("this run cannot paint: it was trained without codes or a VQ decoder")
+        serving.engine.need_painting()
         look = serving.look(
             client_of(request),
             pair,
@@ -262,8 +261,7 @@ def client_of(request: Any) -> str:
 
 
 def _questions(serving: Serving, queries: list[str] | None) -> list[str]:
-    if not serving.engine.can_answer:
-        raise ConfigError("this run has no text head (loss.text_weight=0): it only completes")
+    serving.engine.need_text()
     if queries is None:
         return [serving.engine.config.data.default_query]
     serving.limits.check_questions(queries)
