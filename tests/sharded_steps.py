@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
+from htfa_jax import adam_8bit
 from htfa_jax.checkpoints import Checkpoints
 from htfa_jax.config_io import override
 from htfa_jax.optim import learning_rate, make_optimizer
@@ -71,9 +72,9 @@ def named(settings):
 class Run:
     """A small model in one of the cases, ready to train."""
 
-    def __init__(self, case):
+    def __init__(self, case, **changes):
         devices, micro_steps, settings = CASES[case]
-        config = override(tiny(**SIZES), named(settings))
+        config = override(tiny(**SIZES | changes), named(settings))
         self.layout = layout = Layout(config, jax.devices()[:devices])
         size = {
             "train.batch_size": SAMPLES // (layout.num_shards * micro_steps),
@@ -100,16 +101,16 @@ class Run:
         return found
 
 
-def restored():
+def restored(**changes):
     """Steps that begin in one case and go on in others, through a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        first = Run("zero2 tensor")
+        first = Run("zero2 tensor", **changes)
         before = first.train(0, 3)
         with Checkpoints(Path(folder), keep=1) as checkpoints:
             checkpoints.save(first.state, {})
         found = {}
         for case in ("one", "fsdp"):
-            run = Run(case)
+            run = Run(case, **changes)
             like = {name: run.state[name] for name in ("params", "opt_state")}
             with Checkpoints(Path(folder), keep=1) as checkpoints:
                 state = checkpoints.restore(3, **like)
@@ -128,6 +129,27 @@ def restored():
                 "steps": before + run.train(3, STEPS),
             }
     return found
+
+
+def eight_bits():
+    """Steps with 8-bit moments on one device and across cases, and how these moments are cut."""
+    adam_8bit.MIN_SIZE = 256  # as large as this model's
+    changes = {"optim__name": "adamw_8bit"}
+    run = Run("zero2 tensor", **changes)
+    (state,) = (s for s in run.state["opt_state"] if isinstance(s, adam_8bit.Adam8bitState))
+
+    def part(x):
+        return x.sharding.shard_shape(x.shape)
+
+    parts = {
+        path: [part(run.state["params"][path]), *(part(flat[path]) for flat in state[1:])]
+        for path in state.mu
+    }
+    return {
+        "one": Run("one", **changes).train(0, STEPS),
+        "restored": restored(**changes),
+        "parts": parts,
+    }
 
 
 def memory():
@@ -149,7 +171,7 @@ if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     for name in sys.argv[1:]:
-        special = {"restored": restored, "memory": memory}
+        special = {"restored": restored, "8 bits": eight_bits, "memory": memory}
         # Most of the time of small steps is compilation.
         jax.config.update("jax_disable_most_optimizations", name != "memory")
         found = special[name]() if name in special else Run(name).train(0, STEPS)

@@ -56,6 +56,20 @@ def test_every_mode_and_mesh_trains_as_one_device_does(compiled):
         np.testing.assert_allclose(after["steps"], expected, rtol=2e-5, err_msg=case)
 
 
+def test_8_bit_moments_lie_as_their_parameters_and_train_as_on_one_device(compiled):
+    """Through a checkpoint of another mode; a rounding that falls otherwise costs little."""
+    found = run(compiled, "8 bits")["8 bits"]
+    expected = np.array(found["one"])
+    assert np.ptp(expected[:, 0]) > 0.1
+    for case, after in found["restored"].items():
+        assert after["same"] and after["places"], case
+        np.testing.assert_allclose(after["steps"], expected, rtol=1e-4, err_msg=case)
+    assert len(found["parts"]) > 10
+    for path, (param, mu, nu, *scales) in found["parts"].items():
+        assert mu == nu == param, path
+        assert scales == [[*param[:-1], 1]] * 2, path
+
+
 def test_memory_falls_as_the_modes_promise(compiled):
     found = run(compiled, "memory")["memory"]
     whole = found["replicated"]
