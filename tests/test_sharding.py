@@ -56,6 +56,7 @@ def test_every_mode_and_mesh_trains_as_one_device_does(compiled):
         np.testing.assert_allclose(after["steps"], expected, rtol=2e-5, err_msg=case)
 
 
+@pytest.mark.slow
 def test_8_bit_moments_lie_as_their_parameters_and_train_as_on_one_device(compiled):
     """Through a checkpoint of another mode; a rounding that falls otherwise costs little."""
     found = run(compiled, "8 bits")["8 bits"]
