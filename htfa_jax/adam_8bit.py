@@ -9,9 +9,10 @@ bits with a scale for each block, and the arithmetic is float32. What differs:
   other, so each value needs the same relative precision. The second moment, a square, spans twice
   the first one's orders of magnitude and has the float8 with the wider exponent.
 - Rounding is stochastic. An update changes the second moment by about 1 - b2 of it, 0.1 percent,
-  and a float8's steps are 12 to 25 percent: rounded to nearest, it would stay as it is for ever.
+  and its float8's steps are 14 to 25 percent: rounded to nearest, it would stay as it is.
 - A row's scale is not its largest value but a bound of it, the moving average of the gradients'
-  largest. It needs one pass over the gradient and is known before the moments are.
+  largest. So it is known before the moments are, and that largest is all that devices exchange
+  that share a row.
 """
 
 from __future__ import annotations
@@ -129,4 +130,8 @@ def decode(code: jax.Array, scale: jax.Array) -> jax.Array:
 def two_noises(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Two arrays of uniform numbers in (0, 1), of 16 random bits each."""
     bits = jax.random.bits(key, shape)
-    return tuple((x.astype(jnp.float32) + 0.5) / 2**16 for x in (bits >> 16, bits & 0xFFFF))
+
+    def uniform(half: jax.Array) -> jax.Array:
+        return (half.astype(jnp.float32) + 0.5) / 2**16
+
+    return uniform(bits >> 16), uniform(bits & 0xFFFF)

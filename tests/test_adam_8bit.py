@@ -119,7 +119,8 @@ def test_it_learns_what_adamw_learns():
 
     expected = end(optax.scale_by_adam())
     assert expected < 1.1  # the noise has 1
-    assert end(scale_by_adam_8bit(0.9, 0.999, 1e-8)) == pytest.approx(expected, rel=0.02)
+    # With rounding to nearest it is 3e-3 more.
+    assert end(scale_by_adam_8bit(0.9, 0.999, 1e-8)) == pytest.approx(expected, rel=2e-3)
 
 
 def second_moments(before, after, steps=150, b2=0.99):
@@ -181,9 +182,9 @@ def test_rows_without_a_gradient_stay():
 
 def test_a_resumed_optimizer_goes_on_bit_for_bit(tmp_path):
     params, optimizer = random(), plain("adamw_8bit")
-    update = jax.jit(optimizer.update)
 
     def steps(params, state, numbers):
+        update = jax.jit(plain("adamw_8bit").update)  # as a new process has it
         for i in numbers:
             updates, state = update(random(seed=i), state, params)
             params = optax.apply_updates(params, updates)
