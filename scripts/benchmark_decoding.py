@@ -87,7 +87,10 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     sizes, backend = SIZES[name](), jax.default_backend()
     theirs = llama(sizes)
     graphdef, weights = ours(sizes, theirs, dtype)
+    rotary = theirs.model.rotary_emb
+    frequencies = rotary.inv_freq
     theirs = theirs.to("cuda" if backend == "gpu" else "cpu", getattr(torch, dtype))
+    rotary.inv_freq = frequencies.to(theirs.device)  # in bfloat16 they would be others
     needed = sum(v.nbytes for k, v in weights.items() if not k.startswith("embed"))
     of_position = 2 * sizes.num_kv_heads * sizes.embed_dim // sizes.num_heads * sizes.num_layers
     needed_of_row = of_position * (prompt + new / 2) * jnp.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""A medium model on 448-pixel pictures, everything from random weights, for ten minutes of one GPU.
+"""A medium model on 448-pixel pictures, everything from random weights, for one GPU.
 
 HeldObjects at 448 pixels, a VQ stage of its own, 6 epochs of 8,000 scenes.
 
