@@ -24,7 +24,6 @@ def start(workdir, config, devices, *options):
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     command = [sys.executable, "-m", "htfa_jax.train", "--config", str(config)]
     command += ["--workdir", str(workdir), *options]
