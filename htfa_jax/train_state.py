@@ -116,7 +116,8 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
         return {p: v.astype(dtypes[p]) for p, v in flat.items() if p not in loaded}
 
     shardings = {p: place for p, place in places.items() if p not in loaded}
-    params = compiled_lightly(random, out_shardings=shardings)(jax.random.key(config.seed))
+    draw = compiled_lightly(random, out_shardings=shardings)
+    params = draw(jax.random.key(config.seed)) if shardings else {}
     for path, value in loaded.items():
         params[path] = layout.put_parameter(value, dtypes[path], places[path])
     return {p: params[p] for p in trainable}, {p: params[p] for p in frozen}
