@@ -212,7 +212,7 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
         siglip__num_layers=1,
         level3__generation=False,
         loss__code_weight=0.0,
-        train__max_steps=24,
+        train__max_steps=16,
         train__save_every=2,
         train__log_every=3,
     )
