@@ -31,6 +31,7 @@ from htfa_jax.data.pipeline import evaluation_batches
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data
 from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.files import made_once
 from htfa_jax.logs import progress
 from htfa_jax.loop import duration
 from htfa_jax.models.htfa import HTFA
@@ -109,9 +110,12 @@ def open_or_make(
     kinds, files = kinds_of_a_record(config), {}
     for name, kind in kinds.items():
         folder = cache_folder(config) / "encoded" / cache_key(config, name, names)
-        files[name] = folder / f"{name}.npy"
-        if not files[name].is_file():
-            _make(files[name], kind, config, model, params, records, layout)
+        path = files[name] = folder / f"{name}.npy"
+        make = functools.partial(_make, path, kind, config, model, params, records, layout)
+        try:
+            made_once(folder, name, make)
+        except OSError as error:
+            raise DataError(f"{folder} cannot be written (data.cache_dir): {error}") from error
         _check_file(files[name], kind, len(records))
         log.info("%s of %d records are read from %s", name, len(records), files[name])
     return EncoderCache(files, kinds) if files else None
@@ -206,6 +210,8 @@ def _header(kind: Kind, num_records: int) -> bytes:
 
 
 def _check_file(path: Path, kind: Kind, num_records: int) -> None:
+    if not path.is_file():
+        raise DataError(f"{path} is missing. Delete the folder {path.parent}, and it is made again")
     header, size = _header(kind, num_records), path.stat().st_size
     expected = len(header) + num_records * _num_bytes(kind)
     with path.open("rb") as file:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Literal
+
+import filelock
+
+log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -31,3 +36,29 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Writes a file by `whole_file`."""
     with whole_file(path, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def made_once(path: Path, what: str, make: Callable[[], None]) -> None:
+    """Has a file or folder of a cache made unless it is there; of several processes one makes it.
+
+    Args:
+      path: of the file or folder.
+      what: its name in log lines.
+      make: makes it, at another name first.
+
+    Raises OSError if no lock can be written beside it.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("waiting for another process, which makes %s", what)
+        lock.acquire()
+    try:
+        if not path.exists():
+            make()
+    finally:
+        lock.release()

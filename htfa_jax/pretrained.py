@@ -10,8 +10,11 @@ from htfa_jax.paths import Flat
 from htfa_jax.runs import load_run
 from htfa_jax.train_state import Model, build
 
-# Of a tokenizer: what a run without codes leaves out.
-NOT_PAINTING = r"decoder\..*"
+# Of a part: what a run leaves out where this weight of a loss is 0.
+LEFT_OUT = {
+    "vq": ("code_weight", r"decoder\..*"),
+    "decoder": ("text_weight", r"(embed|head)\..*"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +42,8 @@ def load_pretrained(config: Config, model: Model) -> Flat:
         shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
         # Position embeddings are made for one size of pictures.
         facts = {"image_size": config.image_size} if part == "siglip" else {}
-        unused = NOT_PAINTING if part == "vq" and not config.loss.code_weight else ""
+        weight, names = LEFT_OUT.get(part, ("text_weight", ""))
+        unused = "" if getattr(config.loss, weight) else names
         arrays = parts.load_part(folder, family, sizes, shapes, unused=unused, **facts)
         loaded |= {f"{part}.{path}": value for path, value in arrays.items()}
         log.info("%s: weights from %s", part, folder)

@@ -5,7 +5,8 @@
     python scripts/ablations.py --out DIR --variants full no_level1 --steps 300
 
 The same command goes on where it was stopped. DIR gets `RESULTS.md` (tables), `ablations.png` and
-`runs/VARIANT/seed_N/`; runs go side by side on several GPUs, one after the other elsewhere.
+`runs/VARIANT/seed_N/`; runs go side by side on several GPUs (`--per_gpu 8`: eight share each, for a
+small run leaves most of a large GPU idle), one after the other elsewhere.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class AblationArgs:
     variants: tuple[str, ...] = (*ABLATIONS, *BASELINES)  # which
     base: str = "debug"  # the configuration that the variants change
     stress_scenes: int = 200  # test scenes with a wrong reconstruction, of each kind
+    per_gpu: int = 1  # runs at a time on each GPU
 
 
 def budget(args: AblationArgs) -> dict[str, Any]:
@@ -89,16 +91,17 @@ def steps_in(minutes: float, args: AblationArgs) -> int:
     return max(1, round(60 * minutes * last["train/samples_per_second"] / samples))
 
 
-def places() -> list[dict[str, str]]:
-    """Environments of runs that can go side by side: one for each GPU."""
+def places(per_gpu: int) -> list[dict[str, str]]:
+    """Environments of runs that can go side by side: so many for each GPU, one elsewhere."""
     asked = subprocess.run([sys.executable, "-c", DEVICES], capture_output=True, text=True)
     if asked.returncode:
         raise TrainingError(f"JAX finds no device: {asked.stderr[-500:]}")
     backend, count = asked.stdout.split()
-    if backend != "gpu" or int(count) == 1:
+    if backend != "gpu":
         return [{}]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(count)))))
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in seen.split(",")]
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / per_gpu:.3f}"}
+    return [{"CUDA_VISIBLE_DEVICES": name, **share} for name in seen.split(",")] * per_gpu
 
 
 def started(out: Path, job: Job, place: dict[str, str]) -> subprocess.Popen:
@@ -178,11 +181,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(AblationArgs, argv, __doc__)
     if args.steps is not None and args.minutes is not None:
         raise ConfigError("--steps and --minutes are both given: one of them is the budget")
+    if args.per_gpu < 1:
+        raise ConfigError(f"--per_gpu={args.per_gpu} must be at least 1")
     wanted = list(jobs(args))
     shared = budget(args)
     left = [job for job in wanted if not (workdir_of(args.out, *job) / RESULT).is_file()]
     log.info("%d runs, %d of them done", len(wanted), len(wanted) - len(left))
-    failed = run_all(args.out, left, places()) if left else []
+    failed = run_all(args.out, left, places(args.per_gpu)) if left else []
     ablation_report.write(args.out, args.variants, shared)
     print((args.out / ablation_report.TABLES).read_text(encoding="utf-8"))
     if failed:

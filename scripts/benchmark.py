@@ -9,7 +9,11 @@ they take turns (A B A B ...), so that what else the machine does falls on both.
 FLOPs are those of `htfa_jax.flops`: 2 x tokens x (parameters of the matrices) + 4 x queries x keys
 x width for attention, three times for what learns, twice for what gradients pass through, once for
 the rest; rematerialisation is not counted. Utilisation is the achieved FLOP/s over the measured
-peak: the fastest of several square matrix products in the dtype of the computation.
+peak, the fastest of several square matrix products in the dtype of the computation, and for
+bfloat16 on devices that are known also over what the vendor's datasheet says.
+
+On a GPU the twin's loss is compiled by `torch.compile`, and both sides share the device's memory:
+`XLA_PYTHON_CLIENT_MEM_FRACTION=0.5` leaves PyTorch its half.
 
 Peak memory is the device's own count. On a CPU it is the largest resident set of the process while
 it trains: compiled before, in another process; freed memory is given back after the first step,
@@ -41,7 +45,7 @@ class BenchmarkArgs:
     """Times the training step of --config (default: the preset `standard`) on random data."""
 
     config: ConfigFlags
-    against: Literal["nothing", "torch"] = "nothing"  # the PyTorch twin, on the same CPU
+    against: Literal["nothing", "torch"] = "nothing"  # the PyTorch twin, on the same CPU or GPU
     repeats: int = 10  # timings of each side
     steps: int = 1  # training steps per timing
     text_length: int | None = None  # tokens of text (None: the first of data.text_buckets)
@@ -129,6 +133,8 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
         "flops_per_second": flops,
         "utilisation": flops / ours["matmul_flops_per_second"],
     }
+    if datasheet := ours["datasheet_flops_per_second"]:
+        ours["datasheet_utilisation"] = flops / datasheet
     if args.against == "torch":
         theirs = figures["torch"]
         ratios = [b / a for a, b in zip(ours["step_seconds"], theirs["step_seconds"], strict=True)]
@@ -169,7 +175,12 @@ def table(figures: dict[str, Any]) -> str:
         f"{sum(ours['flops_per_sample'].values()) / 1e9:,.1f} GFLOP per sample ({parts})",
         f"{ours['flops_per_second'] / 1e9:,.1f} GFLOP/s of "
         f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matrix product: "
-        f"utilisation {ours['utilisation']:.2f}",
+        f"utilisation {ours['utilisation']:.2f}"
+        + (
+            f", {ours['datasheet_utilisation']:.2f} of the datasheet's"
+            if "datasheet_utilisation" in ours
+            else ""
+        ),
     ]
     if ratios := figures.get("ours_over_torch"):
         each = ratios["samples_per_second_of_each_pair"]

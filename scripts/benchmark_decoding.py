@@ -1,12 +1,15 @@
 """Words per second of the decoder, beside transformers' Llama with the same weights.
 
     OMP_NUM_THREADS=2 taskset -c 0,1 python scripts/benchmark_decoding.py --sizes small wide
+    JAX_PLATFORMS=cuda python scripts/benchmark_decoding.py --sizes internlm2_1_8b \\
+        --dtype bfloat16 --batches 1 8 64 --prompt 1808
 
-Both run in this process on the CPU in float32, one after the other in every repetition, so that
-a busy machine is busy for both. transformers: `generate`, static cache, no torch.compile. The
-limit is what the memory gives: a large array read in order in the same run, divided by the bytes
-of the weights that a word needs (all but the embedding table). It is compared with the fastest
-piece of decoding, and the array's fastest reading: other programs slow down both.
+Both run in this process on the CPU, or on the same GPU, one after the other in every repetition,
+so that a busy machine is busy for both. transformers: `generate`, static cache, no torch.compile.
+The limit is what the memory gives: a large array read in order in the same run, divided by the
+bytes that a word needs: all weights but the embedding table, and the keys and values of the words
+before it (of its own row; half of the answer on average). It is compared with the fastest piece of
+decoding, and the array's fastest reading: other programs slow down both.
 """
 
 from __future__ import annotations
@@ -37,30 +40,38 @@ from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 from weights_convert.reference import llama_config
 
-SIZES = {"small": lambda: load_config("debug").decoder, "wide": DecoderConfig}
-PROBE_BYTES = 2**28
+SIZES = {
+    "small": lambda: load_config("debug").decoder,
+    "wide": DecoderConfig,
+    "internlm2_1_8b": lambda: load_config("internlm2_1_8b").decoder,
+}
+PROBE_BYTES = {"cpu": 2**28, "gpu": 2**32}
 PIECE = 8  # words that are timed by themselves
 
 
 def llama(sizes: DecoderConfig) -> LlamaForCausalLM:
-    """transformers' model with random weights."""
+    """transformers' model with random weights, in float32 on the CPU."""
     torch.manual_seed(0)
     return LlamaForCausalLM(llama_config(sizes, eos_token_id=None, pad_token_id=0)).eval()
 
 
-def ours(sizes: DecoderConfig, theirs: LlamaForCausalLM) -> tuple[Any, dict[str, jax.Array]]:
+def ours(
+    sizes: DecoderConfig, theirs: LlamaForCausalLM, dtype: str
+) -> tuple[Any, dict[str, jax.Array]]:
     """The structure of our decoder, and the same weights."""
 
     def split(decoding: bool) -> tuple[Any, Any]:
         return nnx.split(
             nnx.eval_shape(
-                lambda: InternLM2(sizes, decoding=decoding, dtype=jnp.float32, rngs=nnx.Rngs(0))
+                lambda: InternLM2(
+                    sizes, decoding=decoding, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
+                )
             )
         )
 
     tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
     stacked = convert(flatten(split(False)[1]), tensors, table.llama_rules(), table.IGNORED)
-    weights = {k: jnp.array(v) for k, v in decoding_layout(stacked).items()}
+    weights = {k: jnp.array(v, dtype) for k, v in decoding_layout(stacked).items()}
     return split(True)[0], weights
 
 
@@ -71,12 +82,15 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -> None:
+def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, dtype: str) -> None:
     """Prints a line of a table for each batch size."""
-    sizes = SIZES[name]()
+    sizes, backend = SIZES[name](), jax.default_backend()
     theirs = llama(sizes)
-    graphdef, weights = ours(sizes, theirs)
+    graphdef, weights = ours(sizes, theirs, dtype)
+    theirs = theirs.to("cuda" if backend == "gpu" else "cpu", getattr(torch, dtype))
     needed = sum(v.nbytes for k, v in weights.items() if not k.startswith("embed"))
+    of_position = 2 * sizes.num_kv_heads * sizes.embed_dim // sizes.num_heads * sizes.num_layers
+    needed_of_row = of_position * (prompt + new / 2) * jnp.dtype(dtype).itemsize
 
     def decoder(weights: Any) -> InternLM2:
         return nnx.merge(graphdef, unflatten(weights))
@@ -90,7 +104,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -
         lambda w, state, until: decode_until(decoder(w), state, until, stop_ids=(-1,)),
         donate_argnums=1,
     )
-    probe = jnp.ones(PROBE_BYTES // 4, jnp.float32)
+    probe = jnp.ones(PROBE_BYTES[backend] // 4, jnp.float32)
     read = jax.jit(jnp.sum)
     vocab = -(-sizes.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     for rows in batches:
@@ -103,11 +117,11 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -
             np.zeros((rows, vocab), bool),
             sampling_of(Decoding(), rows),
         )
-        tensor = torch.from_numpy(ids).long()
+        tensor = torch.from_numpy(ids).long().to(theirs.device)
 
         def generate(count: int, tensor: torch.Tensor = tensor) -> torch.Tensor:
             with torch.inference_mode():
-                return theirs.generate(
+                words = theirs.generate(
                     tensor,
                     attention_mask=torch.ones_like(tensor),
                     max_new_tokens=count,
@@ -115,6 +129,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -
                     cache_implementation="static",
                     disable_compile=True,
                 )
+            return words.cpu()  # which waits for it
 
         words = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
         same = (words == generate(new)[:, prompt:].numpy()).mean()
@@ -140,9 +155,10 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -
             note("theirs", seconds(lambda: generate(new)))
         t = {what: float(np.median(values)) for what, values in times.items()}
         whole = [p + d for p, d in zip(times["prefill"], times["decode"], strict=True)]
-        bandwidth = PROBE_BYTES / min(times["probe"])
+        bandwidth = probe.nbytes / min(times["probe"])
         rate = rows * (new - 1) / t["decode"]
-        best, limit = rows * PIECE / min(times["piece"]), rows * bandwidth / needed
+        best, limit = rows * PIECE / min(times["piece"]), rows * bandwidth
+        limit /= needed + rows * needed_of_row
         their_rate = rows * (new - 1) / (t["theirs"] - t["their prefill"])
         print(
             f"{name}, batch {rows}: {rows * new / np.median(whole):.1f} words/s with prefill "
@@ -154,9 +170,9 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int) -
         )
 
 
-def matrix_rate() -> float:
+def matrix_rate(dtype: str) -> float:
     """Floating-point operations per second of a large matrix product."""
-    x = jnp.ones((2048, 2048), jnp.float32)
+    x = jnp.ones((2048, 2048), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x)
     return 2 * 2048**3 / float(np.median([seconds(lambda: product(x, x)) for _ in range(9)]))
@@ -170,11 +186,15 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="words of the prompt")
     parser.add_argument("--new", type=int, default=128, help="words of the answer")
     parser.add_argument("--repeat", type=int, default=5, help="median of so many")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(f"{torch.get_num_threads()} threads, {matrix_rate() / 1e9:.0f} GFLOP/s in float32")
+    print(
+        f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads, "
+        f"{matrix_rate(args.dtype) / 1e9:.0f} GFLOP/s in {args.dtype}"
+    )
     for name in args.sizes:
-        compare(name, args.batches, args.prompt, args.new, args.repeat)
+        compare(name, args.batches, args.prompt, args.new, args.repeat, args.dtype)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ from htfa_jax.config import Config
 
 MATMUL_SIZES = (1024, 2048, 4096, 8192)
 MATMUL_SECONDS = 0.1  # the next size is tried while a product takes less
+# Dense bfloat16 FLOP/s of the vendors' datasheets, by JAX's name of the device.
+DATASHEET = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
 
 
 def random_arrays(
@@ -206,7 +217,14 @@ def jax_side(
                 run()
     state = frozen = batch = None  # room for the matrices
     matmul = jax.device_count() * matmul_peak(config.train.dtype)
-    pipe.send({**memory, "matmul_flops_per_second": matmul})
+    datasheet = DATASHEET.get(device.device_kind) if config.train.dtype == "bfloat16" else None
+    pipe.send(
+        {
+            **memory,
+            "matmul_flops_per_second": matmul,
+            "datasheet_flops_per_second": datasheet and jax.device_count() * datasheet,
+        }
+    )
 
 
 def matmul_peak(dtype: str) -> float:
@@ -245,10 +263,23 @@ def torch_side(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    gpu = torch.cuda.is_available()
     with safe_open(weights, framework="numpy") as file:
-        twin = Twin(config, {path: file.get_tensor(path) for path in file.keys()})  # noqa: SIM118
-    before, loss = peak_resident(), twin.step(arrays)
+        params = {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+    twin = Twin(config, params, "cuda" if gpu else "cpu")
+    del params
+    arrays = twin.put(arrays)
+    before, start = peak_resident(), time.perf_counter()
+    loss = twin.step(arrays)
     forget_peak()
-    pipe.send({"device": f"{torch.get_num_threads()} threads", "first_loss": loss})
+    pipe.send(
+        {
+            "device": torch.cuda.get_device_name() if gpu else f"{torch.get_num_threads()} threads",
+            "first_loss": loss,
+            "first_step_seconds": time.perf_counter() - start,
+        }
+    )
     serve(pipe, lambda: twin.step(arrays))
-    pipe.send({"peak_bytes": peak_resident(), "peak_kind": "resident", "start_peak_bytes": before})
+    peak = torch.cuda.max_memory_allocated() if gpu else peak_resident()
+    kind = "device" if gpu else "resident"
+    pipe.send({"peak_bytes": peak, "peak_kind": kind, "start_peak_bytes": before})

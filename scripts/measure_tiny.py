@@ -23,12 +23,11 @@ import probe_held_objects as probe
 import tiny_decoder
 import tiny_siglip
 import tiny_text
-import tyro
 from flax import nnx
 from PIL import Image
 
 from htfa_jax import parts, paths, vq_stage
-from htfa_jax.commands import command, use_compilation_cache
+from htfa_jax.commands import command, parse, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
 from htfa_jax.data.decode import decode_field, load_image, load_mask
@@ -192,7 +191,7 @@ def completion_scores(
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(MeasureArgs, args=argv, use_underscores=True)
+    args = parse(MeasureArgs, argv, __doc__)
     preset = load_config("debug")
     config = with_weights(preset, preset)
     use_compilation_cache(config)

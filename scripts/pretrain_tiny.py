@@ -26,20 +26,19 @@ import tiny_decoder
 import tiny_siglip
 import tiny_stage
 import tiny_text
-import tyro
 from flax import nnx
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from htfa_jax import parts, paths
-from htfa_jax.commands import command, use_compilation_cache
+from htfa_jax.commands import command, parse, use_compilation_cache
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.paths import Flat
-from htfa_jax.signals import Stopped, StopSignal
+from htfa_jax.signals import StopSignal
 from htfa_jax.train_state import Model
 from htfa_jax.vq_stage import train_vq
 from weights_convert import to_hf
@@ -59,6 +58,7 @@ class PretrainArgs:
     part: tuple[str, ...] = ("internlm2", "siglip", "vq")  # which
     num_scenes: int = 20000  # training scenes of HeldObjects
     siglip_steps: int = 10000  # updates of 4 pictures from each of 32 records
+    text_steps: int = 3000  # as many pictures each, for the text tower that is kept
     vq_steps: int = 10000  # updates of 32 pictures
     decoder_steps: int = 800  # updates of 32 rows of 128 tokens
     num_workers: int = 0  # loading processes (0: threads of this one)
@@ -143,21 +143,8 @@ def pretrain_decoder(args: PretrainArgs, config: Config) -> bool:
 
 def pretrain_siglip(args: PretrainArgs, config: Config) -> bool:
     """Both towers of SigLIP, with the tokenizer of their captions. False if a signal stopped it."""
-    tokenizer = Tokenizer.from_file(str(tokenizer_of(args, config).folder / "tokenizer.json"))
-    records, samples = open_split(config, "train"), 32
-    model, params = structure(lambda rngs: tiny_siglip.TwoTowers(config, rngs=rngs))
-    params = tiny_stage.train(
-        "siglip",
-        args.out / "training" / "siglip",
-        lambda params, batch, key: tiny_siglip.loss(model.merge(params), batch, key, config),
-        params,
-        lambda step: tiny_siglip.captioned_batches(config, records, tokenizer, step, samples),
-        num_steps=args.siglip_steps,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        samples=samples * len(tiny_text.KINDS),
-        key=key_of(dataclasses.asdict(config.siglip), args.num_scenes, args.siglip_steps),
-    )
+    params = train_towers(args, config)
+    params = params and train_text(args, config, params)
     if params is None:
         return False
     tensors = tiny_siglip.tensors(params, config.siglip)
@@ -166,14 +153,71 @@ def pretrain_siglip(args: PretrainArgs, config: Config) -> bool:
     return True
 
 
+def train_towers(args: PretrainArgs, config: Config) -> Flat | None:
+    """Vision tower, and the text tower that it learns from. None if a signal stopped it."""
+    model, params = structure(lambda rngs: tiny_siglip.TwoTowers(config, kept=False, rngs=rngs))
+    return train_captions(
+        "siglip",
+        args,
+        config,
+        lambda params, batch, key: tiny_siglip.loss(model.merge(params), batch, key, config),
+        params,
+        args.siglip_steps,
+    )
+
+
+def train_text(args: PretrainArgs, config: Config, towers: Flat) -> Flat | None:
+    """The text tower that is kept, beside a vision tower that stays. None if a signal stopped it.
+
+    Args:
+      towers: what `train_towers` made.
+    """
+    locked, _ = paths.split(towers, r"(vision|pooling)\..*")
+    model, fresh = structure(lambda rngs: tiny_siglip.TwoTowers(config, rngs=rngs))
+    learned = train_captions(
+        "siglip_text",
+        args,
+        config,
+        lambda params, batch, key: tiny_siglip.loss(
+            model.merge(params | locked), batch, key, config
+        ),
+        {path: x for path, x in fresh.items() if path not in locked},
+        args.text_steps,
+    )
+    return learned and learned | locked
+
+
+def train_captions(
+    name: str,
+    args: PretrainArgs,
+    config: Config,
+    loss: tiny_stage.Loss,
+    params: Flat,
+    num_steps: int,
+) -> Flat | None:
+    """Trains on pictures and captions; see `tiny_stage.train`."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_of(args, config).folder / "tokenizer.json"))
+    records, samples = open_split(config, "train"), 32
+    return tiny_stage.train(
+        name,
+        args.out / "training" / name,
+        loss,
+        params,
+        lambda step: tiny_siglip.captioned_batches(config, records, tokenizer, step, samples),
+        num_steps=num_steps,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        samples=samples * len(tiny_text.KINDS),
+        key=key_of(dataclasses.asdict(config.siglip), args.num_scenes, num_steps),
+    )
+
+
 def pretrain_vq(args: PretrainArgs, config: Config) -> bool:
     """The VQ tokenizer, by the SigLIP that judges its pictures. False if a signal stopped it."""
     eye = converted("siglip", str(args.out / "siglip"), config)
     config = override(config, {"pretrained.siglip": str(eye), "vq_train.perceptual_weight": 0.1})
     with StopSignal() as stop:
         folder = train_vq(config, args.out / "training" / "vq", stop)
-    if folder is None:
-        raise Stopped
     if folder is None:
         return False
     params = parts.read_weights(folder)
@@ -187,7 +231,7 @@ STAGES = {"internlm2": pretrain_decoder, "siglip": pretrain_siglip, "vq": pretra
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(PretrainArgs, args=argv, use_underscores=True)
+    args = parse(PretrainArgs, argv, __doc__)
     config = tiny_config(args)
     use_compilation_cache(config)
     for name, stage in STAGES.items():

@@ -1,4 +1,4 @@
-"""A SigLIP of 2.7 million parameters: both towers, its loss, its training.
+"""A SigLIP of 2.3 million parameters: both towers, its loss, its training.
 
 Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023): every picture of a batch meets
 every caption, and a logistic loss says whether they fit. The architecture is that of transformers'
@@ -7,6 +7,7 @@ every caption, and a logistic loss says whether they fit. The architecture is th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -35,7 +36,6 @@ from weights_convert.convert import same
 
 CAPTION_TOKENS = 24
 PAD = 1  # "</s>"
-TEXT_LAYERS = 2
 # Augmentation: a picture is enlarged by up to this factor either way and moved, its light changed.
 ZOOM, SHIFT, LIGHT = 1.35, 0.12, 0.12
 
@@ -66,6 +66,22 @@ class Pooling(nnx.Module):
         return y_BD + self.fc2(hidden_BF)
 
 
+def text_sizes(sizes: SigLIPConfig, kept: bool) -> SigLIPConfig:
+    """Sizes of a text tower: of the one that the vision tower learns from, or of the one kept.
+
+    Captions of a few words need far less than pictures. The tower that is kept learns when the
+    vision tower is finished and stays as it is (Zhai et al., "LiT: Zero-Shot Transfer with
+    Locked-image text Tuning", 2022).
+
+    Args:
+      sizes: of the vision tower.
+      kept: which of the two.
+    """
+    if kept:
+        return dataclasses.replace(sizes, num_layers=1, mlp_dim=sizes.mlp_dim // 2)
+    return dataclasses.replace(sizes, num_layers=2)
+
+
 class TextTower(nnx.Module):
     """Padded captions [B, L] -> one vector each: the last position's, padding included."""
 
@@ -75,7 +91,7 @@ class TextTower(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, size)))
         self.position_embed = nnx.Param(init(rngs.params(), (CAPTION_TOKENS, size)))
         self.layers = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, rngs=rngs), TEXT_LAYERS, rngs
+            lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers, rngs
         )
         self.norm = layer_norm(size, config.layer_norm_eps, dtype=dtype, rngs=rngs)
         self.head = linear(size, size, dtype=dtype, rngs=rngs)
@@ -87,13 +103,19 @@ class TextTower(nnx.Module):
 
 
 class TwoTowers(nnx.Module):
-    """Pictures and captions in one space of unit vectors."""
+    """Pictures and captions in one space of unit vectors.
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    Args:
+      config: sizes of the vision tower, and the captions' vocabulary.
+      kept: which of the text towers of `text_sizes`.
+    """
+
+    def __init__(self, config: Config, *, kept: bool = True, rngs: nnx.Rngs):
         dtype = jnp.dtype("float32")
         self.vision = SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=rngs)
         self.pooling = Pooling(config.siglip, rngs=rngs)
-        self.text = TextTower(config.siglip, config.decoder.vocab_size, rngs=rngs)
+        sizes = text_sizes(config.siglip, kept)
+        self.text = TextTower(sizes, config.decoder.vocab_size, rngs=rngs)
         # Where the paper starts them: nearly all pairs do not fit.
         self.logit_scale = nnx.Param(jnp.full((1,), math.log(10.0)))
         self.logit_bias = nnx.Param(jnp.full((1,), -10.0))
@@ -250,19 +272,20 @@ def description(config: Config) -> dict[str, Any]:
     """config.json of transformers' `SiglipModel`."""
     vision = to_hf.siglip_config(config)
     vision.pop("architectures")
+    sizes = text_sizes(config.siglip, kept=True)
     text = {
         "bos_token_id": 0,
         "eos_token_id": PAD,
         "pad_token_id": PAD,
         "hidden_act": "gelu_pytorch_tanh",
-        "hidden_size": config.siglip.embed_dim,
-        "intermediate_size": config.siglip.mlp_dim,
-        "layer_norm_eps": config.siglip.layer_norm_eps,
+        "hidden_size": sizes.embed_dim,
+        "intermediate_size": sizes.mlp_dim,
+        "layer_norm_eps": sizes.layer_norm_eps,
         "max_position_embeddings": CAPTION_TOKENS,
         "model_type": "siglip_text_model",
-        "num_attention_heads": config.siglip.num_heads,
-        "num_hidden_layers": TEXT_LAYERS,
-        "projection_size": config.siglip.embed_dim,
+        "num_attention_heads": sizes.num_heads,
+        "num_hidden_layers": sizes.num_layers,
+        "projection_size": sizes.embed_dim,
         "vocab_size": config.decoder.vocab_size,
     }
     return {

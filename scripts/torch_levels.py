@@ -108,7 +108,10 @@ class Levels(nn.Module):
 
 def normalize(image_BHWC: Tensor, region_B4: Tensor, config: DataConfig) -> Tensor:
     """8-bit RGB to normalised [B, C, H, W], 0 outside the region."""
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.image_mean, config.image_std))
+    mean, std = (
+        torch.tensor(x, device=image_BHWC.device)[:, None, None]
+        for x in (config.image_mean, config.image_std)
+    )
     x_BCHW = (image_BHWC.permute(0, 3, 1, 2).float() / 255.0 - mean) / std
     return x_BCHW * box_mask(region_B4, image_BHWC.shape[1])[:, None]
 
@@ -116,7 +119,7 @@ def normalize(image_BHWC: Tensor, region_B4: Tensor, config: DataConfig) -> Tens
 def box_mask(box_B4: Tensor, size: int) -> Tensor:
     """Pixels [B, H, W] whose centres lie in the box."""
     x, y, w, h = box_B4[:, :, None].unbind(dim=1)
-    centre = (torch.arange(size) + 0.5)[None]
+    centre = (torch.arange(size, device=box_B4.device) + 0.5)[None]
     rows_BH, columns_BW = (centre >= y) & (centre < y + h), (centre >= x) & (centre < x + w)
     return rows_BH[:, :, None] & columns_BW[:, None]
 
@@ -124,13 +127,14 @@ def box_mask(box_B4: Tensor, size: int) -> Tensor:
 def resample(x_BCHW: Tensor, affine: tuple[Tensor, Tensor], image_size: int) -> Tensor:
     """Moves a grid over the reconstruction into the original's frame: one matrix per axis."""
     cells = x_BCHW.shape[-1]
-    cell_size, cell = image_size / cells, torch.arange(cells, dtype=torch.float32)
+    cell_size = image_size / cells
+    cell = torch.arange(cells, dtype=torch.float32, device=x_BCHW.device)
     point_T = (cell + 0.5) * cell_size
     scale_B2, shift_B2 = affine
     source_B2T = (point_T - shift_B2[..., None]) / scale_B2[..., None] / cell_size - 0.5
     weights_B2TS = (1.0 - (source_B2T[..., None] - cell).abs()).clamp(min=0.0)
     columns_B1TS, rows_B1TS = weights_B2TS[:, :1], weights_B2TS[:, 1:]
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast(x_BCHW.device.type, enabled=False):
         return (rows_B1TS @ x_BCHW.float() @ columns_B1TS.mT).to(x_BCHW.dtype)
 
 

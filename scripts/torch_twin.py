@@ -1,4 +1,4 @@
-"""A PyTorch twin of the model and of its training step: the same arithmetic, run eagerly.
+"""A PyTorch twin of the model and of its training step: the same arithmetic, eager or compiled.
 
 SigLIP and the decoder are transformers' classes with PyTorch's fused attention, the VQ tokenizer
 is that of `weights_convert.reference`, the levels are in `torch_levels`; losses and step are here.
@@ -87,19 +87,21 @@ def renamed(flat: Mapping[str, np.ndarray], config: Config) -> Iterator[tuple[st
 
 
 class Twin:
-    """The whole model with its optimizer, on the CPU.
+    """The whole model with its optimizer, on one device.
 
     Args:
       config: of the run. Both heads, one scale, a frozen VQ and AdamW are what it knows; the
         learning rate stays at its peak, since a schedule costs no time.
       params: `{path: array}` of all our parameters.
+      device: PyTorch's name of it. On a GPU the loss is compiled (`torch.compile`).
 
     Raises:
       ConfigError: a field that it does not know.
     """
 
-    def __init__(self, config: Config, params: Mapping[str, np.ndarray]):
+    def __init__(self, config: Config, params: Mapping[str, np.ndarray], device: str = "cpu"):
         check(config)
+        self.device = torch.device(device)
         train, optim = config.train, config.optim
         self.config, self.dtype = config, getattr(torch, train.dtype)
         paths, parts = {}, {"siglip": {}, "decoder": {}, "vq": {}, "levels": {}}
@@ -120,6 +122,12 @@ class Twin:
         self.vq = reference.VQ(*opened("vq"), config.vq)
         self.levels = Levels(config)
         self.levels.load_state_dict(parts["levels"])
+        for module in (self.siglip, self.decoder, self.levels):
+            module.to(self.device)
+        for name, weight in self.vq.weights.items():
+            # Convolutions of bfloat16 are quickest with the channels last.
+            order = torch.channels_last if weight.ndim == 4 else torch.preserve_format
+            self.vq.weights[name] = weight.to(self.device, memory_format=order)
         # What "dots" recomputes, PyTorch's fused kernels never store.
         if train.remat == "full":
             for module in (self.siglip, self.decoder):
@@ -160,12 +168,17 @@ class Twin:
             eps=optim.eps,
             fused=True,
         )
+        self.loss_fn = self.loss if self.device.type == "cpu" else torch.compile(self.loss)
 
-    def step(self, batch: Mapping[str, np.ndarray]) -> float:
+    def put(self, batch: Mapping[str, np.ndarray] | Batch) -> dict[str, Tensor]:
+        """Arrays as tensors on the device; those that are there stay."""
+        return {name: torch.as_tensor(x, device=self.device) for name, x in batch.items()}
+
+    def step(self, batch: Mapping[str, np.ndarray] | Batch) -> float:
         """One update; returns its loss.
 
         Args:
-          batch: the arrays of a `Batch` by name, of `train.accumulation_steps` micro-steps.
+          batch: arrays or tensors of a `Batch` by name, of `train.accumulation_steps` micro-steps.
         """
         loss = self.gradients(batch)
         nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip_norm)
@@ -173,21 +186,22 @@ class Twin:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def gradients(self, batch: Mapping[str, np.ndarray]) -> float:
+    def gradients(self, batch: Mapping[str, np.ndarray] | Batch) -> float:
         """Adds to the parameters' gradients; returns the loss."""
-        tensors = {name: torch.from_numpy(array) for name, array in batch.items()}
         for flag in ("has_recon", "has_target", "has_bbox_orig", "has_bbox_recon"):
-            if not tensors[flag].all():
+            if not batch[flag].all():
                 raise DataError(f"{flag} is False in some samples; the twin needs it in all")
+        tensors = self.put(batch)
         counts = text_weights(tensors).sum(), code_weights(tensors, self.config).sum()
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         for i in range(steps := self.config.train.accumulation_steps):
             micro = {name: tensor.chunk(steps)[i] for name, tensor in tensors.items()}
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype is torch.bfloat16):
-                loss = self.loss(micro, *counts)
+            half = self.dtype is torch.bfloat16
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                loss = self.loss_fn(micro, *counts)
             loss.backward()
-            total += loss.item()
-        return total
+            total += loss.detach()
+        return total.item()
 
     def loss(self, batch: Batch, text_count: Tensor, code_count: Tensor) -> Tensor:
         """The micro-step's part of the loss; the counts are those of the whole update."""
@@ -251,7 +265,7 @@ class Twin:
 
     def nearest(self, z_BME: Tensor) -> Tensor:
         """Index [B, M] of the nearest code."""
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             vectors_CE = self.vq.vectors()
             return (vectors_CE.square().sum(dim=1) - 2 * z_BME @ vectors_CE.T).argmin(dim=-1)
 
@@ -259,7 +273,7 @@ class Twin:
         """Scale and shift [B, 2] from the reconstruction's frame to the original's."""
         orig, recon = batch["bbox_orig"], batch["bbox_recon"]
         if self.config.level2.alignment == "none":
-            return torch.ones(len(orig), 2), torch.zeros(len(orig), 2)
+            return torch.ones_like(orig[:, :2]), torch.zeros_like(orig[:, :2])
         scale = orig[:, 2:] / recon[:, 2:].clamp(min=1.0)
         return scale, orig[:, :2] - scale * recon[:, :2]
 

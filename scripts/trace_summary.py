@@ -18,7 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from htfa_jax.commands import command
+from htfa_jax.commands import command, parse
 from htfa_jax.errors import DataError
 
 # The first that fits counts.
@@ -127,7 +127,7 @@ def summary(device: str, ran: Sequence[Operation], top: int) -> str:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = tyro.cli(TraceArgs, args=argv, use_underscores=True)
+    args = parse(TraceArgs, argv, __doc__)
     for device, ran in operations(args.trace).items():
         print(summary(device, ran, args.top), end="\n\n")
 

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import pickle
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from htfa_jax.config_io import override
 from htfa_jax.data.pipeline import SampleLoader, training_batches
 from htfa_jax.data.splits import open_split, open_tokenizer
 from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.files import made_once
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.plan import abstract_batch
 from htfa_jax.sharding import Layout
@@ -108,7 +111,7 @@ def test_operations_of_what_is_not_run_are_not_counted():
 
 def test_it_is_made_once_and_read_by_number(config, monkeypatch):
     kept, records, model, params = opened(config)
-    monkeypatch.setattr(encoder_cache, "_make", None)
+    monkeypatch.setattr(encoder_cache, "_make", lambda *_: pytest.fail("made again"))
     again = opened(config)[0]
     assert again == kept and set(kept.files) == {"target_codes", "features"}
     fields = [pickle.loads(pickle.dumps(kept))(i) for i in range(len(records))]
@@ -203,6 +206,9 @@ def test_a_damaged_file_is_refused(config, damage, tmp_path):
     with pytest.raises(DataError, match=r"target_codes\.npy is damaged: expected .* Delete the fo"):
         opened(config)
     path.unlink()
+    with pytest.raises(DataError, match=r"target_codes\.npy is missing\. Delete the folder"):
+        opened(config)
+    path.parent.rmdir()
     assert opened(config)[0].files["target_codes"].read_bytes() == whole
 
 
@@ -213,7 +219,24 @@ def test_a_record_that_cannot_be_read_leaves_nothing_behind(config, tmp_path):
     )
     with pytest.raises(DataError, match=r"image_orig: no file .* mend this one"):
         opened(config)
-    assert not list((tmp_path / "encoded").iterdir())
+    assert not [x for x in (tmp_path / "encoded").iterdir() if x.suffix != ".lock"]
+
+
+def test_of_several_processes_one_makes_it(tmp_path):
+    """Each has a lock of its own, as processes do."""
+    path, made = tmp_path / "cache" / "x", []
+
+    def make():
+        made.append(path.exists())
+        time.sleep(0.2)
+        path.write_text("whole")
+
+    threads = [threading.Thread(target=made_once, args=(path, "x", make)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [False] and path.read_text() == "whole"
 
 
 @pytest.mark.slow
@@ -241,7 +264,7 @@ def test_a_run_with_it_is_the_run_without(config, vq_folder, tmp_path, monkeypat
     assert not seen and len(set(expected)) == 3
     np.testing.assert_allclose(losses("with", {}), expected, rtol=1e-4)
     assert set(seen) == set(range(5))
-    assert len(list((tmp_path / "cache" / "encoded").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "encoded").glob("*/*.npy"))) == 2
 
 
 def test_a_batch_without_them_has_no_such_arrays():

@@ -9,6 +9,8 @@ from htfa_jax import infer, parts
 from htfa_jax.config import Config
 from htfa_jax.config_io import load_config, override
 from htfa_jax.errors import CheckpointError
+from htfa_jax.pretrained import load_pretrained
+from htfa_jax.train_state import build
 from weights_convert import ready
 from weights_convert.ready import with_weights
 
@@ -36,6 +38,17 @@ def test_a_package_installed_elsewhere_has_the_same_parts(debug, tmp_path, monke
     )
     monkeypatch.setattr(ready.htfa_jax, "__file__", str(tmp_path / "again" / "__init__.py"))
     assert with_weights(debug, debug).pretrained == here
+
+
+@pytest.mark.parametrize("left_out", ["loss.text_weight", "loss.code_weight"])
+def test_without_a_head_its_weights_are_left_out(debug, left_out):
+    config = override(debug, {left_out: 0.0})
+    model = build(config)
+    loaded = load_pretrained(with_weights(config, config), model)
+    wanted = {p for p in model.shapes if p.split(".")[0] in ("siglip", "vq", "decoder")}
+    assert set(loaded) == wanted
+    gone = {"loss.text_weight": "decoder.embed.embedding", "loss.code_weight": "vq.decoder."}
+    assert not [path for path in loaded if path.startswith(gone[left_out])]
 
 
 def test_the_preset_has_the_sizes_of_its_parts(debug):

@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import filelock
-
 from htfa_jax.data import json_text, shards
 from htfa_jax.data.places import is_url, remote
 from htfa_jax.errors import DataError
+from htfa_jax.files import made_once
 from htfa_jax.logs import progress
 
 FORMAT = 1  # of what is written here
@@ -111,24 +110,15 @@ def _made_once(
     """The file of a key; `write` makes it at another name first."""
     key = hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:16]
     path = cache_dir / "records" / (key + suffix)
-    if path.is_file():
-        return path
+
+    def index() -> None:
+        log.info("indexing %s once, in %s", name, path)
+        partial = path.with_suffix(".partial")
+        write(partial)
+        os.replace(partial, path)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(path.with_suffix(".lock"))
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            log.info("waiting for another process, which indexes %s", name)
-            lock.acquire()
-        try:
-            if not path.is_file():
-                log.info("indexing %s once, in %s", name, path)
-                partial = path.with_suffix(".partial")
-                write(partial)
-                os.replace(partial, path)
-        finally:
-            lock.release()
+        made_once(path, f"the index of {name}", index)
     except OSError as error:
         raise DataError(f"{path} cannot be written (data.cache_dir): {error}") from error
     return path

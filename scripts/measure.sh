@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# One measurement on a machine with GPUs, each within ten minutes:
+#   scripts/measure.sh NAME [OUT]       from the repository, or ./measure.sh in a packed folder
+# Figures go to the terminal and, as JSON and traces, to the folder OUT (default: measured).
+set -euo pipefail
+cd "$(dirname "$0")"
+[ -d htfa_jax ] || cd ..
+name=${1:-} out=${2:-measured}
+mkdir -p "$out"
+
+# What `scripts/pack.py` brought along is installed beside the package, once.
+if [ -d wheels ]; then
+    site=$PWD/.site
+    [ -d "$site" ] || [ -z "$(ls wheels)" ] || python3 -m pip install --quiet --no-index --no-deps \
+        --no-compile --target "$site" wheels/*.whl
+    export PYTHONPATH=$PWD:$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
+
+bench() { # NAME CONFIG FLAGS...
+    python3 scripts/benchmark.py --config "$2" --output "$out/$1.json" "${@:3}"
+}
+# A batch as large as pays, without recomputing anything.
+large=(--config.train.accumulation_steps=1 --config.train.remat=none)
+
+case $name in
+standard) bench standard standard --config.train.batch_size=16 "${large[@]}" ;;
+twin) # both sides on the same GPU, with the same rematerialisation
+    export XLA_PYTHON_CLIENT_MEM_FRACTION=0.5
+    bench twin standard --config.train.batch_size=8 "${large[@]}" --against torch
+    ;;
+trace)
+    bench trace standard --config.train.batch_size=16 "${large[@]}" --profile "$out/trace"
+    python3 scripts/trace_summary.py "$out/trace" --top 40
+    ;;
+large_scale | internlm2_1_8b | memory_efficient) bench "$name" "$name" ;;
+decoding)
+    JAX_PLATFORMS=cuda python3 scripts/benchmark_decoding.py --sizes internlm2_1_8b \
+        --dtype bfloat16 --batches 1 8 64 --prompt 1808
+    ;;
+*)
+    echo "usage: $0 standard|twin|trace|large_scale|internlm2_1_8b|memory_efficient|decoding [OUT]" >&2
+    exit 2
+    ;;
+esac
