@@ -200,8 +200,12 @@ def write_run(folder: Path, dataset: Path, **changes) -> Path:
 
 
 def write_kill_config(path: Path, dataset: Path) -> Path:
-    """A run of words only that takes seconds, saves often and logs means across its saves."""
+    """A run of words only that takes seconds, saves often and logs means across its saves.
+
+    What a start takes is tracing the step: it has as few parts as may be.
+    """
     config = tiny(
+        fusion="tokens",
         data__train=str(dataset),
         data__validation=None,
         data__test=None,
@@ -212,7 +216,7 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
         siglip__num_layers=1,
         level3__generation=False,
         loss__code_weight=0.0,
-        train__max_steps=16,
+        train__max_steps=24,
         train__save_every=2,
         train__log_every=3,
     )

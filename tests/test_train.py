@@ -21,7 +21,7 @@ from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
-from htfa_jax.train_state import build, new_params, new_state
+from htfa_jax.train_state import build, compiled_lightly, new_params, new_state
 from htfa_jax.train_step import make_train_step
 from htfa_jax.training import due, train
 
@@ -306,6 +306,19 @@ def test_frozen_weights_are_stored_as_configured():
     assert {v.dtype for v in trainable.values()} == {jnp.dtype("float32")}
     kept = {path for path, v in frozen.items() if v.dtype == jnp.float32}
     assert kept == {"vq.codebook"}
+
+
+def test_light_compilation_changes_no_bit_of_what_is_drawn():
+    def draw(key):
+        return jax.random.normal(key, (300, 40)), jax.random.uniform(key, (300, 40), minval=-1)
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        expected, found = (jit(draw)(jax.random.key(1)) for jit in (jax.jit, compiled_lightly))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
