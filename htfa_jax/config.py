@@ -190,7 +190,8 @@ class HeldObjectsConfig:
 class OptimConfig:
     """Optimizer, schedule and what applies to which parameter."""
 
-    name: Literal["adamw", "lion", "adafactor"] = "adamw"  # optimizer
+    # optimizer; adamw_8bit is AdamW with moments of one byte a value
+    name: Literal["adamw", "adamw_8bit", "lion", "adafactor"] = "adamw"
     learning_rate: float = 5e-7  # peak, before the factors below
     # (parameter path regex, factor): the first that matches the whole path counts, else 1
     learning_rate_factors: tuple[tuple[str, float], ...] = (

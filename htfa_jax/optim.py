@@ -7,6 +7,7 @@ import jax
 import optax
 
 from htfa_jax import paths
+from htfa_jax.adam_8bit import scale_by_adam_8bit
 from htfa_jax.config import Config, OptimConfig
 from htfa_jax.paths import Flat
 
@@ -68,6 +69,8 @@ def make_optimizer(
     """
     if config.name == "adamw":
         direction = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    elif config.name == "adamw_8bit":
+        direction = scale_by_adam_8bit(config.b1, config.b2, config.eps)
     elif config.name == "lion":
         direction = optax.scale_by_lion(config.b1, config.b2)
     else:

@@ -56,6 +56,8 @@ def remedies(config: Config) -> list[str]:
     )
     if jax.device_count() > 1 and config.sharding.mode != "fsdp":
         found.append(f"sharding.mode=fsdp (is {config.sharding.mode})")
+    if config.optim.name == "adamw":
+        found.append("optim.name=adamw_8bit (is adamw), in a new --workdir")
     if not config.is_frozen("decoder"):
         found.append("freeze.decoder=True, with a pretrained decoder, in a new --workdir")
     return found

@@ -35,6 +35,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[Any, Any]:
     return traverse_util.unflatten_dict(parts)
 
 
+def is_stacked(path: str) -> bool:
+    """Whether a parameter's first axis is the layers that it belongs to."""
+    return ".layers." in path
+
+
 def first_match(table: Iterable[tuple[str, Any]], path: str, default: Any) -> Any:
     """The value of the first regex in `table` that matches the whole of `path`."""
     for pattern, value in table:

@@ -124,15 +124,20 @@ class Layout:
     def state(self, state: Any) -> Any:
         """Shardings of a training state (or of the shapes of one).
 
-        What has the path and shape of a parameter lies as it does; the rest is replicated.
+        What has the path and shape of a parameter lies as it does, also if an axis is only one
+        long (scales of 8-bit moments), which is whole then; the rest is replicated.
         """
         shapes = {path: tuple(leaf.shape) for path, leaf in state["params"].items()}
 
         def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
             path = getattr(keys[-1], "key", None)
-            if shapes.get(path) != tuple(leaf.shape):
+            shape = shapes.get(path, ())
+            sizes = list(zip(leaf.shape, shape, strict=False))
+            if leaf.ndim != len(shape) or any(n not in (1, full) for n, full in sizes):
                 return self.replicated
-            return self.stored(path, leaf.shape)
+            spec = self.stored(path, shape).spec
+            spec = [x if n == full else None for x, (n, full) in zip(spec, sizes, strict=True)]
+            return NamedSharding(self.mesh, PartitionSpec(*spec))
 
         return jax.tree_util.tree_map_with_path(place, state)
 
@@ -239,7 +244,7 @@ def parameter_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int]) -> 
     if math.prod(shape) < MIN_SIZE:
         return [_without_fsdp(entry) for entry in spec]
     if not any(entry != _without_fsdp(entry) for entry in spec):
-        first = 1 if ".layers." in path else 0
+        first = int(paths.is_stacked(path))
         with_fsdp = {None: "fsdp", "tensor": ("tensor", "fsdp")}
         free = [
             (spec[i] is None, dim, i)

@@ -6,7 +6,6 @@ set -euo pipefail
 cd "$(dirname "$0")"
 [ -d htfa_jax ] || cd ..
 name=${1:-} out=${2:-measured}
-mkdir -p "$out"
 
 # What `scripts/pack.py` brought along is installed beside the package, once.
 if [ -d wheels ]; then
@@ -18,6 +17,7 @@ fi
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 
 bench() { # NAME CONFIG FLAGS...
+    mkdir -p "$out"
     python3 scripts/benchmark.py --config "$2" --output "$out/$1.json" "${@:3}"
 }
 # A batch as large as pays, without recomputing anything.

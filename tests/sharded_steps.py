@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
+from htfa_jax import adam_8bit
 from htfa_jax.checkpoints import Checkpoints
 from htfa_jax.config_io import override
 from htfa_jax.optim import learning_rate, make_optimizer
@@ -71,9 +72,9 @@ def named(settings):
 class Run:
     """A small model in one of the cases, ready to train."""
 
-    def __init__(self, case):
+    def __init__(self, case, **changes):
         devices, micro_steps, settings = CASES[case]
-        config = override(tiny(**SIZES), named(settings))
+        config = override(tiny(**SIZES | changes), named(settings))
         self.layout = layout = Layout(config, jax.devices()[:devices])
         size = {
             "train.batch_size": SAMPLES // (layout.num_shards * micro_steps),
@@ -100,16 +101,16 @@ class Run:
         return found
 
 
-def restored():
+def restored(cases=("one", "fsdp"), **changes):
     """Steps that begin in one case and go on in others, through a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
-        first = Run("zero2 tensor")
+        first = Run("zero2 tensor", **changes)
         before = first.train(0, 3)
         with Checkpoints(Path(folder), keep=1) as checkpoints:
             checkpoints.save(first.state, {})
         found = {}
-        for case in ("one", "fsdp"):
-            run = Run(case)
+        for case in cases:
+            run = Run(case, **changes)
             like = {name: run.state[name] for name in ("params", "opt_state")}
             with Checkpoints(Path(folder), keep=1) as checkpoints:
                 state = checkpoints.restore(3, **like)
@@ -128,6 +129,52 @@ def restored():
                 "steps": before + run.train(3, STEPS),
             }
     return found
+
+
+def eight_bits():
+    """Steps with 8-bit moments on one device, and from many to one."""
+    adam_8bit.MIN_SIZE = 256  # as large as this model's
+    changes = {"level3__generation": False, "loss__code_weight": 0.0, "optim__name": "adamw_8bit"}
+    return {
+        "one": Run("one", **changes).train(0, STEPS),
+        "restored": restored(("one",), **changes),
+    }
+
+
+def codes():
+    """8-bit moments after updates with given gradients: parts of the whole, how many differ."""
+    shapes = {
+        "decoder.layers.gate_proj.kernel": (2, 64, 128),
+        "decoder.layers.down_proj.kernel": (2, 128, 64),
+        "decoder.embed.embedding": (640, 64),
+        "level2.q_proj.kernel": (96, 100),
+    }
+    grads = [
+        {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+        for rng in map(np.random.default_rng, range(4))
+    ]
+    optimizer, found = adam_8bit.scale_by_adam_8bit(0.9, 0.999, 1e-8), []
+    for case in ("one", "zero2 tensor"):
+        devices, _, settings = CASES[case]
+        layout = Layout(override(tiny(**SIZES), named(settings)), jax.devices()[:devices])
+        state = {"params": grads[0], "opt_state": optimizer.init(grads[0])}
+        places = layout.state(state)
+        state = jax.device_put(state["opt_state"], places["opt_state"])
+        update = jax.jit(
+            lambda g, s: optimizer.update(g, s)[1],
+            in_shardings=(places["params"], places["opt_state"]),
+            out_shardings=places["opt_state"],
+        )
+        for grad in grads:
+            state = update(jax.device_put(grad, places["params"]), state)
+        found.append(state)
+    parts = {
+        path: [places["params"][path].shard_shape(shape)]
+        + [flat[path].sharding.shard_shape(flat[path].shape) for flat in state[1:]]
+        for path, shape in shapes.items()
+    }
+    differ = jax.tree.map(lambda a, b: float(np.mean(np.asarray(a) != np.asarray(b))), *found)
+    return {"parts": parts, "differ": max(jax.tree.leaves((differ.mu, differ.nu)))}
 
 
 def memory():
@@ -149,6 +196,6 @@ if __name__ == "__main__":
     jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     for name in sys.argv[1:]:
-        special = {"restored": restored, "memory": memory}
+        special = {"restored": restored, "8 bits": eight_bits, "codes": codes, "memory": memory}
         found = special[name]() if name in special else Run(name).train(0, STEPS)
         print(json.dumps([name, found]), flush=True)

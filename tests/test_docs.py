@@ -24,7 +24,7 @@ SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("s
 OTHERS = {
     "pip", ".venv/bin/pip", "git", "cd", "hf", "sbatch", "sh", "tensorboard", "ls", "curl",
     ".venv/bin/ruff", ".venv/bin/mkdocs",
-    "scripts/launch/tpu_pod.sh", "scripts/launch/gpu_nodes.sh",
+    "scripts/launch/tpu_pod.sh", "scripts/launch/gpu_nodes.sh", "packed/measure.sh",
 }  # fmt: skip
 
 

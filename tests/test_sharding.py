@@ -56,6 +56,26 @@ def test_every_mode_and_mesh_trains_as_one_device_does(compiled):
         np.testing.assert_allclose(after["steps"], expected, rtol=2e-5, err_msg=case)
 
 
+def test_8_bit_moments_lie_as_their_parameters_and_are_the_same_on_every_mesh(compiled):
+    """Random bits are; a sum in another order may make a value round otherwise."""
+    found = run(compiled, "codes")["codes"]
+    assert found["differ"] < 1e-4
+    for path, (param, mu, nu, *scales) in found["parts"].items():
+        assert mu == nu == param, path
+        assert scales == [[*param[:-1], 1]] * 2, path
+
+
+@pytest.mark.slow
+def test_8_bit_moments_train_as_on_one_device(compiled):
+    """First on 8 devices, then through a checkpoint on one."""
+    found = run(compiled, "8 bits")["8 bits"]
+    expected = np.array(found["one"])
+    assert np.ptp(expected[:, 0]) > 0.1
+    after = found["restored"]["one"]
+    assert after["same"] and after["places"]
+    np.testing.assert_allclose(after["steps"], expected, rtol=1e-4)
+
+
 def test_memory_falls_as_the_modes_promise(compiled):
     found = run(compiled, "memory")["memory"]
     whole = found["replicated"]

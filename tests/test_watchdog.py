@@ -47,6 +47,7 @@ def test_a_device_without_memory_gets_the_values_that_help(tmp_path, monkeypatch
         "train.dtype=bfloat16 (is float32)",
         "train.remat=full (is dots)",
         "train.batch_size (is 4)",
+        "optim.name=adamw_8bit (is adamw), in a new --workdir",
         "data.max_text_length",
         f"scripts/plan.py --config {tmp_path / 'config.json'}",
         "  peak 17 MiB",
