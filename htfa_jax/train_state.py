@@ -8,7 +8,6 @@ have optimizer moments; frozen ones have neither gradients nor moments. Where th
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -59,11 +58,8 @@ class _SameKey(nnx.RngStream):
         return self.key[...]
 
 
-@functools.lru_cache(maxsize=8)
 def build(config: Config, decoding: bool = False) -> Model:
     """The structure of the model that a configuration describes; allocates nothing.
-
-    Kept for the next who asks: a start asks several times.
 
     Args:
       config: of the run.
