@@ -4,9 +4,8 @@ from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation, of programs that then run for milliseconds, here and in
-# the processes that tests start. They are not optimized, and no operation has to know its line.
+# the processes that tests start; none of them has to be optimized.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 # XLA's older emitters, in one piece, take a third of the time; later releases have them no more.
 if version("jaxlib").startswith("0.10."):
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
