@@ -42,7 +42,7 @@ from htfa_jax.paths import Flat
 from htfa_jax.processes import first_goes_ahead, is_first
 from htfa_jax.sharding import Layout, to_host
 from htfa_jax.signals import StopSignal
-from htfa_jax.train_state import Model, State
+from htfa_jax.train_state import Model, State, compiled_lightly
 from htfa_jax.vq_losses import losses, perceptual_encoder, revive, training_pictures
 
 log = logging.getLogger(__name__)
@@ -61,11 +61,10 @@ def random_params(config: Config) -> Flat:
     """Fresh float32 weights."""
     dtype = jnp.dtype(config.train.dtype)
 
-    @jax.jit
-    def init(key: jax.Array) -> Flat:
+    def random(key: jax.Array) -> Flat:
         return paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=nnx.Rngs(key)))[1])
 
-    return init(jax.random.key(config.seed))
+    return compiled_lightly(random)(jax.random.key(config.seed))
 
 
 def make_step(

@@ -3,8 +3,10 @@ import os
 from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the suite's time is compilation, of programs that then run for milliseconds. XLA's older
-# emitters, in one piece, take a third of it; later releases have them no more.
+# Most of the suite's time is compilation, of programs that then run for milliseconds, here and in
+# the processes that tests start; none of them has to be optimized.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# XLA's older emitters, in one piece, take a third of the time; later releases have them no more.
 if version("jaxlib").startswith("0.10."):
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
@@ -21,7 +23,6 @@ from htfa_jax.train_state import build
 gc.set_threshold(200_000, 50, 100)
 # A shape that broadcasts by accident is a bug that a test should see.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +30,13 @@ def compilation_cache(tmp_path_factory):
     """Programs that several tests need are compiled once, by whichever test process is first."""
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # For this process and for those that it starts.
+    for name, value in (
+        ("jax_compilation_cache_dir", str(folder / "compiled")),
+        ("jax_persistent_cache_min_compile_time_secs", 0.2),
+    ):
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,5 @@ if __name__ == "__main__":
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     for name in sys.argv[1:]:
         special = {"restored": restored, "8 bits": eight_bits, "codes": codes, "memory": memory}
-        # Most of the time of small steps is compilation.
-        jax.config.update("jax_disable_most_optimizations", name != "memory")
         found = special[name]() if name in special else Run(name).train(0, STEPS)
         print(json.dumps([name, found]), flush=True)

@@ -144,8 +144,6 @@ def test_variants_differ_from_the_base_by_their_changes_only():
 def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, capsys):
     """Two variants of two steps; a second call has nothing left to do."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    # What conftest asks XLA for makes weights at random slow to compile.
-    monkeypatch.delenv("XLA_FLAGS", raising=False)
     out = tmp_path / "out"
     variants = ["full", "concatenation"]
     argv = ["--out", str(out), "--base", "debug:tiny", "--steps", "2", "--seeds", "1"]

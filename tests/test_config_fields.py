@@ -326,15 +326,22 @@ def run(config):
 
         return step
 
-    real = train_module.compile_train_step, train_module.Evaluator
-    train_module.compile_train_step, train_module.Evaluator = make_step, Evaluations
+    def zeros(config, model, *_):
+        weights = {path: np.zeros(s.shape, np.float32) for path, s in model.shapes.items()}
+        return split(jax.device_put(weights), frozen_pattern(config))[::-1]
+
+    names = "compile_train_step", "Evaluator", "new_params"
+    real = [getattr(train_module, name) for name in names]
+    for name, stand_in in zip(names, (make_step, Evaluations, zeros), strict=True):
+        setattr(train_module, name, stand_in)
     try:
         train_module.train(config, workdir)
         failed = None
     except DataError as error:
         failed = str(error)
     finally:
-        train_module.compile_train_step, train_module.Evaluator = real
+        for name, original in zip(names, real, strict=True):
+            setattr(train_module, name, original)
     with open_checkpoints(workdir, config) as checkpoints:
         best = checkpoints.best_step()
         kept = sorted(int(p.name) for p in checkpoints.folder.iterdir())

@@ -71,8 +71,7 @@ def test_every_cell_runs(tmp_path):
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2",
     }
     folder = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(small, timeout=300, resources=folder).execute(env=env)

@@ -1,7 +1,9 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from htfa_jax.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.paths import split
 from htfa_jax.runs import load_run
 from htfa_jax.sharding import Layout
-from htfa_jax.train_state import build, new_params, new_state
+from htfa_jax.train_state import build, compiled_lightly, new_params, new_state
 from htfa_jax.train_step import make_train_step
 from htfa_jax.training import due, train
 
@@ -101,14 +103,14 @@ def test_the_loss_falls_on_one_batch():
 TEXT_ONLY = {"level3.generation": False, "loss.code_weight": 0.0}
 
 
-@pytest.fixture
-def config(dataset, vq_folder, tmp_path):
+@pytest.fixture(scope="module")
+def config(dataset, vq_folder, tmp_path_factory):
     """The tiny configuration on the tiny dataset, nothing to evaluate."""
     return tiny(
         data__train=str(dataset),
         data__validation=None,
         data__test=None,
-        data__cache_dir=str(tmp_path / "cache"),
+        data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         pretrained__vq=str(vq_folder),
         train__save_every=2,
         train__log_every=1,
@@ -117,6 +119,22 @@ def config(dataset, vq_folder, tmp_path):
         decoder__dropout=0.1,
         data__drop_recon=0.3,
     )
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """Configuration and workdir of a run of one step, on words only."""
+    words = override(config, TEXT_ONLY | {"train.max_steps": 1})
+    workdir = tmp_path_factory.mktemp("trained") / "a"
+    train(words, workdir)
+    return words, workdir
+
+
+@pytest.fixture
+def begun(trained, tmp_path):
+    """The configuration of `trained` and a copy of its workdir to go on in."""
+    config, workdir = trained
+    return config, Path(shutil.copytree(workdir, tmp_path / "a"))
 
 
 def final(config, workdir):
@@ -228,47 +246,43 @@ def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
     load_run(tmp_path / "first", lambda c: build(c).shapes)  # the refusal has left it whole
 
 
-def test_a_changed_configuration_is_said_and_written(config, tmp_path, caplog):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "a")
-    train(override(config, {"train.max_steps": 2}), tmp_path / "a")
+def test_a_changed_configuration_is_said_and_written(begun):
+    config, workdir = begun
+    train(override(config, {"train.max_steps": 2}), workdir)
     assert (
         "train.max_steps was 1 in this workdir and is now 2"
-        in (tmp_path / "a/logs/train.log").read_text()
+        in (workdir / "logs/train.log").read_text()
     )
-    assert load_config(tmp_path / "a").train.max_steps == 2
+    assert load_config(workdir).train.max_steps == 2
 
 
-def test_a_workdir_of_another_version_is_resumed_or_refused_with_the_field(config, tmp_path):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "a")
-    path = tmp_path / "a/config.json"
+def test_a_workdir_of_another_version_is_resumed_or_refused_with_the_field(begun):
+    config, workdir = begun
+    path = workdir / "config.json"
     older = json.loads(path.read_text())
     del older["train"]["watchdog_seconds"]
     path.write_text(json.dumps(older))
-    train(config, tmp_path / "a")
-    log = (tmp_path / "a/logs/train.log").read_text()
+    train(config, workdir)
+    log = (workdir / "logs/train.log").read_text()
     assert "train.watchdog_seconds is new since this workdir was made; it is 1800.0" in log
     path.write_text(json.dumps(older | {"train": older["train"] | {"fp16": True}}))
     with pytest.raises(
         ConfigError, match=r"(?s)config.json: unknown .* train.fp16.*another version"
     ):
-        train(config, tmp_path / "a")
+        train(config, workdir)
 
 
-def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(config, tmp_path):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1, "train.save": "no"})
-    train(config, tmp_path / "a")
-    (tmp_path / "a/checkpoints/1").rename(tmp_path / "gone")
-    train(config, tmp_path / "a")
-    log = (tmp_path / "a/logs/train.log").read_text()
+def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(begun, tmp_path):
+    config, workdir = begun
+    (workdir / "checkpoints/1").rename(tmp_path / "gone")
+    train(override(config, {"train.save": "no"}), workdir)
+    log = (workdir / "logs/train.log").read_text()
     assert "holds no complete checkpoint yet: starting at step 0" in log
 
 
-def test_random_parts_are_announced(config, tmp_path):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "a")
-    log = (tmp_path / "a/logs/train.log").read_text()
+def test_random_parts_are_announced(begun, tmp_path):
+    config, workdir = begun
+    log = (workdir / "logs/train.log").read_text()
     assert "siglip: no pretrained weights; it starts random and is trained" in log
     assert "whatever freeze.siglip=True says" in log
     as_configured = override(config, {"pretrained.random_parts": "as_configured"})
@@ -294,6 +308,19 @@ def test_frozen_weights_are_stored_as_configured():
     assert kept == {"vq.codebook"}
 
 
+def test_light_compilation_changes_no_bit_of_what_is_drawn():
+    def draw(key):
+        return jax.random.normal(key, (300, 40)), jax.random.uniform(key, (300, 40), minval=-1)
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        expected, found = (jit(draw)(jax.random.key(1)) for jit in (jax.jit, compiled_lightly))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
     config = tiny(freeze__vq=False)
     structure = build(config)
@@ -317,24 +344,22 @@ def test_a_trained_vq_encoder_is_kept_when_all_weights_are_given():
         np.testing.assert_array_equal(trainable[path], weights[path], err_msg=path)
 
 
-def test_a_run_is_read_on_another_device_than_it_was_saved_on(config, tmp_path):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "a")
-    files = [p for p in (tmp_path / "a/checkpoints").rglob("_sharding")]
+def test_a_run_is_read_on_another_device_than_it_was_saved_on(begun):
+    config, workdir = begun
+    files = [p for p in (workdir / "checkpoints").rglob("_sharding")]
     for file in files:
         file.write_text(file.read_text().replace("cpu:0", "cuda:0").replace("TFRT_CPU_0", "cuda:0"))
-    _, params, step, _ = load_run(tmp_path / "a", lambda c: build(c).shapes)
+    _, params, step, _ = load_run(workdir, lambda c: build(c).shapes)
     assert files and step == 1 and all(np.all(np.isfinite(v)) for v in params.values())
     with pytest.raises(CheckpointError, match="no checkpoint 7 in .*; there are: 1"):
-        load_run(tmp_path / "a/checkpoints/7", lambda c: build(c).shapes)
+        load_run(workdir / "checkpoints/7", lambda c: build(c).shapes)
 
 
-def test_what_a_runs_weights_decide_cannot_change_under_way(config, tmp_path):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "a")
+def test_what_a_runs_weights_decide_cannot_change_under_way(begun):
+    config, workdir = begun
     with pytest.raises(ConfigError, match="freeze.level2 was False and is now True"):
-        train(override(config, {"freeze.level2": True}), tmp_path / "a")
-    assert load_config(tmp_path / "a").freeze.level2 is False
+        train(override(config, {"freeze.level2": True}), workdir)
+    assert load_config(workdir).freeze.level2 is False
 
 
 def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config, tmp_path):
@@ -350,16 +375,15 @@ def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config
         assert checkpoints.latest_step() == 1
 
 
-def test_fine_tuning_on_other_words_keeps_the_tokenizer(config, tmp_path, dataset):
-    config = override(config, TEXT_ONLY | {"train.max_steps": 1})
-    train(config, tmp_path / "first")
+def test_fine_tuning_on_other_words_keeps_the_tokenizer(begun, tmp_path, dataset):
+    config, workdir = begun
     other = tmp_path / "other.jsonl"
     other.write_text(dataset.read_text().replace("What color", "Which tint"))
     train(
         override(
             config,
             {
-                "pretrained.run": str(tmp_path / "first"),
+                "pretrained.run": str(workdir),
                 "pretrained.vq": None,
                 "data.train": str(other),
                 "data.image_root": str(dataset.parent),
@@ -367,7 +391,7 @@ def test_fine_tuning_on_other_words_keeps_the_tokenizer(config, tmp_path, datase
         ),
         tmp_path / "second",
     )
-    files = [(tmp_path / run / "tokenizer/tokenizer.json") for run in ("first", "second")]
+    files = [run / "tokenizer/tokenizer.json" for run in (workdir, tmp_path / "second")]
     assert files[0].read_text() == files[1].read_text()
 
 
