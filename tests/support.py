@@ -200,12 +200,8 @@ def write_run(folder: Path, dataset: Path, **changes) -> Path:
 
 
 def write_kill_config(path: Path, dataset: Path) -> Path:
-    """A run of words only that takes seconds, saves often and logs means across its saves.
-
-    What a start takes is tracing the step: it has as few parts as may be.
-    """
+    """A run of words only that takes seconds, saves often and logs means across its saves."""
     config = tiny(
-        fusion="tokens",
         data__train=str(dataset),
         data__validation=None,
         data__test=None,
