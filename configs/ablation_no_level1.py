@@ -1,7 +1,7 @@
 """`standard` without Level 1: the fused picture is half the original, half the reconstruction.
 
-Alpha is the constant 0.5, without parameters, and no gradient goes through the encoders: 13.0
-TFLOP of a step for a sample, not 14.4. It fits where `standard` does.
+Alpha is the constant 0.5, without parameters, and no gradient goes through the encoders: 12.1
+TFLOP of a step for a sample, not 12.5. It fits where `standard` does.
 
     python -m htfa_jax.train --config configs/ablation_no_level1.py \\
         --config.data.train=train.jsonl ...

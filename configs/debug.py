@@ -39,8 +39,6 @@ def get_config() -> Config:
             "decoder.mlp_dim": 384,
             "decoder.rope_theta": 10000.0,
             "decoder.max_positions": 32768,
-            "level1.alpha": "predicted",
-            "level2.alignment": "pixels",
             "level2.num_heads": 4,
             "level2.dropout": 0.0,
             "level3.adapter_mlp_dim": 256,

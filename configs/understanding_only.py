@@ -1,8 +1,8 @@
 """`standard` that answers and does not paint: no generation head, no target codes, no VQ decoder.
 
 The codes of the fused picture stay in the sequence, where the text can read them;
-`ablation_single_encoder` leaves them out too. It fits where `standard` does: a sample takes 13.9
-TFLOP of a step, not 14.4. The answers are scored, nothing is painted.
+`ablation_single_encoder` leaves them out too. It fits where `standard` does: a sample takes 12.0
+TFLOP of a step, not 12.5. The answers are scored, nothing is painted.
 
     python -m htfa_jax.train --config configs/understanding_only.py \\
         --config.data.train=train.jsonl ...

@@ -66,7 +66,7 @@ class DecoderConfig:
 class Level1Config:
     """Level 1: adaptive weighted fusion of the two pictures."""
 
-    alpha: Literal["map", "predicted"] = "map"  # one map, or a map plus a per-picture prediction
+    alpha: Literal["map", "predicted"] = "predicted"  # one map, or that plus what a head sees
     init_alpha: float = 0.5  # weight of the original at the start
     learnable: bool = True  # False: alpha is init_alpha everywhere, without parameters
     num_scales: int = 1  # more than 1: fused at halved sizes too, and summed
@@ -79,8 +79,8 @@ class Level2Config:
 
     num_heads: int = 8  # attention heads
     dropout: float = 0.1  # on the attention weights, in training
-    alignment: Literal["features", "pixels", "none"] = "features"  # where the box affine acts
-    values: Literal["fused", "reconstruction"] = "fused"  # picture whose features are attended to
+    alignment: Literal["features", "pixels", "none"] = "pixels"  # where the box affine acts
+    values: Literal["fused", "reconstruction"] = "reconstruction"  # whose features are attended to
     mask_keys: bool = True  # hide keys outside the picture or the object mask
     intensity_threshold: float = 0.01  # mean RGB in [0, 1] above which a pixel is foreground
 
@@ -328,6 +328,11 @@ class Config:
     def num_codes(self) -> int:
         """Generation tokens of a sample."""
         return self.code_grid**2 * self.pictures_read if self.level3.generation else 0
+
+    @property
+    def reads_fused(self) -> bool:
+        """Whether anything comes of the fused picture: Level 2's values, or codes."""
+        return self.level2.values == "fused" or self.level3.generation
 
     @property
     def pictures_read(self) -> int:

@@ -99,12 +99,6 @@ def validate(config: Config) -> None:
         c.fusion == "levels" or not c.data.cache_features,
         f"data.cache_features=True keeps what Level 2 reads, and fusion={c.fusion} has no Level 2",
     )
-    unread = c.level2.values == "reconstruction" and not c.level3.generation
-    need(
-        c.fusion != "levels" or not unread or not c.level1.learnable,
-        "level2.values=reconstruction with level3.generation=False: nothing reads the fused "
-        "picture, so set level1.learnable=False",
-    )
     kept = [n for n in ("data.cache_codes", "data.cache_features") if get(c, n)]
     changed = [f"{n}={v}" for n, v in leaves(c) if n.startswith("augment.") and v]
     need(

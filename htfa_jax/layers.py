@@ -92,8 +92,8 @@ def run_layers(
 ) -> tuple[jax.Array, Any]:
     """Runs stacked layers one after the other.
 
-    A `lax.scan`, compiled once whatever the depth. A few layers from which nothing is recomputed are
-    written out instead: a loop first fills what it collects with zeros, and copies into it and out.
+    A `lax.scan`, compiled once whatever the depth. A few layers from which nothing is recomputed
+    are written out instead: a loop fills what it collects with zeros, and copies into it and out.
 
     Args:
       layers: what `stack_layers` made.

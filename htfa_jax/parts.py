@@ -44,6 +44,8 @@ LEVEL_SIZES = (
     "level3.adapter_mlp_dim",
     "level3.adapter_norm",
 )
+# What it was trained with; the weights fit other choices too.
+LEVEL_CHOICES = ("level1.alpha", "level2.alignment", "level2.values")
 
 # Fields of the parts' configurations that no weight depends on.
 NOT_SIZES = ("dropout",)
@@ -177,11 +179,15 @@ def with_sizes(config: Config, base: Config) -> Config:
                 changes[f"{part}.{f.name}"] = found[f.name]
     if config.pretrained.htfa is not None:
         found = read_description(config.pretrained.htfa, "htfa")
-        changes |= {
-            name: found[name.split(".")[1]]
-            for name in LEVEL_SIZES
-            if get(config, name) == get(base, name)
+        told = {name: name.split(".")[1] for name in (*LEVEL_SIZES, *LEVEL_CHOICES)}
+        taken = {
+            name: found[key]
+            for name, key in told.items()
+            if key in found and get(config, name) == get(base, name) != found[key]
         }
+        if chosen := [f"{name}={taken[name]}" for name in LEVEL_CHOICES if name in taken]:
+            log.info("%s was trained with %s", config.pretrained.htfa, ", ".join(chosen))
+        changes |= taken
     return override(config, changes)
 
 

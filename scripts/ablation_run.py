@@ -53,9 +53,14 @@ BASELINES: dict[str, dict[str, Any]] = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "concatenation_aligned": {"fusion": "tokens"},
     "original_as_fused": {"level1.learnable": False, "level1.init_alpha": 0.999},
-    "values_of_reconstruction": {"level2.values": "reconstruction"},
+    "values_of_fused": {"level2.values": "fused"},
     "alpha_map": {"level1.alpha": "map"},
     "affine_on_features": {"level2.alignment": "features"},
+    "pytorch_original": {
+        "level1.alpha": "map",
+        "level2.alignment": "features",
+        "level2.values": "fused",
+    },
     "all_keys": {"level2.mask_keys": False},
     "all_cells_alike": {"loss.hidden_cell_weight": 1.0},
 }

@@ -21,11 +21,13 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import numpy as np
 from PIL import Image
 
 from htfa_jax.commands import command
-from htfa_jax.config import Config
+from htfa_jax.config import Config, get
 from htfa_jax.config_io import load_config, override
+from htfa_jax.errors import ConfigError
 from htfa_jax.infer import DEMO, EXAMPLES
 from htfa_jax.inference import HTFAInference
 from htfa_jax.models.htfa import HTFA
@@ -279,7 +281,8 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     art.picture(36, 128, scene["original"], "original")
     art.picture(36, 356, scene["reconstruction"], "reconstruction")
     art.size(84, 242, say["size picture"])
-    art.size(84, 470, say["size picture"])
+    art.box(24, 478, 120, 62, "level2", ["affine", "by each one's boxes"], True)
+    art.arrow((84, 452), (84, 476))
     art.text(36, 594, "question", 13, font_weight="650")
     for i, line in enumerate(_wrapped(question, 16)):
         art.text(36, 614 + 17 * i, line, 12.5, SOFT)
@@ -291,33 +294,29 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
             frozen["level1"])  # fmt: skip
     art.arrow((264, 376), (264, 358))
     art.arrow((264, 176), (264, 212))
-    art.arrow((134, 384), (164, 384), (164, 300), (214, 300))
+    art.arrow((144, 496), (164, 496), (164, 300), (214, 300))
 
     # Encoders.
     art.box(400, 108, 184, 344, "encoders",
-            ["SigLIP", say["siglip"], say["weight siglip"], "the same for all three"],
+            ["SigLIP", say["siglip"], say["weight siglip"], "the same for both"],
             frozen["siglip"])  # fmt: skip
     art.box(400, 500, 184, 100, "encoders",
             ["VQ encoder", f"nearest of {say['size code_logits'].split(' × ')[1]} codes",
              say["weight vq_encoder"]], frozen["vq_encoder"])  # fmt: skip
     art.arrow((134, 176), (398, 176))
-    art.arrow((314, 280), (398, 280))
-    art.arrow((134, 424), (170, 424), (170, 468), (368, 468), (368, 420), (398, 420))
-    art.arrow((362, 280), (362, 550), (398, 550))
+    art.arrow((144, 522), (368, 522), (368, 400), (398, 400))
+    art.arrow((314, 280), (362, 280), (362, 550), (398, 550))
 
     # Level 2.
-    art.box(652, 108, 174, 232, "level2",
+    art.box(652, 108, 174, 344, "level2",
             ["cross-attention", say["level2"], say["weight level2"], "residual, LayerNorm"],
             frozen["level2"])  # fmt: skip
-    art.box(652, 390, 174, 62, "level2", ["affine", "each sample by its boxes"], True)
-    art.arrow((584, 176), (650, 176))
-    art.arrow((584, 280), (650, 280))
-    art.arrow((584, 420), (650, 420))
-    art.arrow((739, 390), (739, 342))
-    for y, name in ((168, "Q"), (272, "V")):
-        art.text(617, y, name, 12.5, TINTS["level2"][1], text_anchor="middle", font_weight="700")
-    art.text(752, 370, "K", 12.5, TINTS["level2"][1], text_anchor="middle", font_weight="700")
-    art.size(492, 478, f"3 × {say['size features']}")
+    for y, name in ((176, "Q"), (380, "K"), (420, "V")):
+        art.arrow((584, y), (650, y))
+        art.text(
+            617, y - 8, name, 12.5, TINTS["level2"][1], text_anchor="middle", font_weight="700"
+        )
+    art.size(492, 478, f"2 × {say['size features']}")
 
     # Level 3.
     art.box(888, 178, 140, 92, "level3", ["adapter", "understanding", say["weight understand"]],
@@ -402,14 +401,22 @@ def example() -> tuple[dict[str, Image.Image], str, str]:
     orig, recon = (folder / raw[name] for name in ("image_orig", "image_recon"))
     question = "What's the object in the hand?"
     result = HTFAInference.from_pretrained(DEMO).infer(
-        orig, recon, question, bbox_orig=raw.get("bbox_orig"), bbox_recon=raw.get("bbox_recon")
+        orig,
+        recon,
+        question,
+        bbox_orig=raw.get("bbox_orig"),
+        bbox_recon=raw.get("bbox_recon"),
+        return_intermediates=True,
     )
+    seen = result.intermediates
+    # As alpha starts.
+    fused_HWC = (seen.original_HWC + seen.aligned_HWC) / 2
     with Image.open(orig) as a, Image.open(recon) as b:
         a, b = a.convert("RGB"), b.convert("RGB").resize(a.size)
         scene = {
             "original": a,
             "reconstruction": b,
-            "fused": Image.blend(b, a, 0.5),  # as alpha starts
+            "fused": Image.fromarray(np.uint8(255 * fused_HWC.clip(0, 1))),
             "completed": result.completed,
         }
     return scene, question, result.answer
@@ -424,6 +431,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # As it would be with pretrained parts.
     config = override(load_config(args.config), {"pretrained.random_parts": "as_configured"})
+    drawn = {"level2.alignment": "pixels", "level2.values": "reconstruction"}
+    if any(get(config, name) != value for name, value in drawn.items()):
+        raise ConfigError(f"drawn is the flow of {drawn}; {args.config} has another one")
     args.output.write_text(draw(config, *example()), encoding="utf-8")
     print(f"written to {args.output}")
 

@@ -45,7 +45,7 @@ class Level1(nn.Module):
 
 
 class Level2(nn.Module):
-    """Attention from the original to the reconstruction's keys and the fused picture's values."""
+    """Attention from the original to the reconstruction's keys, and to values of either picture."""
 
     def __init__(self, config: Level2Config, size: int):
         super().__init__()
@@ -55,14 +55,14 @@ class Level2(nn.Module):
         self.norm = nn.LayerNorm(size)
 
     def forward(
-        self, orig_BPD: Tensor, recon_BPD: Tensor, fused_BPD: Tensor, visible_BP: Tensor | None
+        self, orig_BPD: Tensor, recon_BPD: Tensor, values_BPD: Tensor, visible_BP: Tensor | None
     ) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for proj, x in (
                 (self.q_proj, orig_BPD),
                 (self.k_proj, recon_BPD),
-                (self.v_proj, fused_BPD),
+                (self.v_proj, values_BPD),
             )
         )
         mask, some_B11 = None, None

@@ -222,13 +222,17 @@ class Twin:
             visible_BP = (at_cells(region_BHW, grid) >= 0.5) & (object_BP >= 0.5)
             codes_BM = self.nearest(self.continuous(target))
         fused = self.levels.level1(orig, recon, object_BHW)
-        orig_BPD, recon_BPD, fused_BPD = self.features(orig, recon, fused)
+        read = [orig, recon] + ([fused] if config.level2.values == "fused" else [])
+        orig_BPD, recon_BPD, *fused_BPD = self.features(read)
         if config.level2.alignment == "features":
             grid_BDHW = recon_BPD.transpose(1, 2).unflatten(2, (grid, grid))
             recon_BPD = resample(grid_BDHW, affine, config.image_size).flatten(2).transpose(1, 2)
         recon_BPD = recon_BPD * object_BP[..., None].to(recon_BPD.dtype)
         spatial_BPD = self.levels.level2(
-            orig_BPD, recon_BPD, fused_BPD, visible_BP if config.level2.mask_keys else None
+            orig_BPD,
+            recon_BPD,
+            fused_BPD[0] if fused_BPD else recon_BPD,
+            visible_BP if config.level2.mask_keys else None,
         )
         z_BME = self.continuous(fused)
         vectors_BME = self.vq.vectors()[self.nearest(z_BME.detach())]
@@ -248,13 +252,13 @@ class Twin:
         code = (code * code_weights(batch, config)).sum() / code_count
         return config.loss.text_weight * text + config.loss.code_weight * code
 
-    def features(self, *pictures: Tensor) -> tuple[Tensor, ...]:
-        """SigLIP's features [B, P, D] of original, reconstruction and fused picture."""
+    def features(self, pictures: list[Tensor]) -> list[Tensor]:
+        """SigLIP's features [B, P, D] of original, reconstruction and, if read, fused picture."""
         if "siglip" in learning_parts(self.config):
-            return self.siglip(torch.cat(pictures)).last_hidden_state.chunk(3)
+            return [*self.siglip(torch.cat(pictures)).last_hidden_state.chunk(len(pictures))]
         with torch.no_grad():
             pair = self.siglip(torch.cat(pictures[:2])).last_hidden_state.chunk(2)
-        return *pair, self.siglip(pictures[2]).last_hidden_state
+        return [*pair, *(self.siglip(x).last_hidden_state for x in pictures[2:])]
 
     def continuous(self, image_BCHW: Tensor) -> Tensor:
         """The VQ encoder's output [B, M, E]."""
@@ -293,7 +297,6 @@ FIXED = {
     "optim.name": "adamw",
     "fusion": "levels",
     "level1.num_scales": 1,
-    "level2.values": "fused",
     "level1.learnable": True,
     "level3.generation": True,
     "freeze.vq": True,

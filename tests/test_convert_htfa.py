@@ -167,7 +167,9 @@ def converted(folder, content):
     )
     modules = {
         "level1": AdaptiveFusion(
-            Level1Config(num_scales=sizes["num_scales"]), sizes["image_size"], **options
+            Level1Config(alpha="map", num_scales=sizes["num_scales"]),
+            sizes["image_size"],
+            **options,
         ),
         "level2": SpatialAttention(
             Level2Config(num_heads=sizes["num_heads"]), sizes["embed_dim"], **options
@@ -396,6 +398,11 @@ def test_training_starts_from_what_carries_over(tmp_path, caplog):
         load_pretrained(config, build(config))
     config = with_sizes(config, config)
     assert config.level2.num_heads == HEADS and config.level3.adapter_mlp_dim == HIDDEN
+    # What the original computes with them, unless a flag says otherwise.
+    choices = config.level1.alpha, config.level2.alignment, config.level2.values
+    assert choices == ("map", "features", "fused")
+    unaligned = override(config, {"level2.alignment": "none"})
+    assert with_sizes(unaligned, config).level2.alignment == "none"
     loaded = load_pretrained(config, build(config))
     assert loaded.keys() == arrays.keys()
     for path, value in arrays.items():

@@ -101,10 +101,11 @@ def test_gradient_reaches_every_trainable_leaf_and_no_other(changes):
     assert "vq" not in parts
 
 
-def test_alpha_learns_through_the_vq_and_through_siglip(model):
+def test_alpha_learns_through_the_vq_and_through_siglip():
     """Each encoder alone, though frozen, carries gradients to alpha."""
-    config, structure, weights = model
-    batch = random_batch(config)
+    config = tiny(level2__values="fused")
+    structure = build(config)
+    weights, batch = random_weights(structure), random_batch(config)
 
     @jax.jit
     def gradients(weights):
@@ -132,7 +133,7 @@ def test_a_frozen_siglip_stores_nothing_for_the_unfused_pictures():
         config = tiny(
             pretrained__random_parts="as_configured",
             freeze__siglip=frozen,
-            siglip__num_layers=6,
+            siglip__num_layers=8,
             siglip__mlp_dim=300,
             loss__code_weight=0.0,
             level3__generation=False,
@@ -214,7 +215,7 @@ def test_targets_of_records_without_one_are_the_aligned_reconstruction(model):
         ({"loss__text_weight": 0.0}, ("decoder.embed", "decoder.head"), PATCHES + CODES),
         (
             {"loss__code_weight": 0.0, "level3__generation": False},
-            ("vq", "level3.adapter_generate", "level3.head_generate"),
+            ("vq", "level1", "level3.adapter_generate", "level3.head_generate"),
             PATCHES + LENGTH,
         ),
     ],

@@ -12,7 +12,8 @@ NUMBERS = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def fusion(image_size=16, **changes) -> AdaptiveFusion:
-    return AdaptiveFusion(Level1Config(**changes), image_size, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    config = Level1Config(**({"alpha": "map"} | changes))
+    return AdaptiveFusion(config, image_size, dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize("case", ["native", "up", "down"])

@@ -16,10 +16,16 @@ from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.optim import frozen_pattern, make_optimizer
 from htfa_jax.train_state import build
 
-FEATURES = {"level2__alignment": "features", "level1__alpha": "map", "vq__normalize_codes": False}
+FEATURES = {
+    "level1__alpha": "map",
+    "level2__alignment": "features",
+    "level2__values": "fused",
+    "vq__normalize_codes": False,
+}
 # All that learns, a tokenizer of several levels, and what the presets leave at its default.
 WHOLE = {
     "level2__alignment": "none",
+    "level2__values": "fused",
     "level2__mask_keys": False,
     "vq__stem": 2,
     "vq__channel_multipliers": (1, 2, 2),

@@ -91,6 +91,10 @@ class HTFASizes:
     codebook_dim: int  # length of a code vector
     codebook_size: int  # codes that the generation head chooses from
     decoder_dim: int  # width of the decoder
+    # As every HTFA of the original does it.
+    alpha: str = "map"
+    alignment: str = "features"
+    values: str = "fused"
 
 
 def plane(x: np.ndarray) -> np.ndarray:
@@ -126,7 +130,7 @@ def rules(num_scales: int = 1) -> tuple[Rule, ...]:
 
 def levels(sizes: HTFASizes) -> nnx.Dict:
     """The three levels with fresh weights."""
-    level1 = Level1Config(num_scales=sizes.num_scales)
+    level1 = Level1Config(alpha="map", num_scales=sizes.num_scales)
     level2 = Level2Config(num_heads=sizes.num_heads)
     level3 = Level3Config(adapter_mlp_dim=sizes.adapter_mlp_dim, adapter_norm=sizes.adapter_norm)
     options = {"dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
