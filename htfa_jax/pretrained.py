@@ -10,11 +10,8 @@ from htfa_jax.paths import Flat
 from htfa_jax.runs import load_run
 from htfa_jax.train_state import Model, build
 
-# Of a part: what a run leaves out where this weight of a loss is 0.
-LEFT_OUT = {
-    "vq": ("code_weight", r"decoder\..*"),
-    "decoder": ("text_weight", r"(embed|head)\..*"),
-}
+# Of a part and a loss: what a run leaves out where that loss has no weight.
+LEFT_OUT = {("vq", "code_weight"): r"decoder\..*", ("decoder", "text_weight"): r"(embed|head)\..*"}
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +39,11 @@ def load_pretrained(config: Config, model: Model) -> Flat:
         shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
         # Position embeddings are made for one size of pictures.
         facts = {"image_size": config.image_size} if part == "siglip" else {}
-        weight, names = LEFT_OUT.get(part, ("text_weight", ""))
-        unused = "" if getattr(config.loss, weight) else names
+        unused = "|".join(
+            names
+            for (owner, weight), names in LEFT_OUT.items()
+            if owner == part and not getattr(config.loss, weight)
+        )
         arrays = parts.load_part(folder, family, sizes, shapes, unused=unused, **facts)
         loaded |= {f"{part}.{path}": value for path, value in arrays.items()}
         log.info("%s: weights from %s", part, folder)

@@ -175,13 +175,10 @@ def table(figures: dict[str, Any]) -> str:
         f"{sum(ours['flops_per_sample'].values()) / 1e9:,.1f} GFLOP per sample ({parts})",
         f"{ours['flops_per_second'] / 1e9:,.1f} GFLOP/s of "
         f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matrix product: "
-        f"utilisation {ours['utilisation']:.2f}"
-        + (
-            f", {ours['datasheet_utilisation']:.2f} of the datasheet's"
-            if "datasheet_utilisation" in ours
-            else ""
-        ),
+        f"utilisation {ours['utilisation']:.2f}",
     ]
+    if "datasheet_utilisation" in ours:
+        lines[-1] += f", {ours['datasheet_utilisation']:.2f} of the datasheet's"
     if ratios := figures.get("ours_over_torch"):
         each = ratios["samples_per_second_of_each_pair"]
         lines.append(
