@@ -24,6 +24,7 @@ from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
+from htfa_jax.layers import streams
 from htfa_jax.models.vq import VQ
 from htfa_jax.parts import WEIGHTS, load_part, read_weights
 from htfa_jax.paths import flatten
@@ -203,7 +204,7 @@ def randomized(theirs, seed):
 def program(sizes):
     """weights, pictures -> continuous codes, codes, painted pictures; compiled once."""
     graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(0)))
     )
     structure = Model(graphdef, flatten(state))
 
@@ -457,7 +458,7 @@ def test_published_sizes(kind):
 
 def test_a_tokenizer_without_decoder_does_not_paint():
     module = nnx.eval_shape(
-        lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=streams(0))
     )
     with pytest.raises(CheckpointError, match="cannot paint"):
         module.decode(np.zeros((1, 16), np.int32))
