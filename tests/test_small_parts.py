@@ -20,9 +20,9 @@ from htfa_jax.commands import command
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from htfa_jax.layers import stack_layers, streams
 from htfa_jax.logs import MetricWriter, log_to_file, log_to_terminal
 from htfa_jax.loop import Loop, duration
-from htfa_jax.layers import stack_layers, streams
 from htfa_jax.loss_guard import LossGuard
 from htfa_jax.metrics import Answer
 from htfa_jax.signals import Stopped, StopSignal
