@@ -180,9 +180,9 @@ def complete(
     temperature: jax.Array,
     passes: jax.Array | None = None,
 ) -> jax.Array:
-    """Codes [B, M] of the completed picture.
+    """What the completed picture is painted from: a vector for every cell, [B, M, E].
 
-    With one pass the codes of all cells are chosen together. With k passes the surest of them
+    With one pass those of all cells are chosen together. With k passes the surest of them
     stay, more after every pass, and take the place of the fused picture's codes; the others are
     predicted again with these in view (after Chang et al., "MaskGIT: Masked Generative Image
     Transformer", 2022; its cosine schedule).
@@ -191,25 +191,27 @@ def complete(
       model: with codes.
       prefix: of `read_pictures`.
       seed_B: of each row.
-      temperature: 0 takes the most probable code.
+      temperature: of the codes that are drawn; 0 draws none, but takes the mean of all code
+        vectors by their probability: where several codes are likely, any one of them is far off.
       passes: k; None for the shorter program of a single one.
     """
     M = prefix.code_logits_BMC.shape[1]
     start = model.config.num_patches + model.config.num_codes - M
-    draw = functools.partial(_draw_codes, seed_B=seed_B, temperature=temperature)
+    table_CE = model.vq.vectors()
+    draw = functools.partial(_choose, table_CE, seed_B=seed_B, temperature=temperature)
 
     def one_pass(i: jax.Array, carry: tuple[jax.Array, jax.Array]):
-        codes_BM, sureness_BM = carry
+        vectors_BME, sureness_BM = carry
         num_kept = M - jnp.floor(M * jnp.cos(math.pi / 2 * i / passes)).astype(jnp.int32)
         rank_BM = jnp.argsort(jnp.argsort(-sureness_BM, axis=1), axis=1)
         kept_BM = rank_BM < num_kept
-        known_BMD = model.level3.generate(model.vq.vectors()[codes_BM])
+        known_BMD = model.level3.generate(vectors_BME)
         tokens_BMD = jnp.where(kept_BM[..., None], known_BMD, prefix.codes_BMD)
         hidden_BMD, _ = model.decode(tokens_BMD, start, prefix.cache)
-        new_BM, new_sureness_BM = draw(model.level3.code_logits(hidden_BMD), pass_=i)
+        new_BME, new_sureness_BM = draw(model.level3.code_logits(hidden_BMD), pass_=i)
         # What was kept once stays.
         return (
-            jnp.where(kept_BM, codes_BM, new_BM),
+            jnp.where(kept_BM[..., None], vectors_BME, new_BME),
             jnp.where(kept_BM, jnp.inf, new_sureness_BM),
         )
 
@@ -219,10 +221,15 @@ def complete(
     return jax.lax.fori_loop(1, passes, one_pass, first)[0]
 
 
-def _draw_codes(
-    logits_BMC: jax.Array, *, seed_B: jax.Array, temperature: jax.Array, pass_: jax.Array
+def _choose(
+    table_CE: jax.Array,
+    logits_BMC: jax.Array,
+    *,
+    seed_B: jax.Array,
+    temperature: jax.Array,
+    pass_: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Codes [B, M], and how probable the model finds each."""
+    """Vectors [B, M, E] of drawn codes or the expected ones, and how sure the model is, [B, M]."""
 
     def draw(seed: jax.Array, logits_MC: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), pass_)
@@ -231,10 +238,18 @@ def _draw_codes(
     codes_BM = jnp.where(
         temperature > 0, jax.vmap(draw)(seed_B, logits_BMC), logits_BMC.argmax(axis=-1)
     )
+    vectors_BME = jnp.where(
+        temperature > 0, table_CE[codes_BM], _expected_vectors(table_CE, logits_BMC)
+    )
     logs_BMC = jax.nn.log_softmax(logits_BMC, axis=-1)
-    return codes_BM, jnp.take_along_axis(logs_BMC, codes_BM[..., None], axis=-1)[..., 0]
+    return vectors_BME, jnp.take_along_axis(logs_BMC, codes_BM[..., None], axis=-1)[..., 0]
+
+
+def _expected_vectors(table_CE: jax.Array, logits_BMC: jax.Array) -> jax.Array:
+    """The mean of all code vectors by their probability, [B, M, E]."""
+    return jax.nn.softmax(logits_BMC.astype(jnp.float32), axis=-1) @ table_CE
 
 
 def paint(model: HTFA, code_logits_BMC: jax.Array) -> jax.Array:
-    """The completed picture [B, H, W, 3] of the most probable codes, normalised."""
-    return model.vq.decode(code_logits_BMC.argmax(axis=-1))
+    """The completed picture [B, H, W, 3], normalised, of one pass in which nothing is drawn."""
+    return model.vq.paint(_expected_vectors(model.vq.vectors(), code_logits_BMC))

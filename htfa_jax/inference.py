@@ -362,8 +362,8 @@ class HTFAInference:
         """Completed pictures [B, H, W, 3], uint8."""
         model = self._model.merge(params)
         seed_B = jnp.full(len(prefix.fusion.pair.source_B), seed, jnp.uint32)
-        codes_BM = complete(model, prefix, seed_B, temperature, passes)
-        rgb_BHWC = denormalize(model.vq.decode(codes_BM), self.config.data)
+        vectors_BME = complete(model, prefix, seed_B, temperature, passes)
+        rgb_BHWC = denormalize(model.vq.paint(vectors_BME), self.config.data)
         return to_8bit(rgb_BHWC).astype(jnp.uint8)
 
     def _recon_source(self, seen: _Seen, row: int) -> Literal["given", "own completion", "none"]:

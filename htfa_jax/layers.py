@@ -21,6 +21,8 @@ Remat = Literal["none", "dots", "full"]
 
 # Mesh axes that cut a batch.
 BATCH_AXES = ("data", "fsdp")
+# Most layers that are compiled one by one.
+WRITTEN_OUT = 8
 
 
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:
@@ -106,7 +108,10 @@ def run_layers(
     per_layer: Any = None,
     remat: Remat = "none",
 ) -> tuple[jax.Array, Any]:
-    """Runs stacked layers one after the other (`lax.scan`: compiled once, whatever the depth).
+    """Runs stacked layers one after the other.
+
+    A `lax.scan`, compiled once whatever the depth. A few layers from which nothing is recomputed are
+    written out instead: a loop first fills what it collects with zeros, and copies into it and out.
 
     Args:
       layers: what `stack_layers` made.
@@ -125,7 +130,10 @@ def run_layers(
         x, collected = apply(nnx.merge(graphdef, layer_state), keep_batch_cut(x), extra)
         return keep_batch_cut(x), collected
 
-    return jax.lax.scan(rematerialize(body, remat), x, (state, per_layer))
+    depth = len(jax.tree.leaves(state)[0])
+    written_out = remat == "none" and depth <= WRITTEN_OUT
+    inputs, unroll = (state, per_layer), depth if written_out else 1
+    return jax.lax.scan(rematerialize(body, remat), x, inputs, unroll=unroll)
 
 
 def rematerialize(function: Callable, remat: Remat) -> Callable:

@@ -48,7 +48,7 @@ class Decoding:
 class Completion:
     """How a picture is completed."""
 
-    temperature: float = 0.0  # 0: the most probable code of every cell
+    temperature: float = 0.0  # of drawn codes (0: none is drawn, each cell gets the expected one)
     passes: int = 1  # more: the surest codes stay, the others are predicted again
     paste_back: bool = False  # replace only what the occluder mask covers
     seed: int = 0  # of the sampling
@@ -61,7 +61,7 @@ class Completion:
             )
 
 
-# The most probable code of every cell.
+# The expected code of every cell.
 ONE_PASS = Completion()
 
 

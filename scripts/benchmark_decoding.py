@@ -10,6 +10,9 @@ The limit is what the memory gives: a large array read in order in the same run,
 bytes that a word needs: all weights but the embedding table, and the keys and values of the words
 before it (of its own row; half of the answer on average). It is compared with the fastest piece of
 decoding, and the array's fastest reading: other programs slow down both.
+
+Where the dtype rounds, one word that comes out otherwise changes all that follow. So the choice of
+the next word is compared too, after the same words on both sides, and with float32.
 """
 
 from __future__ import annotations
@@ -69,10 +72,41 @@ def ours(
             )
         )
 
-    tensors = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    tensors = {name: value.cpu().numpy() for name, value in theirs.state_dict().items()}
     stacked = convert(flatten(split(False)[1]), tensors, table.llama_rules(), table.IGNORED)
     weights = {k: jnp.array(v, dtype) for k, v in decoding_layout(stacked).items()}
     return split(True)[0], weights
+
+
+def words(rows: int, length: int, sizes: DecoderConfig) -> np.ndarray:
+    """Drawn words [rows, length]."""
+    return np.random.default_rng(rows).integers(1, sizes.vocab_size, (rows, length), np.int32)
+
+
+def their_logits(theirs: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
+    """Of every position [B, T, V], in one pass."""
+    with torch.inference_mode():
+        logits = theirs(torch.from_numpy(ids).long().to(theirs.device)).logits
+    return logits.float().cpu().numpy()
+
+
+def our_logits(graphdef: Any, weights: Any, ids: np.ndarray, prompt: int) -> np.ndarray:
+    """Of the positions after the prompt [B, T - prompt, V], word by word as decoding goes."""
+
+    def step(weights: Any, cache: Any, ids: jax.Array, start: jax.Array) -> Any:
+        decoder = nnx.merge(graphdef, unflatten(weights))
+        positions = start + jnp.arange(ids.shape[1])[None]
+        hidden, cache = decoder(decoder.embed(ids), positions, cache)
+        return decoder.logits(hidden[:, -1:])[..., : decoder.config.vocab_size], cache
+
+    run = jax.jit(step, donate_argnums=1)
+    empty = jax.jit(lambda w: nnx.merge(graphdef, unflatten(w)).empty_cache(*ids.shape))
+    _, cache = run(weights, empty(weights), ids[:, :prompt], 0)
+    seen = []
+    for position in range(prompt, ids.shape[1]):
+        logits, cache = run(weights, cache, ids[:, position : position + 1], position)
+        seen.append(np.asarray(logits))
+    return np.concatenate(seen, axis=1)
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -85,12 +119,27 @@ def seconds(function: Callable[[], Any]) -> float:
 def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, dtype: str) -> None:
     """Prints a line of a table for each batch size."""
     sizes, backend = SIZES[name](), jax.default_backend()
-    theirs = llama(sizes)
+    theirs = llama(sizes).to("cuda" if backend == "gpu" else "cpu")
     graphdef, weights = ours(sizes, theirs, dtype)
+    ids = words(1, prompt + new, sizes)
+    exact = their_logits(theirs, ids)[:, prompt:]
     rotary = theirs.model.rotary_emb
     frequencies = rotary.inv_freq
-    theirs = theirs.to("cuda" if backend == "gpu" else "cpu", getattr(torch, dtype))
-    rotary.inv_freq = frequencies.to(theirs.device)  # in bfloat16 they would be others
+    theirs = theirs.to(getattr(torch, dtype))
+    rotary.inv_freq = frequencies  # in bfloat16 they would be others
+    if dtype != "float32":
+        both = {
+            "ours": our_logits(graphdef, weights, ids, prompt),
+            "transformers'": their_logits(theirs, ids)[:, prompt:],
+        }
+        best, deviation = exact.argmax(axis=-1), exact.std()
+        for side, logits in both.items():
+            error = np.sqrt(np.mean((logits - exact) ** 2)) / deviation
+            same = np.mean(logits.argmax(axis=-1) == best)
+            print(
+                f"{name}, {side} next words after the same words: {100 * same:.1f}% those of "
+                f"float32; error of the logits {100 * error:.2f}% of their deviation"
+            )
     needed = sum(v.nbytes for k, v in weights.items() if not k.startswith("embed"))
     of_position = 2 * sizes.num_kv_heads * sizes.embed_dim // sizes.num_heads * sizes.num_layers
     needed_of_row = of_position * (prompt + new / 2) * jnp.dtype(dtype).itemsize
@@ -111,7 +160,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     read = jax.jit(jnp.sum)
     vocab = -(-sizes.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     for rows in batches:
-        ids = np.random.default_rng(rows).integers(1, sizes.vocab_size, (rows, prompt), np.int32)
+        ids = words(rows, prompt, sizes)
         inputs = (
             jax.jit(lambda w, rows=rows: decoder(w).empty_cache(rows, 0))(weights),
             np.int32(0),
@@ -134,8 +183,8 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
                 )
             return words.cpu()  # which waits for it
 
-        words = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
-        same = (words == generate(new)[:, prompt:].numpy()).mean()
+        said = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
+        same = (said == generate(new)[:, prompt:].numpy()).mean()
         times: dict[str, list[float]] = {}
 
         def note(what: str, value: float, times: dict[str, list[float]] = times) -> None:
@@ -160,8 +209,8 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
         whole = [p + d for p, d in zip(times["prefill"], times["decode"], strict=True)]
         bandwidth = probe.nbytes / min(times["probe"])
         rate = rows * (new - 1) / t["decode"]
-        best, limit = rows * PIECE / min(times["piece"]), rows * bandwidth
-        limit /= needed + rows * needed_of_row
+        best = rows * PIECE / min(times["piece"])
+        limit = rows * bandwidth / (needed + rows * needed_of_row)
         their_rate = rows * (new - 1) / (t["theirs"] - t["their prefill"])
         print(
             f"{name}, batch {rows}: {rows * new / np.median(whole):.1f} words/s with prefill "

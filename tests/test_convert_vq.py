@@ -461,7 +461,7 @@ def test_a_tokenizer_without_decoder_does_not_paint():
         lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=streams(0))
     )
     with pytest.raises(CheckpointError, match="cannot paint"):
-        module.decode(np.zeros((1, 16), np.int32))
+        module.paint(np.zeros((1, 16, 256), np.float32))
 
 
 SMALL = VQConfig(**{**vars(SIZES), "channel_multipliers": (1, 2), "num_res_blocks": 1})

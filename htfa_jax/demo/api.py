@@ -150,7 +150,7 @@ async def decoding(
 
 async def completion(
     temperature: Annotated[
-        float, Form(description="0: the most probable code of every cell")
+        float, Form(description="0: none is drawn, each cell gets the expected one")
     ] = 0.0,
     passes: Annotated[
         int, Form(description="how often the unsure codes are predicted again", le=16)

@@ -251,13 +251,20 @@ class VQ(nnx.Module):
         return self.nearest(self.encoder(image_BHWC))
 
     def decode(self, codes_BM: jax.Array) -> jax.Array:
-        """Image [B, H, W, 3] of codes. Raises CheckpointError if the tokenizer has no decoder."""
+        """Image [B, H, W, 3] of codes, as `paint`."""
+        return self.paint(self.vectors()[codes_BM])
+
+    def paint(self, vectors_BME: jax.Array) -> jax.Array:
+        """Image [B, H, W, 3] of code vectors, or of means of them.
+
+        Raises CheckpointError if the tokenizer has no decoder.
+        """
         if not self.has_decoder:
             raise CheckpointError(
                 "this VQ tokenizer has no decoder (vq.has_decoder=False): it reads pictures but "
                 "cannot paint. Convert it again with `--decoder_from` a checkpoint that has one"
             )
-        return self.decoder(self.vectors()[codes_BM])
+        return self.decoder(vectors_BME)
 
 
 def normalize(x: jax.Array) -> jax.Array:

@@ -26,6 +26,6 @@ def get_config() -> Config:
             "decoder.num_layers": 2,
             "decoder.mlp_dim": 768,
             "train.batch_size": 8,
-            "train.remat": "dots",
+            "train.remat": "none",
         },
     )
