@@ -19,6 +19,7 @@ from flax import nnx
 
 from htfa_jax import loss_scale, paths
 from htfa_jax.config import Config
+from htfa_jax.layers import streams
 from htfa_jax.models.htfa import HTFA
 from htfa_jax.optim import frozen_pattern
 from htfa_jax.paths import Flat
@@ -48,16 +49,6 @@ class Model:
         return nnx.merge(self.graphdef, paths.unflatten(flat))
 
 
-class _SameKey(nnx.RngStream):
-    """Gives the same key at every call, which is enough for shapes.
-
-    Counting calls, as NNX's own stream does, takes longer with everything that was traced before.
-    """
-
-    def __call__(self) -> jax.Array:
-        return self.key[...]
-
-
 def build(config: Config, decoding: bool = False) -> Model:
     """The structure of the model that a configuration describes; allocates nothing.
 
@@ -67,9 +58,7 @@ def build(config: Config, decoding: bool = False) -> Model:
     """
 
     def make() -> HTFA:
-        rngs = nnx.Rngs(0)
-        rngs.default = _SameKey(0, tag="default")
-        return HTFA(config, decoding=decoding, rngs=rngs)
+        return HTFA(config, decoding=decoding, rngs=streams(0))
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
     return Model(graphdef, paths.flatten(state))
@@ -112,7 +101,7 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
     loaded = {p: v for p, v in own.items() if p in trainable} | loaded
 
     def random(key: jax.Array) -> Flat:
-        flat = paths.flatten(nnx.split(HTFA(config, rngs=nnx.Rngs(key)))[1])
+        flat = paths.flatten(nnx.split(HTFA(config, rngs=streams(key)))[1])
         return {p: v.astype(dtypes[p]) for p, v in flat.items() if p not in loaded}
 
     shardings = {p: place for p, place in places.items() if p not in loaded}

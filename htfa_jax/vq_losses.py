@@ -12,6 +12,7 @@ from flax import nnx
 from htfa_jax import parts, paths
 from htfa_jax.batch import Batch
 from htfa_jax.config import Config
+from htfa_jax.layers import streams
 from htfa_jax.models.level1_adaptive_fusion import blend
 from htfa_jax.models.pictures import normalize, resize
 from htfa_jax.models.registration import Pair, register
@@ -68,7 +69,7 @@ def perceptual_encoder(config: Config) -> tuple[Model, Flat]:
     dtype = jnp.dtype(config.train.dtype)
     graphdef, state = nnx.split(
         nnx.eval_shape(
-            lambda: SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=nnx.Rngs(0))
+            lambda: SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=streams(0))
         )
     )
     model = Model(graphdef, paths.flatten(state))

@@ -29,6 +29,7 @@ from htfa_jax.data.pipeline import evaluation_batches, training_batches
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data, open_split
 from htfa_jax.errors import ConfigError
+from htfa_jax.layers import streams
 from htfa_jax.lock import lock
 from htfa_jax.logs import MetricWriter, log_to_file
 from htfa_jax.loop import Loop, duration
@@ -51,9 +52,7 @@ log = logging.getLogger(__name__)
 def build(config: Config) -> Model:
     """The structure of the tokenizer alone."""
     dtype = jnp.dtype(config.train.dtype)
-    graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: VQ(config.vq, dtype=dtype, rngs=nnx.Rngs(0)))
-    )
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQ(config.vq, dtype=dtype, rngs=streams(0))))
     return Model(graphdef, paths.flatten(state))
 
 
@@ -62,7 +61,7 @@ def random_params(config: Config) -> Flat:
     dtype = jnp.dtype(config.train.dtype)
 
     def random(key: jax.Array) -> Flat:
-        return paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=nnx.Rngs(key)))[1])
+        return paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=streams(key)))[1])
 
     return compiled_lightly(random)(jax.random.key(config.seed))
 

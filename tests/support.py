@@ -208,9 +208,10 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
         decoder__dropout=0.1,
         decoder__num_layers=1,
         siglip__num_layers=1,
+        level2__alignment="none",
         level3__generation=False,
         loss__code_weight=0.0,
-        train__max_steps=24,
+        train__max_steps=12,
         train__save_every=2,
         train__log_every=3,
     )

@@ -294,7 +294,7 @@ def run(config):
         {
             "data.validation": config.data.train,
             "data.test": None,
-            "train.max_steps": 6,
+            "train.max_steps": 4,
             "level3.generation": False,
             "loss.code_weight": 0.0,
         },
@@ -302,7 +302,7 @@ def run(config):
     workdir = cache_folder(config) / "run"
     workdir.mkdir()
     evaluated = []
-    losses = iter([3.0, 1.0, 2.0, 4.0, 5.0, 6.0] * 2)
+    losses = iter([3.0, 1.0, 2.0, 4.0] * 2)
 
     class Evaluations:
         def __init__(self, *args):

@@ -144,8 +144,9 @@ def downloaded(page, name):
     return download.value.path()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width, height", [(1366, 900), (390, 844)])
+@pytest.mark.parametrize(
+    "width, height, scheme", [(1366, 900, "light"), (390, 844, "dark")], ids=["desk", "phone"]
+)
 def test_an_example_from_look_to_answer(open_page, width, height, scheme):
     page = open_page(width, height, scheme)
     assert violations(page) == []

@@ -64,7 +64,7 @@ def stopped(runs, config, expected, tmp_path_factory):
     assert f"everything is saved. Go on with --workdir {workdir}" in runs.said()
     assert f"stopped: {workdir}" in runs.said()
     step = checkpoint_files.steps(workdir)[-1]
-    assert step < 24 and checkpoint_files.damage(workdir / f"checkpoints/{step}") is None
+    assert step < 12 and checkpoint_files.damage(workdir / f"checkpoints/{step}") is None
     return workdir
 
 
@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_in_a_save_ends_the_run_and_loses_nothing(
     before = checkpoint_files.steps(workdir)
     runs.output.write_bytes(b"")  # which must not grow as large itself
     with runs.started(
-        config, workdir, prepare=functools.partial(no_file_above, 250_000)
+        config, workdir, prepare=functools.partial(no_file_above, 100_000)
     ) as process:
         process.join(120)
         assert process.exitcode == 1, runs.said()[-3000:]
@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_in_a_save_ends_the_run_and_loses_nothing(
     assert re.search(r"^error: .* cannot be written; is the disk full\?", said, re.M), said[-3000:]
     after = checkpoint_files.steps(workdir)
     assert re.search(r"Complete checkpoints there: \d+", said)
-    assert after[-1] >= before[-1] and after[-1] < 24
+    assert after[-1] >= before[-1] and after[-1] < 12
     assert not any(checkpoint_files.damage(workdir / f"checkpoints/{step}") for step in after)
     runs.finish(config, workdir)
     assert differences(expected, outcome(workdir)) == []

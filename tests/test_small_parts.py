@@ -20,6 +20,7 @@ from htfa_jax.commands import command
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from htfa_jax.layers import stack_layers, streams
 from htfa_jax.logs import MetricWriter, log_to_file, log_to_terminal
 from htfa_jax.loop import Loop, duration
 from htfa_jax.loss_guard import LossGuard
@@ -39,6 +40,15 @@ def test_a_module_flat_and_back():
     assert sorted(flat) == [f"layers.{i}.{n}" for i in (0, 1) for n in ("bias", "kernel")]
     again = nnx.merge(graphdef, paths.unflatten(flat))
     np.testing.assert_array_equal(again.layers[1].kernel[...], flat["layers.1.kernel"])
+
+
+def test_streams_give_the_keys_of_nnx():
+    def made(rngs):
+        stacked = stack_layers(lambda rngs: nnx.Linear(2, 3, rngs=rngs), 2, rngs)
+        return [paths.flatten(nnx.state(m)) for m in (stacked, nnx.Linear(3, 4, rngs=rngs))]
+
+    for a, b in zip(made(nnx.Rngs(7)), made(streams(7)), strict=True):
+        np.testing.assert_array_equal(a["kernel"], b["kernel"])
 
 
 def test_a_regex_must_match_the_whole_path():

@@ -25,27 +25,27 @@ from htfa_jax.train_state import build, compiled_lightly, new_params, new_state
 from htfa_jax.train_step import make_train_step
 from htfa_jax.training import due, train
 
-# A schedule that no number of steps changes: several tests compile the same program.
-STEADY = {"optim__learning_rate": 3e-3, "optim__schedule": "constant"}
 
-
-def one_step(config, batch, optimizer=None):
-    """State before and after a step, metrics, frozen weights."""
-    structure = build(config)
+def steps_of(config, optimizer=None):
+    """State at the start, frozen weights, compiled step."""
+    structure, layout = build(config), Layout(config)
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
     optimizer = optimizer or make_optimizer(config.optim, schedule)
-    layout = Layout(config)
-    state = new_state(config, trainable, optimizer, layout)
     step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
-    batch = in_micro_batches(batch, config.train.accumulation_steps)
-    after, metrics = step(state, frozen, batch)
-    return state, after, metrics, frozen
+    return new_state(config, trainable, optimizer, layout), frozen, step
 
 
-def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones():
-    config = tiny(**STEADY)
-    before, after, metrics, frozen = one_step(config, random_batch(config, size=2))
+@pytest.fixture(scope="module")
+def steady():
+    """(configuration, state at the start, frozen weights, compiled step)."""
+    config = tiny(optim__learning_rate=3e-3, optim__schedule="constant")
+    return config, *steps_of(config)
+
+
+def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones(steady):
+    config, before, frozen, step = steady
+    after, metrics = step(before, frozen, in_micro_batches(random_batch(config, size=2), 1))
     assert int(after["step"]) == 1 and bool(metrics["finite"])
     still = [p for p, v in after["params"].items() if np.array_equal(v, before["params"][p])]
     assert still == []
@@ -56,25 +56,34 @@ def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones():
 
 def test_accumulated_steps_are_the_step_of_the_whole_batch():
     """Although the micro-steps hold different numbers of words and of cells."""
-    whole = tiny(train__batch_size=4, loss__hidden_cell_weight=3.0, decoder__dropout=0.0)
+    whole = tiny(
+        train__batch_size=4,
+        loss__hidden_cell_weight=3.0,
+        decoder__dropout=0.0,
+        level2__alignment="none",
+        pretrained__random_parts="as_configured",
+    )
     parts = override(whole, {"train.batch_size": 2, "train.accumulation_steps": 2})
     batch = random_batch(whole, size=4)
     batch.loss_mask[:2] *= np.arange(64) < 5
     batch = dataclasses.replace(batch, weight=np.array([1, 0, 1, 1], np.float32))
-    sgd = optax.sgd(1.0)
-    _, expected, expected_metrics, _ = one_step(whole, batch, sgd)
-    _, got, metrics, _ = one_step(parts, batch, sgd)
+    results = []
+    for config in (whole, parts):
+        state, frozen, step = steps_of(config, optax.sgd(1.0))
+        micro_batches = in_micro_batches(batch, config.train.accumulation_steps)
+        results.append(step(state, frozen, micro_batches))
+    (expected, expected_metrics), (got, metrics) = results
     for name in ("loss", "text_loss", "code_loss", "code_accuracy", "grad_norm", "alpha_mean"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)
     for path, value in expected["params"].items():
         np.testing.assert_allclose(got["params"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-def test_a_step_that_is_not_finite_changes_nothing():
-    config = tiny(**STEADY)
+def test_a_step_that_is_not_finite_changes_nothing(steady):
+    config, before, frozen, step = steady
     batch = random_batch(config, size=2)
     batch.loss_mask[0, 3] = np.nan
-    before, after, metrics, _ = one_step(config, batch)
+    after, metrics = step(before, frozen, in_micro_batches(batch, 1))
     assert not bool(metrics["finite"])
     for a, b in zip(
         jax.tree.leaves((before["params"], before["opt_state"])),
@@ -84,16 +93,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
         np.testing.assert_array_equal(a, b)
 
 
-def test_the_loss_falls_on_one_batch():
-    config = tiny(**STEADY)
-    structure, batch = build(config), random_batch(config, size=2)
-    frozen, trainable = split(random_weights(structure), frozen_pattern(config))
-    schedule = learning_rate(config.optim, 30)
-    optimizer = make_optimizer(config.optim, schedule)
-    layout = Layout(config)
-    step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
-    state, losses = new_state(config, trainable, optimizer, layout), []
-    batch = in_micro_batches(batch, 1)
+def test_the_loss_falls_on_one_batch(steady):
+    config, state, frozen, step = steady
+    batch, losses = in_micro_batches(random_batch(config, size=2), 1), []
     for _ in range(25):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
@@ -112,6 +114,8 @@ def config(dataset, vq_folder, tmp_path_factory):
         data__test=None,
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         pretrained__vq=str(vq_folder),
+        pretrained__random_parts="as_configured",
+        level2__alignment="none",
         train__save_every=2,
         train__log_every=1,
         train__max_steps=6,
@@ -148,6 +152,14 @@ def final(config, workdir):
     return params, step, logged
 
 
+@pytest.fixture(scope="module")
+def undisturbed(config, tmp_path_factory):
+    """The workdir of a run of all steps and parts."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "a"
+    assert train(config, workdir) == {}
+    return workdir
+
+
 def interrupt(monkeypatch, at, how):
     """Makes the data pipeline call `how` before it hands out its `at`-th batch."""
     original = train_module.training_batches
@@ -161,10 +173,9 @@ def interrupt(monkeypatch, at, how):
     monkeypatch.setattr(train_module, "training_batches", interrupted)
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, undisturbed, tmp_path, monkeypatch):
     """SIGTERM in the middle saves and ends without an error; a crash loses what was not saved."""
-    undisturbed, stopped = tmp_path / "a", tmp_path / "b"
-    assert train(config, undisturbed) == {}
+    stopped = tmp_path / "a"
     expected, step, logged = final(config, undisturbed)
     assert step == 6 and sorted(logged) == [1, 2, 3, 4, 5, 6]
 
@@ -211,14 +222,17 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
 
 
-def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path):
-    config = override(config, {"train.max_steps": 2})
-    first = tmp_path / "first"
-    train(config, first)
-    expected, _, _ = final(config, first)
+def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, undisturbed, tmp_path):
+    expected, _, _ = final(config, undisturbed)
     # A learning rate of nothing shows what the second run started from.
     still = override(
-        config, {"pretrained.run": str(first), "pretrained.vq": None, "optim.learning_rate": 0.0}
+        config,
+        {
+            "pretrained.run": str(undisturbed),
+            "pretrained.vq": None,
+            "optim.learning_rate": 0.0,
+            "train.max_steps": 2,
+        },
     )
     train(still, tmp_path / "second")
     params, step, logged = final(still, tmp_path / "second")
@@ -227,23 +241,18 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, tmp_path
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
 
-def test_weights_of_another_model_are_refused_with_both_sides(config, tmp_path):
-    config = override(config, {"train.max_steps": 1})
-    train(config, tmp_path / "first")
+def test_weights_of_another_model_are_refused_with_both_sides(begun, tmp_path):
+    config, workdir = begun
     wider = override(
         config,
-        {
-            "pretrained.run": str(tmp_path / "first"),
-            "level3.adapter_mlp_dim": 30,
-            "pretrained.vq": None,
-        },
+        {"pretrained.run": str(workdir), "level3.adapter_mlp_dim": 30, "pretrained.vq": None},
     )
-    with pytest.raises(CheckpointError, match=r"adapter_generate.fc1.bias: \(28,\).*\(30,\)"):
+    with pytest.raises(CheckpointError, match=r"adapter_understand.fc1.bias: \(28,\).*\(30,\)"):
         train(wider, tmp_path / "second")
     with pytest.raises(CheckpointError, match=r"fc1.bias: \(28,\) in checkpoint 1 .*\(30,\)"):
-        train(override(config, {"level3.adapter_mlp_dim": 30}), tmp_path / "first")
-    assert load_config(tmp_path / "first").level3.adapter_mlp_dim == 28
-    load_run(tmp_path / "first", lambda c: build(c).shapes)  # the refusal has left it whole
+        train(override(config, {"level3.adapter_mlp_dim": 30}), workdir)
+    assert load_config(workdir).level3.adapter_mlp_dim == 28
+    load_run(workdir, lambda c: build(c).shapes)  # the refusal has left it whole
 
 
 def test_a_changed_configuration_is_said_and_written(begun):
@@ -283,12 +292,11 @@ def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(begun, tmp_path
 def test_random_parts_are_announced(begun, tmp_path):
     config, workdir = begun
     log = (workdir / "logs/train.log").read_text()
+    assert "siglip: starts random and stays so; results will mean nothing" in log
+    train(override(config, {"pretrained.random_parts": "train"}), tmp_path / "b")
+    log = (tmp_path / "b/logs/train.log").read_text()
     assert "siglip: no pretrained weights; it starts random and is trained" in log
     assert "whatever freeze.siglip=True says" in log
-    as_configured = override(config, {"pretrained.random_parts": "as_configured"})
-    train(as_configured, tmp_path / "b")
-    log = (tmp_path / "b/logs/train.log").read_text()
-    assert "siglip: starts random and stays so; results will mean nothing" in log
 
 
 def test_when_things_are_due():
@@ -325,7 +333,7 @@ def test_a_trained_vq_encoder_starts_as_the_tokenizers_own():
     config = tiny(freeze__vq=False)
     structure = build(config)
     weights = random_weights(structure)
-    loaded = {p: v for p, v in weights.items() if p.startswith("vq.")}
+    loaded = {p: v for p, v in weights.items() if not p.startswith("vq_encoder.")}
     trainable, frozen = new_params(config, structure, loaded, Layout(config))
     copies = [p for p in trainable if p.startswith("vq_encoder.")]
     assert copies

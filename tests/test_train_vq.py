@@ -155,7 +155,7 @@ def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_
         vq_stage.train_vq(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "weights").exists()
     with pytest.raises(ConfigError, match="VQ stage of other settings"):
-        vq_stage.train_vq(override(config, {"vq.z_channels": 24}), tmp_path / "parts")
+        vq_stage.train_vq(override(config, {"vq_train.l1_weight": 2.0}), tmp_path / "parts")
     again = vq_stage.train_vq(config, tmp_path / "parts")
     expected, got = parts.read_weights(whole), parts.read_weights(again)
     for path, value in expected.items():

@@ -15,6 +15,7 @@ from flax import nnx
 
 from htfa_jax import parts, paths
 from htfa_jax.errors import CheckpointError
+from htfa_jax.layers import streams
 from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
@@ -117,7 +118,7 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
         "siglip",
         layout,
         nnx.eval_shape(
-            lambda: SigLIP(layout.sizes, size, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(SEED))
+            lambda: SigLIP(layout.sizes, size, dtype=jnp.dtype("float32"), rngs=streams(SEED))
         ),
     )
     image = np.random.default_rng(SEED).uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
@@ -138,7 +139,7 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
         folder,
         "internlm2",
         layout,
-        nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(SEED))),
+        nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=streams(SEED))),
     )
     length = min(PROMPT, sizes.max_positions or PROMPT)
     ids = np.random.default_rng(SEED).integers(0, sizes.vocab_size, (1, length))
@@ -170,7 +171,7 @@ def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
         folder,
         "vq",
         layout,
-        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(SEED))),
+        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(SEED))),
     )
     rng = np.random.default_rng(SEED)
     image = rng.uniform(-1, 1, (1, VQ_SIDE, VQ_SIDE, 3)).astype(np.float32)

@@ -20,6 +20,7 @@ from flax import nnx
 from htfa_jax import paths
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
+from htfa_jax.layers import streams
 from htfa_jax.models.vq import VQ
 from htfa_jax.paths import Flat
 from weights_convert.convert import Layout, Rule, conv, plan, same
@@ -127,7 +128,7 @@ IGNORED = ignored()
 @functools.cache
 def shapes(sizes: VQConfig) -> Flat:
     """`{path: shape}` of the tokenizer; allocates nothing."""
-    model = nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(0)))
     return paths.flatten(nnx.split(model)[1])
 
 
