@@ -281,7 +281,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     art.picture(36, 128, scene["original"], "original")
     art.picture(36, 356, scene["reconstruction"], "reconstruction")
     art.size(84, 242, say["size picture"])
-    art.box(24, 478, 120, 62, "level2", ["affine", "by each one's boxes"], True)
+    art.box(24, 478, 120, 62, "level2", ["affine", "by boxes"], True)
     art.arrow((84, 452), (84, 476))
     art.text(36, 594, "question", 13, font_weight="650")
     for i, line in enumerate(_wrapped(question, 16)):

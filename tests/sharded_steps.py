@@ -35,6 +35,7 @@ CASES = {
     "replicated": (8, 1, {"mode": "replicated"}),
     "zero2 data": (4, 2, {"mode": "zero2", "data": 2}),
     "zero2 tensor": (8, 1, {"mode": "zero2", "tensor": 2}),
+    "fsdp": (8, 1, {"mode": "fsdp"}),
     "fsdp tensor": (4, 2, {"mode": "fsdp", "data": 1, "tensor": 2}),
 }
 # Heads and widths that the tensor axis divides; the text loss in several chunks.
