@@ -100,7 +100,9 @@ def places(per_gpu: int) -> list[dict[str, str]]:
     if backend != "gpu":
         return [{}]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(int(count)))))
+    # At most so much, and only as it is needed: every process's CUDA takes some besides.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / per_gpu:.3f}"}
+    share |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if per_gpu > 1 else {}
     return [{"CUDA_VISIBLE_DEVICES": name, **share} for name in seen.split(",")] * per_gpu
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import subprocess
 
 import ablation_report
 import ablation_run
@@ -211,3 +212,18 @@ def test_tables_of_made_up_runs(tmp_path):
     assert painted[2] == "| full |" + " +2.00 ± 0.00 |" * 4
     ablation_report.plot(runs, 10, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_runs_share_the_gpus_that_are_there(monkeypatch):
+    def found(*arguments, **options):
+        return subprocess.CompletedProcess(arguments, 0, "gpu 2\n", "")
+
+    monkeypatch.setattr(ablations.subprocess, "run", found)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    alone, shared = ablations.places(1), ablations.places(3)
+    assert [place["CUDA_VISIBLE_DEVICES"] for place in alone] == ["3", "5"]
+    assert all("XLA_PYTHON_CLIENT_PREALLOCATE" not in place for place in alone)
+    assert sorted(place["CUDA_VISIBLE_DEVICES"] for place in shared) == ["3"] * 3 + ["5"] * 3
+    for place in shared:
+        assert float(place["XLA_PYTHON_CLIENT_MEM_FRACTION"]) * 3 <= 0.9
+        assert place["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
