@@ -1,7 +1,7 @@
 """Level 2: spatial attention, queries from the original, keys from the aligned reconstruction.
 
 F_spatial = LayerNorm(softmax(Q K^T / sqrt(d)) V + F_orig): Q from the original's features, K
-from the reconstruction's in the original's frame, V from the fused picture's.
+from the reconstruction's in the original's frame, V from those too or from the fused picture's.
 """
 
 import functools
@@ -16,7 +16,7 @@ from htfa_jax.layers import dropout, layer_norm, linear
 
 
 class SpatialAttention(nnx.Module):
-    """Cross-attention over the patches of the three pictures.
+    """Cross-attention over the patches of two or three pictures.
 
     Args:
       config: Level 2 part of the configuration.
@@ -36,7 +36,7 @@ class SpatialAttention(nnx.Module):
         self,
         orig_BPD: jax.Array,
         recon_BPD: jax.Array,
-        fused_BPD: jax.Array,
+        values_BPD: jax.Array,
         key_mask_BP: jax.Array | None = None,
         key: jax.Array | None = None,
         *,
@@ -47,7 +47,7 @@ class SpatialAttention(nnx.Module):
         Args:
           orig_BPD: features of the original.
           recon_BPD: features of the reconstruction, already in the original's frame.
-          fused_BPD: features of the fused picture.
+          values_BPD: features that are attended to, of the reconstruction or the fused picture.
           key_mask_BP: keys that may be attended to; None means all. A sample with no key left
             keeps the original's features.
           key: dropout key, None in evaluation.
@@ -57,7 +57,7 @@ class SpatialAttention(nnx.Module):
         heads = (B, P, self.num_heads, D // self.num_heads)
         q_BTNH = self.q_proj(orig_BPD).reshape(heads)
         k_BSNH = self.k_proj(recon_BPD).reshape(heads)
-        v_BSNH = self.v_proj(fused_BPD).reshape(heads)
+        v_BSNH = self.v_proj(values_BPD).reshape(heads)
         weights_BNTS = None
         if with_weights or (self.dropout > 0 and key is not None):
             out_BTNH, weights_BNTS = attention_and_weights(
