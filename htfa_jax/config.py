@@ -330,9 +330,10 @@ class Config:
         return self.code_grid**2 * self.pictures_read if self.level3.generation else 0
 
     @property
-    def reads_fused(self) -> bool:
-        """Whether anything comes of the fused picture: Level 2's values, or codes."""
-        return self.level2.values == "fused" or self.level3.generation
+    def has_alpha(self) -> bool:
+        """Whether Level 1 has parameters: it may learn, and the fused picture is read."""
+        is_read = self.level2.values == "fused" or self.level3.generation
+        return self.fusion == "levels" and self.level1.learnable and is_read
 
     @property
     def pictures_read(self) -> int:

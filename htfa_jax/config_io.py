@@ -181,6 +181,12 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.py"))
 
 
+def preset_changes(name: str) -> dict[str, Any]:
+    """What a preset changes of the defaults, by dotted name."""
+    defaults = dict(leaves(Config()))
+    return {k: v for k, v in leaves(load_config(name)) if v != defaults[k]}
+
+
 def save_config(config: Config, path: Path) -> None:
     """Writes `config` so that `load_config` reads the same; whole or not at all."""
     write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")

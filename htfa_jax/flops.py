@@ -79,8 +79,7 @@ def training_step(config: Config, text_length: int) -> dict[str, float]:
     """Operations of one sample in one training step, by part."""
     # Only the fused picture's pass carries gradients past a frozen encoder, if Level 1 learns.
     is_fused, read = config.fusion == "levels", config.pictures_read
-    learns = is_fused and config.reads_fused and config.level1.learnable
-    learns = learns and not config.freeze.level1
+    learns = config.has_alpha and not config.freeze.level1
     passes = 2 if learns else read
     unlearned = 2 if is_fused and not config.data.cache_features else 0
     of_fused = 1 if config.level2.values == "fused" or not is_fused else 0

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from htfa_jax.config import Config, get
-from htfa_jax.config_io import override
+from htfa_jax.config_io import override, preset_changes
 from htfa_jax.errors import CheckpointError
 from htfa_jax.paths import Flat
 
@@ -45,7 +45,7 @@ LEVEL_SIZES = (
     "level3.adapter_norm",
 )
 # What it was trained with; the weights fit other choices too.
-LEVEL_CHOICES = ("level1.alpha", "level2.alignment", "level2.values")
+LEVEL_CHOICES = "pytorch_original"
 
 # Fields of the parts' configurations that no weight depends on.
 NOT_SIZES = ("dropout",)
@@ -179,13 +179,10 @@ def with_sizes(config: Config, base: Config) -> Config:
                 changes[f"{part}.{f.name}"] = found[f.name]
     if config.pretrained.htfa is not None:
         found = read_description(config.pretrained.htfa, "htfa")
-        told = {name: name.split(".")[1] for name in (*LEVEL_SIZES, *LEVEL_CHOICES)}
-        taken = {
-            name: found[key]
-            for name, key in told.items()
-            if key in found and get(config, name) == get(base, name) != found[key]
-        }
-        if chosen := [f"{name}={taken[name]}" for name in LEVEL_CHOICES if name in taken]:
+        choices = preset_changes(LEVEL_CHOICES)
+        told = {name: found[name.split(".")[1]] for name in LEVEL_SIZES} | choices
+        taken = {k: v for k, v in told.items() if get(config, k) == get(base, k) != v}
+        if chosen := [f"{name}={taken[name]}" for name in choices if name in taken]:
             log.info("%s was trained with %s", config.pretrained.htfa, ", ".join(chosen))
         changes |= taken
     return override(config, changes)

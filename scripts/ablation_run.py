@@ -17,7 +17,7 @@ from typing import Any
 from htfa_jax import report
 from htfa_jax.commands import command, use_compilation_cache
 from htfa_jax.config import Config
-from htfa_jax.config_io import load_config, override
+from htfa_jax.config_io import load_config, override, preset_changes
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.sources import open_source
 from htfa_jax.data.splits import open_split
@@ -56,11 +56,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "values_of_fused": {"level2.values": "fused"},
     "alpha_map": {"level1.alpha": "map"},
     "affine_on_features": {"level2.alignment": "features"},
-    "pytorch_original": {
-        "level1.alpha": "map",
-        "level2.alignment": "features",
-        "level2.values": "fused",
-    },
+    "pytorch_original": preset_changes("pytorch_original"),
     "all_keys": {"level2.mask_keys": False},
     "all_cells_alike": {"loss.hidden_cell_weight": 1.0},
 }

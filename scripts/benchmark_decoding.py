@@ -83,10 +83,11 @@ def words(rows: int, length: int, sizes: DecoderConfig) -> np.ndarray:
     return np.random.default_rng(rows).integers(1, sizes.vocab_size, (rows, length), np.int32)
 
 
-def their_logits(theirs: LlamaForCausalLM, ids: np.ndarray) -> np.ndarray:
-    """Of every position [B, T, V], in one pass."""
+def their_logits(theirs: LlamaForCausalLM, ids: np.ndarray, last: int) -> np.ndarray:
+    """Of so many last positions [B, last, V], in one pass."""
     with torch.inference_mode():
-        logits = theirs(torch.from_numpy(ids).long().to(theirs.device)).logits
+        inputs = torch.from_numpy(ids).long().to(theirs.device)
+        logits = theirs(inputs, logits_to_keep=last).logits
     return logits.float().cpu().numpy()
 
 
@@ -121,16 +122,16 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     sizes, backend = SIZES[name](), jax.default_backend()
     theirs = llama(sizes).to("cuda" if backend == "gpu" else "cpu")
     graphdef, weights = ours(sizes, theirs, dtype)
-    ids = words(1, prompt + new, sizes)
-    exact = their_logits(theirs, ids)[:, prompt:]
+    ids, rounded = words(1, prompt + new, sizes), dtype != "float32"
+    exact = their_logits(theirs, ids, new) if rounded else None
     rotary = theirs.model.rotary_emb
     frequencies = rotary.inv_freq
     theirs = theirs.to(getattr(torch, dtype))
     rotary.inv_freq = frequencies  # in bfloat16 they would be others
-    if dtype != "float32":
+    if rounded:
         both = {
             "ours": our_logits(graphdef, weights, ids, prompt),
-            "transformers'": their_logits(theirs, ids)[:, prompt:],
+            "transformers'": their_logits(theirs, ids, new),
         }
         best, deviation = exact.argmax(axis=-1), exact.std()
         for side, logits in both.items():

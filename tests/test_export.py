@@ -41,6 +41,8 @@ def run(run_folder, tmp_path_factory):
             "data.image_root": str(root),
             "data.tokenizer": str(root / "tokenizer"),
             "data.cache_dir": str(root / "cache"),
+            # With these the words of random weights are far enough from each other to be rounded.
+            "level2.values": "fused",
             "pretrained.siglip": str(root / "weights/siglip-x"),
         },
     )
@@ -100,19 +102,15 @@ def test_float32_gives_the_results_of_the_run_exactly(ask, expected, run, tmp_pa
 
 
 def test_bfloat16_gives_them_within_rounding(ask, expected, exported):
-    away, likely, same = [], [], 0
+    away, likely = [], []
     for a, b in zip(ask(exported), expected, strict=True):
-        if a.answer == b.answer:
-            same += 1
-            assert a.confidence == pytest.approx(b.confidence, rel=0.1)
+        assert a.answer == b.answer and a.confidence == pytest.approx(b.confidence, rel=0.1)
         # Level 1 is not rounded.
         np.testing.assert_array_equal(a.intermediates.alpha_HW, b.intermediates.alpha_HW)
         codes_a, codes_b = (r.intermediates.code_probabilities_MC for r in (a, b))
         likely.append(np.abs(codes_a - codes_b).max())
         away.append(np.percentile(np.abs(np.int32(a.completed) - np.int32(b.completed)), 99))
-    # Where two codes or two words are as good as each other rounding chooses, and with random
-    # weights another picture is painted, or another answer goes on; of five pairs a few.
-    assert 0 < np.median(likely) < 0.01 and np.median(away) <= 8 and same >= 3
+    assert 0 < np.median(likely) < 0.01 and np.median(away) <= 8
 
 
 def test_all_weights_and_nothing_else_are_stored(exported, run):

@@ -1,17 +1,17 @@
-"""Five thousand made-up inputs; `scripts/fuzz.py` feeds more."""
+"""Ten thousand made-up inputs; `scripts/fuzz.py` feeds more."""
 
 import pytest
 from fuzz import Targets, feed
 
 # Those that compile a template or read files take longest.
 INPUTS = {
-    "record": 1500,
-    "config.json": 300,
-    "overrides": 700,
-    "template": 300,
-    "labels": 1000,
-    "checkpoint": 700,
-    "weights": 500,
+    "record": 3000,
+    "config.json": 600,
+    "overrides": 1400,
+    "template": 600,
+    "labels": 1900,
+    "checkpoint": 1500,
+    "weights": 1000,
 }
 
 
@@ -21,7 +21,7 @@ def targets(tmp_path_factory):
 
 
 def test_every_reader_is_fed(targets):
-    assert targets.all.keys() == INPUTS.keys() and sum(INPUTS.values()) == 5_000
+    assert targets.all.keys() == INPUTS.keys() and sum(INPUTS.values()) == 10_000
 
 
 @pytest.mark.parametrize("name", INPUTS)

@@ -41,7 +41,7 @@ def compiled(tmp_path_factory):
 
 
 # The other cases of `sharded_steps.py` are those that a checkpoint takes a run through.
-CASES = ["replicated", "zero2 data"]
+CASES = ["replicated", "zero2 data", "fsdp"]
 
 
 def test_every_mode_and_mesh_trains_as_one_device_does(compiled):

@@ -91,10 +91,6 @@ class HTFASizes:
     codebook_dim: int  # length of a code vector
     codebook_size: int  # codes that the generation head chooses from
     decoder_dim: int  # width of the decoder
-    # As every HTFA of the original does it.
-    alpha: str = "map"
-    alignment: str = "features"
-    values: str = "fused"
 
 
 def plane(x: np.ndarray) -> np.ndarray:

@@ -79,8 +79,7 @@ class HTFA(nnx.Module):
         self.siglip = SigLIP(config.siglip, config.image_size, dtype=dtype, remat=remat, rngs=rngs)
         if config.fusion == "levels":
             # What no gradient reaches is not there.
-            learnable = config.level1.learnable and config.reads_fused
-            level1 = dataclasses.replace(config.level1, learnable=learnable)
+            level1 = dataclasses.replace(config.level1, learnable=config.has_alpha)
             self.level1 = AdaptiveFusion(level1, config.image_size, dtype=dtype, rngs=rngs)
             self.level2 = SpatialAttention(
                 config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs
