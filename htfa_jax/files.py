@@ -51,6 +51,21 @@ def made_once(path: Path, what: str, make: Callable[[], None]) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path, what):
+        if not path.exists():
+            make()
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path, what: str) -> Iterator[None]:
+    """A block that one process at a time is in; the others wait, and say so.
+
+    Args:
+      path: of the file or folder that is made there; the lock is beside it.
+      what: its name in log lines.
+
+    Raises OSError if the lock cannot be written.
+    """
     lock = filelock.FileLock(path.with_name(path.name + ".lock"))
     try:
         lock.acquire(timeout=0)
@@ -58,7 +73,6 @@ def made_once(path: Path, what: str, make: Callable[[], None]) -> None:
         log.info("waiting for another process, which makes %s", what)
         lock.acquire()
     try:
-        if not path.exists():
-            make()
+        yield
     finally:
         lock.release()

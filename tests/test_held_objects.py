@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -263,6 +265,23 @@ def test_answers_in_both_styles(tmp_path):
     build(tmp_path, "train", 1, answers="word", **options)
     records = build(tmp_path, "train", 1, answers="sentence", **options)
     assert json.loads(records.read_text())["conversations"][1]["value"].endswith(".")
+
+
+def test_of_builds_at_once_one_draws(tmp_path, monkeypatch):
+    made = []
+
+    def counted(seed, split, index, size):
+        made.append(index)
+        time.sleep(0.05)
+        return make_scene(seed, split, index, size)
+
+    monkeypatch.setattr(builder_module, "make_scene", counted)
+    options = {"image_size": 32, "num_workers": 1}
+    with ThreadPoolExecutor(3) as pool:
+        builds = [pool.submit(build, tmp_path, "train", num, **options) for num in (4, 4, 6)]
+    assert sorted(made) == [0, 1, 2, 3, 4, 5]
+    lines = [len(b.result().read_text().splitlines()) for b in builds]
+    assert lines == [4, 4, 6]
 
 
 def test_folder_problems_are_named(tmp_path):

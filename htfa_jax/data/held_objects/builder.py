@@ -26,7 +26,7 @@ from htfa_jax.commands import available_processors
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
 from htfa_jax.errors import DataError
-from htfa_jax.files import write_whole
+from htfa_jax.files import one_at_a_time, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +68,19 @@ def build(
     folder = Path(folder).absolute()
     prepare(folder, split, {"recipe": RECIPE, "seed": seed, "image_size": image_size})
     records = folder / f"{split}-{num}-{answers}.jsonl"
-    missing = missing_scenes(folder / split, num)
-    if missing:
-        if not os.access(folder / split / "meta", os.W_OK):
-            raise DataError(f"cannot write the scenes to {folder}: no permission")
-        workers = min(num_workers or available_processors(), len(missing))
-        job = {"folder": str(folder), "split": split, "seed": seed, "image_size": image_size}
-        made = run_workers(job, missing, workers) if workers > 1 else write_scenes(job, missing)
-        with contextlib.closing(made):
-            show_progress(made, len(missing), f"{split} scenes of {image_size} px")
-    if missing or not records.exists():
+    if records.exists() and not missing_scenes(folder / split, num):
+        return records
+    if not os.access(folder / split / "meta", os.W_OK):
+        raise DataError(f"cannot write the scenes to {folder}: no permission")
+    what = f"{split} scenes of {image_size} px"
+    with one_at_a_time(folder / split, what):
+        # Another process may have made them, all or so many as it needs.
+        if missing := missing_scenes(folder / split, num):
+            workers = min(num_workers or available_processors(), len(missing))
+            job = {"folder": str(folder), "split": split, "seed": seed, "image_size": image_size}
+            made = run_workers(job, missing, workers) if workers > 1 else write_scenes(job, missing)
+            with contextlib.closing(made):
+                show_progress(made, len(missing), what)
         lines = (json.dumps(record(folder, split, i, seed, answers)) + "\n" for i in range(num))
         write_whole(records, "".join(lines).encode())
     return records
