@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from htfa_jax.errors import ConfigError
-from htfa_jax.models.internlm2 import Cache, InternLM2, num_slots, with_room
+from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.kv_cache import Cache, num_slots, with_room
 from htfa_jax.options import View
 
 # Stands for the word that ends an answer.

@@ -14,7 +14,8 @@ from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
 from htfa_jax.generate import Prefix, State, decode_until, prefill
-from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, Cache, InternLM2, num_slots
+from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
+from htfa_jax.models.kv_cache import Cache, num_slots
 from htfa_jax.options import Decoding
 from htfa_jax.sampling import sampling_of
 from htfa_jax.sharding import Layout, to_host

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from htfa_jax.layers import BATCH_AXES
+from htfa_jax.layers import BATCH_AXES, target
 
 Implementation = Literal["splash", "cudnn", "plain"]
 
@@ -39,6 +39,9 @@ KERNELS = {
     "gpu 9": Kernel("cudnn", ("bfloat16", "float16"), 256, 256),
     "gpu 10": Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
 }
+# Queries that plain attention looks at together: what a CPU's caches hold, or what is not much.
+QUERIES = {"cpu": 256}
+MOST_QUERIES = 1024
 # Mesh axes that cut heads.
 HEAD_AXES = ("tensor",)
 SPLASH_BLOCKS = (512, 384, 256)
@@ -80,21 +83,62 @@ def attention(
     if key_mask_BS is not None:
         key_mask_B11S = key_mask_BS[:, None, None, :]
         mask_B1TS = key_mask_B11S if mask_B1TS is None else mask_B1TS & key_mask_B11S
-    return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_B1TS, is_causal=causal)
+    return plain(q_BTNH, k_BSKH, v_BSKH, mask_B1TS, causal=causal)
 
 
-def target() -> str:
-    """What the code being traced will run on: "cpu", "tpu", or "gpu" and its generation.
+def plain(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    mask_B1TS: jax.Array | None,
+    *,
+    causal: bool,
+) -> jax.Array:
+    """Attention by XLA, of a block of queries at a time.
 
-    A step may be compiled for devices that this machine does not have: the mesh knows them.
+    Of several blocks the backward pass computes the weights again (Rabe and Staats, "Self-attention
+    Does Not Need O(n^2) Memory", 2021); causal ones do not look at keys that none of them sees.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    if platform != "gpu":
-        return platform
-    here = [d for d in jax.local_devices() if d.platform == "gpu"]
-    # JAX itself takes a GPU that is not here for one of generation 8.
-    return f"gpu {here[0].compute_capability.split('.')[0] if here else 8}"
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    k_BKSH, v_BKSH = k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)
+    if causal:
+        past_11TS = jnp.tril(jnp.ones((1, 1, T, S), bool))
+        mask_B1TS = past_11TS if mask_B1TS is None else mask_B1TS & past_11TS
+    if mask_B1TS is not None:
+        mask_B1TS = jnp.broadcast_to(mask_B1TS, (len(mask_B1TS), 1, T, S))
+    block = QUERIES.get(target(), MOST_QUERIES)
+    attend = attend_block if T <= block else jax.checkpoint(attend_block)
+    blocks = []
+    for start in range(0, T, block):
+        end = min(start + block, T)
+        seen = min(end, S) if causal else S
+        mask = None if mask_B1TS is None else mask_B1TS[:, :, None, start:end, :seen]
+        inputs = q_BKGTH[:, :, :, start:end], k_BKSH[:, :, :seen], v_BKSH[:, :, :seen], mask
+        blocks.append(attend(*inputs))
+    out_BKGTH = jnp.concatenate(blocks, axis=3)
+    return out_BKGTH.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+
+def attend_block(
+    q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B11TS: jax.Array | None
+) -> jax.Array:
+    """Attention [B, K, G, T, H] of queries in groups that share keys."""
+    dtype = v_BKSH.dtype
+    if target() == "cpu":
+        # Which would take the weights to 16 bits and back.
+        q_BKGTH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BKGTH, k_BKSH, v_BKSH))
+    logits_BKGTS = jnp.einsum(
+        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+    ) * (q_BKGTH.shape[-1] ** -0.5)
+    if mask_B11TS is not None:
+        logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, jnp.finfo(jnp.float32).min)
+    highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
+    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
+    # Divided behind the product, which is smaller than the weights.
+    sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
+    return (out_BKGTH / sum_BKGT1).astype(dtype)
 
 
 def choose(target: str, dtype: jnp.dtype, length: int, head_dim: int) -> Implementation:

@@ -10,7 +10,7 @@ import numpy as np
 from htfa_jax.config import Config
 from htfa_jax.data.records import Turn
 from htfa_jax.errors import DataError
-from htfa_jax.models.internlm2 import Cache
+from htfa_jax.models.kv_cache import Cache
 from htfa_jax.options import Decoding
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from htfa_jax.logs import progress
 from htfa_jax.losses import Counts, count, loss_and_metrics
 from htfa_jax.metrics import Answer, score_answers
 from htfa_jax.models.alignment import SOURCES
-from htfa_jax.models.internlm2 import Cache
+from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.pictures import denormalize, normalize
 from htfa_jax.options import Decoding

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from htfa_jax.batch import Batch
 from htfa_jax.models.htfa import HTFA, Fusion
-from htfa_jax.models.internlm2 import Cache, InternLM2, with_room
+from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.kv_cache import Cache, with_room
 from htfa_jax.sampling import Sampling, choose
 
 

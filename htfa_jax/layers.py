@@ -31,6 +31,20 @@ def ambient_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def target() -> str:
+    """What the code being traced will run on: "cpu", "tpu", or "gpu" and its generation.
+
+    A step may be compiled for devices that this machine does not have: the mesh knows them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform != "gpu":
+        return platform
+    here = [d for d in jax.local_devices() if d.platform == "gpu"]
+    # JAX itself takes a GPU that is not here for one of generation 8.
+    return f"gpu {here[0].compute_capability.split('.')[0] if here else 8}"
+
+
 def keep_batch_cut(x: jax.Array) -> jax.Array:
     """Keeps activations [B, ...] cut along the batch, so that weights travel and they do not."""
     if ambient_mesh() is None:
@@ -157,10 +171,13 @@ def _dot_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.
 
 def _dot_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = residuals
-    every = tuple(range(x.ndim - 1))
-    dims = ((every, every), ((), ()))
-    grad = jax.lax.dot_general(x, g.astype(x.dtype), dims, preferred_element_type=kernel.dtype)
-    return g.astype(x.dtype) @ kernel.astype(x.dtype).T, grad
+    g = g.astype(x.dtype)
+    columns = x.reshape(-1, x.shape[-1]).T
+    if target() == "cpu":
+        # XLA's product takes up to twice as long if its left side does not lie in rows.
+        columns = jax.lax.optimization_barrier(columns)
+    grad = jnp.matmul(columns, g.reshape(-1, g.shape[-1]), preferred_element_type=kernel.dtype)
+    return g @ kernel.astype(x.dtype).T, grad
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -168,6 +185,8 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`dot` with a float32 result."""
+    if x.dtype == jnp.float32:
+        return dot(x, kernel)
     dims = (((x.ndim - 1,), (0,)), ((), ()))
     kernel = kernel.astype(x.dtype)
     return jax.lax.dot_general(x, kernel, dims, preferred_element_type=jnp.float32)
@@ -179,7 +198,8 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     The kernel's gradient has the kernel's type from the product on, so that devices whose kernels
     are float32 also add up float32 (`sharding.reduce_dtype`).
     """
-    return x @ kernel if x.dtype == kernel.dtype else _dot(x, kernel)
+    plain = x.dtype == kernel.dtype and target() != "cpu"
+    return x @ kernel if plain else _dot(x, kernel)
 
 
 XAVIER = nnx.initializers.xavier_uniform()
@@ -216,71 +236,6 @@ def _promote(arrays: tuple[Any, ...], *, dtype: jnp.dtype) -> tuple[Any, ...]:
 
 def _nnx_dot(x: jax.Array, kernel: jax.Array, dims: Any, **options: Any) -> jax.Array:
     return dot(x, kernel)
-
-
-def row_product(kernel_FD: Any, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """x W^T for rows of weights: [B, T, D] -> [B, T, F].
-
-    The weights stand first in the product. XLA's CPU matrix product then streams them at the
-    memory's speed for any small B * T; the other way round it does so for B * T = 1 only.
-
-    Args:
-      kernel_FD: an array, or one that Qwix has quantized.
-      x_BTD: what to multiply.
-      out_dtype: of the product; that of the inputs by default.
-    """
-    if isinstance(kernel_FD, jax.Array):
-        dot_general = jax.lax.dot_general
-    else:
-        from qwix import dot_general  # an optional package
-    product_FBT = dot_general(
-        kernel_FD, x_BTD, (((1,), (2,)), ((), ())), preferred_element_type=out_dtype
-    )
-    return product_FBT.transpose(1, 2, 0)
-
-
-class RowLinear(nnx.Module):
-    """A linear layer without bias for decoding: its weights are rows [out, in].
-
-    Args:
-      in_features: D.
-      out_features: F.
-      dtype: of the computation; weights of another type are cast at every call.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
-        self.kernel = nnx.Param(XAVIER(rngs.params(), (out_features, in_features), jnp.float32))
-
-    def __call__(self, x_BTD: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-        return row_product(self.kernel.get_value().astype(self.dtype), x_BTD, out_dtype)
-
-
-def cached_attention(
-    q_BTNH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, positions_BT: jax.Array
-) -> jax.Array:
-    """Grouped-query attention [B, T, N, H] of words to all cached slots up to their own position.
-
-    Softmax in float32. Slots lie within heads, so that no step has to reorder the cache.
-    """
-    weights_BKTGS = cached_weights(q_BTNH, k_BKSH, positions_BT).astype(v_BKSH.dtype)
-    out_BKTGH = jnp.einsum("BKTGS,BKSH->BKTGH", weights_BKTGS, v_BKSH)
-    return out_BKTGH.swapaxes(1, 2).reshape(q_BTNH.shape)
-
-
-def cached_weights(q_BTNH: jax.Array, k_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """The weights [B, K, T, G, S] of `cached_attention`, float32; each row's sum is 1."""
-    B, T, N, H = q_BTNH.shape
-    K, S = k_BKSH.shape[1:3]
-    q_BKTGH = q_BTNH.reshape(B, T, K, N // K, H).swapaxes(1, 2)
-    logits_BKTGS = jnp.einsum(
-        "BKTGH,BKSH->BKTGS", q_BKTGH, k_BKSH, preferred_element_type=jnp.float32
-    ) * (H**-0.5)
-    visible_BTS = jnp.arange(S)[None, None] <= positions_BT[:, :, None]
-    logits_BKTGS = jnp.where(
-        visible_BTS[:, None, :, None], logits_BKTGS, jnp.finfo(jnp.float32).min
-    )
-    return jax.nn.softmax(logits_BKTGS, axis=-1)
 
 
 def layer_norm(size: int, epsilon: float, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:

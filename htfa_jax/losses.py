@@ -127,6 +127,8 @@ def chunked_cross_entropy(
         first, *rest = (chunks(x) for x in (hidden, labels, weights))
         if size == L:
             return one(kernel, first[0], *(x[0] for x in rest))
+        # In this type the chunks' gradients of the matrix add up; logits are computed as before.
+        kernel = kernel.astype(jnp.float32)
         # Of the kind that `one` gives: inside a mesh each device has a sum of its own.
         zero = 0 * weights[0, 0]
         total_, _ = jax.lax.scan(
@@ -134,9 +136,7 @@ def chunked_cross_entropy(
         )
         return total_
 
-    # In this type the chunks' gradients of the matrix add up; logits are computed as before.
-    kernel_DV = kernel_DV.astype(jnp.float32)
-    if ambient_mesh() is None:
+    if (mesh := ambient_mesh()) is None or mesh.size == 1:
         return total(kernel_DV, hidden_BLD, labels_BL, weights_BL)
 
     def local_total(kernel, *cut):
@@ -149,7 +149,7 @@ def chunked_cross_entropy(
         in_specs=(whole, cut, cut, cut),
         out_specs=whole,
         axis_names=set(BATCH_AXES),
-    )(kernel_DV, hidden_BLD, labels_BL, weights_BL)
+    )(kernel_DV.astype(jnp.float32), hidden_BLD, labels_BL, weights_BL)
 
 
 def loss_and_metrics(

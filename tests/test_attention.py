@@ -75,6 +75,27 @@ def test_plain_attention_is_the_formula(causal, masked, K):
     agrees(run, inputs, allowed(2, T, S, causal, key_mask_BS), 1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "S"), [(9, 11), (11, 9)])
+def test_blocks_of_queries_are_the_formula(T, S, causal, masked, monkeypatch):
+    monkeypatch.setitem(module.QUERIES, "cpu", 4)
+    key_mask_BS = mask_keys(2, S).at[:, 0].set(True) if masked else None
+    run = functools.partial(attention, causal=causal, key_mask_BS=key_mask_BS)
+    agrees(run, random(T=T, S=S), allowed(2, T, S, causal, key_mask_BS), 1e-5)
+
+
+def test_a_block_does_without_the_keys_behind_it_and_keeps_no_weights(monkeypatch):
+    monkeypatch.setitem(module.QUERIES, "cpu", 64)
+    q, k, v, _ = random(T=256, S=256, N=1, K=1, H=8)
+    run = functools.partial(attention, causal=True)
+    kept = jax.tree.leaves(jax.vjp(run, q, k, v)[1])
+    assert max(x.size for x in kept if x.dtype == jnp.float32) == q.size
+    flops = jax.jit(run).lower(q, k, v).compile().cost_analysis()["flops"]
+    full = jax.jit(attention).lower(q, k, v).compile().cost_analysis()["flops"]
+    assert flops < 0.7 * full  # 10 of 16 blocks
+
+
 def test_a_mask_of_pairs_goes_with_a_mask_of_keys():
     pairs_BTS = jax.random.bernoulli(jax.random.key(3), 0.5, (2, 9, 9)).at[:, :, 3].set(True)
     key_mask_BS = mask_keys(2, 9)

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from htfa_jax.config import DecoderConfig
 from htfa_jax.generate import complete, decode_until, paint, prefill, read_pictures
 from htfa_jax.inference_weights import for_inference
+from htfa_jax.models import kv_cache
 from htfa_jax.models.internlm2 import InternLM2, decoding_layout
 from htfa_jax.options import Decoding
 from htfa_jax.sampling import sampling_of
@@ -203,7 +204,10 @@ def test_passes_keep_the_surest_cells(model, decode):
     assert kept.any() and np.abs(second - first)[~kept].max() > 1e-2
 
 
-def test_256_words_are_those_of_transformers():
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 2), ("gpu 9", 2), ("gpu 9", 1)])
+def test_256_words_are_those_of_transformers(device, rows, monkeypatch):
+    """Written as products, and as the sums that a GPU has in their place."""
+    monkeypatch.setattr(kv_cache, "target", lambda: device)
     config = DecoderConfig(
         vocab_size=150, embed_dim=48, num_layers=3, num_heads=6, num_kv_heads=2, mlp_dim=68,
         rope_theta=777.0, rms_norm_eps=1e-3,
@@ -227,11 +231,11 @@ def test_256_words_are_those_of_transformers():
     structure, _ = taken_apart(
         InternLM2(config, decoding=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     )
-    prompt = np.random.default_rng(0).integers(0, 150, (2, 40)).astype(np.int32)
+    prompt = np.random.default_rng(0).integers(0, 150, (rows, 40)).astype(np.int32)
     with torch.no_grad():
         expected = theirs.generate(
             torch.from_numpy(prompt).long(),
-            attention_mask=torch.ones(2, 40),
+            attention_mask=torch.ones(rows, 40),
             max_new_tokens=256,
             do_sample=False,
         )[:, 40:].numpy()
@@ -240,8 +244,8 @@ def test_256_words_are_those_of_transformers():
     def generate(weights):
         decoder = structure.merge(weights)
         state = prefill(
-            decoder, decoder.empty_cache(2, 0), 0, prompt, np.full(2, 40),
-            jnp.zeros((2, 256), bool), sampling_of(Decoding(), 2), stop_ids=(-1,),
+            decoder, decoder.empty_cache(rows, 0), 0, prompt, np.full(rows, 40),
+            jnp.zeros((rows, 256), bool), sampling_of(Decoding(), rows), stop_ids=(-1,),
             num_slots=40 + 256, max_new_tokens=256,
         )  # fmt: skip
         return decode_until(decoder, state, 256, stop_ids=(-1,)).tokens_BT
@@ -260,9 +264,12 @@ def test_layouts_hold_the_same_numbers(model):
         for k in build(config, decoding=True).shapes
         if k.startswith("decoder.")
     }
+    q, k, v = (inside[f"layers.attention.{name}_proj.kernel"][1].T for name in "qkv")
     np.testing.assert_array_equal(
-        out["layers.1.attention.k_proj.kernel"], inside["layers.attention.k_proj.kernel"][1].T
+        out["layers.1.attention.qkv_proj.kernel"], np.concatenate([q, k, v])
     )
+    gate, up = (inside[f"layers.{name}_proj.kernel"][0].T for name in ("gate", "up"))
+    np.testing.assert_array_equal(out["layers.0.gate_up_proj.kernel"], np.concatenate([gate, up]))
     np.testing.assert_array_equal(out["layers.0.norm2.scale"], inside["layers.norm2.scale"][0])
     np.testing.assert_array_equal(out["embed.embedding"], inside["embed.embedding"])
 

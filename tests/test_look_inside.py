@@ -26,7 +26,7 @@ from htfa_jax.look_inside import (
     pictures_figure,
     png,
 )
-from htfa_jax.models.internlm2 import with_room
+from htfa_jax.models.kv_cache import with_room
 from htfa_jax.options import View
 from htfa_jax.report_html import write_report
 from htfa_jax.results import Intermediates, Result

@@ -9,7 +9,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from htfa_jax.config import VQConfig
-from htfa_jax.models.vq import VQ, depth_to_space, space_to_depth
+from htfa_jax.models.vq import VQ, GroupNorm, depth_to_space, space_to_depth
 from weights_convert import vq as table
 from weights_convert.convert import convert
 
@@ -129,3 +129,25 @@ def test_a_stem_keeps_sizes_and_is_undone():
     codes = module.encode(image)
     assert codes.shape == (3, 64)
     assert module.decode(codes).shape == image.shape
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8)])
+def test_group_norm_far_from_zero(channels, groups):
+    """Result and gradients of PyTorch in float64, of groups with means of hundreds."""
+    rng = np.random.default_rng(0)
+    means = rng.uniform(-500, 500, groups).repeat(channels // groups)
+    x = rng.normal(size=(2, 6, 5, channels)) + means
+    scale, bias = rng.normal(size=(2, channels))
+    cotangent = rng.normal(size=x.shape)
+    ours = GroupNorm(channels, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    ours.scale[...], ours.bias[...] = scale, bias
+    out, pull = jax.vjp(ours, jnp.asarray(x, jnp.float32))
+    (grad,) = pull(jnp.asarray(cotangent, jnp.float32))
+    inputs = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    theirs = torch.nn.functional.group_norm(
+        inputs, groups, torch.from_numpy(scale), torch.from_numpy(bias), eps=1e-6
+    ).permute(0, 2, 3, 1)
+    theirs.backward(torch.from_numpy(cotangent))
+    np.testing.assert_allclose(out, theirs.detach(), atol=1e-3)
+    their_grad = inputs.grad.permute(0, 2, 3, 1)
+    np.testing.assert_allclose(grad, their_grad, atol=1e-3)

@@ -11,7 +11,8 @@ from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.layers import split_key
 from htfa_jax.models.alignment import resample_tokens
-from htfa_jax.models.internlm2 import Cache, InternLM2
+from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling

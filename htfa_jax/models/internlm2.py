@@ -5,71 +5,39 @@ checkpoint layout differs.
 
 The weights come in two layouts. Training stacks the layers, for `lax.scan` compiles one block,
 and keeps kernels [in, out]. Decoding reads all weights for every word and should do nothing else:
-a scan would first copy each layer out of the stack, so there each layer stands by itself, and its
-kernels are rows [out, in] (`layers.RowLinear`). `decoding_layout` turns one into the other.
+a scan would first copy each layer out of the stack, so there each layer stands by itself, its
+kernels are rows [out, in] (`rows.RowLinear`), and those that read the same inputs are one.
+`decoding_layout` turns the first into the second.
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from htfa_jax.attention import attention
 from htfa_jax.config import DecoderConfig
 from htfa_jax.layers import (
     Remat,
-    RowLinear,
     apply_rope,
-    cached_attention,
-    cached_weights,
     dropout,
     float32_dot,
     linear,
-    row_product,
     run_layers,
     split_key,
     stack_layers,
 )
+from htfa_jax.models.kv_cache import Cache, KVCache, cached_attention, cached_weights, with_words
+from htfa_jax.models.rows import RowLinear, row_product
 from htfa_jax.paths import Flat
 
 VOCAB_MULTIPLE = 128
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class KVCache:
-    """Keys and values at the slots of their positions.
-
-    Attributes:
-      k: [B, K, S, H] of one layer, or [layers, B, K, S, H] of all.
-      v: the same.
-    """
-
-    k: jax.Array
-    v: jax.Array
-
-
-# In the layout of training one of all layers, in that of decoding one for each layer.
-Cache = KVCache | tuple[KVCache, ...]
-
-
-def with_room(cache: Cache, length: int) -> Cache:
-    """The cache with at least `length` slots."""
-
-    def pad(x: jax.Array) -> jax.Array:
-        missing = max(0, length - x.shape[-2])
-        return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, missing), (0, 0)])
-
-    return jax.tree.map(pad, cache)
-
-
-def num_slots(cache: Cache) -> int:
-    """Positions that a cache has room for."""
-    return jax.tree.leaves(cache)[0].shape[-2]
 
 
 @dataclasses.dataclass
@@ -88,42 +56,61 @@ class Watched:
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention."""
+    """Causal grouped-query attention, behind a norm."""
 
     def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.head_dim = config.embed_dim // config.num_heads
+        self.head_dim, self.decoding = config.embed_dim // config.num_heads, decoding
         self.rope = config.rope_theta, config.rope_factor
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = projection(size, size, decoding, dtype=dtype, rngs=rngs)
-        self.k_proj = projection(size, kv_size, decoding, dtype=dtype, rngs=rngs)
-        self.v_proj = projection(size, kv_size, decoding, dtype=dtype, rngs=rngs)
+        if decoding:
+            self.qkv_proj = RowLinear(size, size + 2 * kv_size, dtype=dtype, rngs=rngs)
+        else:
+            self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
+            self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
+            self.v_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
         self.o_proj = projection(size, size, decoding, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
+        self,
+        x_BTD: jax.Array,
+        norm: nnx.RMSNorm,
+        positions_BT: jax.Array,
+        cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = apply_rope(self.q_proj(x_BTD).reshape(heads), positions_BT, *self.rope)
-        k_BSKH = apply_rope(self.k_proj(x_BTD).reshape(heads), positions_BT, *self.rope)
-        v_BSKH = self.v_proj(x_BTD).reshape(heads)
+        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, norm, positions_BT)
         if cache is None:
             out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=True)
         else:
-            row_B1 = jnp.arange(len(x_BTD))[:, None]
-            # Rows first: the indexed axes of an assignment come before the others.
-            k_BKSH = cache.k.at[row_B1, :, positions_BT].set(k_BSKH, mode="drop")
-            v_BKSH = cache.v.at[row_B1, :, positions_BT].set(v_BSKH, mode="drop")
-            cache = KVCache(k=k_BKSH, v=v_BKSH)
-            out_BTNH = cached_attention(q_BTNH, k_BKSH, v_BKSH, positions_BT)
+            cache = with_words(cache, k_BSKH, v_BSKH, positions_BT)
+            out_BTNH = cached_attention(q_BTNH, cache.k, cache.v, positions_BT)
         return self.o_proj(out_BTNH.reshape(x_BTD.shape)), cache
 
-    def weights(self, x_BTD: jax.Array, positions_BT: jax.Array, k_BKSH: jax.Array) -> jax.Array:
+    def project(
+        self, x_BTD: jax.Array, norm: nnx.RMSNorm, positions_BT: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], the first two rotated."""
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        if self.decoding:
+            qkv_BTNH = self.qkv_proj(x_BTD, norm=norm).reshape(heads)
+            ends = self.num_heads, self.num_heads + self.num_kv_heads
+            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, ends, axis=2)
+        else:
+            y_BTD = norm(x_BTD)
+            q_BTNH = self.q_proj(y_BTD).reshape(heads)
+            k_BTKH = self.k_proj(y_BTD).reshape(heads)
+            v_BTKH = self.v_proj(y_BTD).reshape(heads)
+        q_BTNH, k_BTKH = (apply_rope(x, positions_BT, *self.rope) for x in (q_BTNH, k_BTKH))
+        return q_BTNH, k_BTKH, v_BTKH
+
+    def weights(
+        self, x_BTD: jax.Array, norm: nnx.RMSNorm, positions_BT: jax.Array, k_BKSH: jax.Array
+    ) -> jax.Array:
         """The weights [B, N, T, S] with which inputs attend to the slots of a filled cache."""
         B, T, _ = x_BTD.shape
-        q_BTNH = self.q_proj(x_BTD).reshape(B, T, -1, self.head_dim)
-        q_BTNH = apply_rope(q_BTNH, positions_BT, *self.rope)
+        q_BTNH, _, _ = self.project(x_BTD, norm, positions_BT)
         weights_BKTGS = cached_weights(q_BTNH, k_BKSH, positions_BT)
-        return weights_BKTGS.swapaxes(2, 3).reshape(B, q_BTNH.shape[2], T, k_BKSH.shape[2])
+        return weights_BKTGS.swapaxes(2, 3).reshape(B, self.num_heads, T, k_BKSH.shape[2])
 
 
 class Block(nnx.Module):
@@ -131,12 +118,15 @@ class Block(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         size, hidden = config.embed_dim, config.mlp_dim
-        self.dropout = config.dropout
+        self.dropout, self.decoding = config.dropout, decoding
         self.norm1 = rms_norm(config, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, decoding=decoding, dtype=dtype, rngs=rngs)
         self.norm2 = rms_norm(config, dtype=dtype, rngs=rngs)
-        self.gate_proj = projection(size, hidden, decoding, dtype=dtype, rngs=rngs)
-        self.up_proj = projection(size, hidden, decoding, dtype=dtype, rngs=rngs)
+        if decoding:
+            self.gate_up_proj = RowLinear(size, 2 * hidden, dtype=dtype, rngs=rngs)
+        else:
+            self.gate_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
+            self.up_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
         self.down_proj = projection(hidden, size, decoding, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -147,10 +137,14 @@ class Block(nnx.Module):
         key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         attention_key, mlp_key = split_key(key, 2)
-        out_BTD, cache = self.attention(self.norm1(x_BTD), positions_BT, cache)
+        out_BTD, cache = self.attention(x_BTD, self.norm1, positions_BT, cache)
         x_BTD = x_BTD + dropout(out_BTD, self.dropout, attention_key)
-        y_BTD = self.norm2(x_BTD)
-        y_BTD = self.down_proj(jax.nn.silu(self.gate_proj(y_BTD)) * self.up_proj(y_BTD))
+        if self.decoding:
+            gate_BTF, up_BTF = jnp.split(self.gate_up_proj(x_BTD, norm=self.norm2), 2, axis=-1)
+        else:
+            y_BTD = self.norm2(x_BTD)
+            gate_BTF, up_BTF = self.gate_proj(y_BTD), self.up_proj(y_BTD)
+        y_BTD = self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
         return x_BTD + dropout(y_BTD, self.dropout, mlp_key), cache
 
 
@@ -266,7 +260,7 @@ class InternLM2(nnx.Module):
         def apply(block, x_BTD, cache):
             out_BTD, cache = block(x_BTD, positions_BT, cache, None)
             # From the queries once more: nothing on the way of an answer knows of the watching.
-            weights_BNTS = block.attention.weights(block.norm1(x_BTD), positions_BT, cache.k)
+            weights_BNTS = block.attention.weights(x_BTD, block.norm1, positions_BT, cache.k)
             return out_BTD, (cache, keep(weights_BNTS))
 
         if not self.decoding:
@@ -322,6 +316,13 @@ def rms_norm(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
     )
 
 
+# What the layout of decoding has as one, one below the other.
+MERGED = {
+    "attention.qkv_proj": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
 def decoding_layout(params: Mapping[str, Any]) -> Flat:
     """A decoder's weights, stacked and [in, out], as separate layers with rows [out, in].
 
@@ -335,4 +336,14 @@ def decoding_layout(params: Mapping[str, Any]) -> Flat:
             array = value if i is None else value[i]
             name = path if i is None else f"layers.{i}.{layered[1]}"
             out[name] = array.T if name.endswith("kernel") else array
+    for i, (whole, parts) in itertools.product(range(num_layers(params)), MERGED.items()):
+        rows = [out.pop(f"layers.{i}.{part}.kernel") for part in parts]
+        # Arrays from a file are NumPy's and stay so.
+        concatenate = np.concatenate if isinstance(rows[0], np.ndarray) else jnp.concatenate
+        out[f"layers.{i}.{whole}.kernel"] = concatenate(rows)
     return out
+
+
+def num_layers(params: Mapping[str, Any]) -> int:
+    """Of a decoder's stacked weights."""
+    return len(params["layers.norm1.scale"])

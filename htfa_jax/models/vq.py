@@ -40,26 +40,50 @@ def conv(
     )
 
 
-def group_norm(channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """Group norm in 32 groups, or the most that a smaller width allows."""
-    return nnx.GroupNorm(
-        channels,
-        num_groups=math.gcd(32, channels),
-        epsilon=1e-6,
-        dtype=dtype,
-        param_dtype=jnp.float32,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+class GroupNorm(nnx.GroupNorm):
+    """Group norm of feature maps (Wu and He, "Group Normalization", 2018), float32 inside.
+
+    In 32 groups, or the most that a smaller width allows. Sums over places come first, for every
+    channel, and are the only ones over the whole map, which is read once for them and once to be
+    scaled.
+    """
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        groups = math.gcd(32, channels)
+        super().__init__(
+            channels, groups, epsilon=1e-6, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
+        )
+
+    def __call__(self, x_BHWD: jax.Array) -> jax.Array:
+        B, H, W, D = x_BHWD.shape
+        x_BHWD = x_BHWD.astype(jnp.float32)
+        # Squares are of the distance to some value of the channel: far from 0 they would lose
+        # what tells the values apart.
+        base_B11D = jax.lax.stop_gradient(x_BHWD[:, :1, :1])
+        distance_BHWD = x_BHWD - base_B11D
+        mean_BD = distance_BHWD.mean(axis=(1, 2))
+        variance_BD = jnp.square(distance_BHWD).mean(axis=(1, 2)) - jnp.square(mean_BD)
+
+        def grouped(x_BD: jax.Array) -> jax.Array:
+            return x_BD.reshape(-1, self.num_groups, D // self.num_groups)
+
+        mean_BGD = grouped(mean_BD + base_B11D[:, 0, 0])
+        mean_BG1 = mean_BGD.mean(axis=-1, keepdims=True)
+        between_BGD = jnp.square(mean_BGD - mean_BG1)
+        variance_BG1 = (grouped(variance_BD) + between_BGD).mean(axis=-1, keepdims=True)
+        scale_BGD = grouped(self.scale[...]) * jax.lax.rsqrt(variance_BG1 + self.epsilon)
+        shift_BGD = grouped(self.bias[...]) - mean_BG1 * scale_BGD
+        scale_B11D, shift_B11D = (x.reshape(B, 1, 1, D) for x in (scale_BGD, shift_BGD))
+        return (x_BHWD * scale_B11D + shift_B11D).astype(self.dtype)
 
 
 class ResBlock(nnx.Module):
     """norm, swish, conv, twice; a 1x1 shortcut where the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm1 = group_norm(in_channels, dtype=dtype, rngs=rngs)
+        self.norm1 = GroupNorm(in_channels, dtype=dtype, rngs=rngs)
         self.conv1 = conv(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
-        self.norm2 = group_norm(out_channels, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(out_channels, dtype=dtype, rngs=rngs)
         self.conv2 = conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
@@ -75,7 +99,7 @@ class AttentionBlock(nnx.Module):
     """Single-head self-attention over the places of a feature map."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.norm = group_norm(channels, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, dtype=dtype, rngs=rngs)
         self.q_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
         self.k_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
         self.v_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
@@ -160,7 +184,7 @@ class VQEncoder(nnx.Module):
             for width in widths[:-1]
         )
         self.middle = Middle(widths[-1], **options)
-        self.norm_out = group_norm(widths[-1], **options)
+        self.norm_out = GroupNorm(widths[-1], **options)
         self.conv_out = conv(widths[-1], config.z_channels, 3, **options)
         self.quant_conv = conv(config.z_channels, config.codebook_dim, 1, **options)
 
@@ -197,7 +221,7 @@ class VQDecoder(nnx.Module):
             for i, width in enumerate(widths)
         )
         self.upsamples = nnx.List(conv(width, width, 3, **options) for width in widths[:-1])
-        self.norm_out = group_norm(widths[-1], **options)
+        self.norm_out = GroupNorm(widths[-1], **options)
         self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, **options)
 
     def __call__(self, vectors_BME: jax.Array) -> jax.Array:
