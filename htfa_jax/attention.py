@@ -108,7 +108,7 @@ def plain(
     if mask_B1TS is not None:
         mask_B1TS = jnp.broadcast_to(mask_B1TS, (len(mask_B1TS), 1, T, S))
     block = QUERIES.get(target(), MOST_QUERIES)
-    attend = attend_block if T <= block else jax.checkpoint(attend_block)
+    attend = attend_block if block >= T else jax.checkpoint(attend_block)
     blocks = []
     for start in range(0, T, block):
         end = min(start + block, T)

@@ -163,7 +163,8 @@ def table(figures: dict[str, Any]) -> str:
             f"({min(side['step_seconds']):.4f} to {max(side['step_seconds']):.4f}; "
             f"{side['median_step_processor_seconds']:.4f} s of the processor)  "
             f"{side['samples_per_second']:.2f} samples/s  "
-            f"peak {peak:.2f} GB ({side['peak_kind']})  first loss {side['first_loss']:.5f}"
+            f"peak {peak:.2f} GB ({side['peak_kind']})  first loss {side['first_loss']:.5f}, "
+            f"last {side['last_loss']:.5f}"
         )
     parts = ", ".join(f"{k} {v / 1e9:,.1f}" for k, v in ours["flops_per_sample"].items())
     lines += [
@@ -171,7 +172,8 @@ def table(figures: dict[str, Any]) -> str:
         f"(peak {ours['compile_peak_bytes'] / 1e9:.2f} GB)",
         f"the compiler plans {ours['argument_bytes'] / 1e9:.2f} GB of weights, moments and batch, "
         f"and {ours['temporary_bytes'] / 1e9:.2f} GB for a step; "
-        f"peak before the first step {ours['start_peak_bytes'] / 1e9:.2f} GB",
+        f"peak before the first step {ours['start_peak_bytes'] / 1e9:.2f} GB; on the first device "
+        + " and ".join(f"{v / 1e9:.2f} GB of {k}" for k, v in ours["state_bytes"].items()),
         f"{sum(ours['flops_per_sample'].values()) / 1e9:,.1f} GFLOP per sample ({parts})",
         f"{ours['flops_per_second'] / 1e9:,.1f} GFLOP/s of "
         f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matrix product: "

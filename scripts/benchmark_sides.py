@@ -104,14 +104,28 @@ def use_cores(threads: int | None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
-def serve(pipe: Connection, run: Callable[[], float]) -> None:
-    """Answers each number of steps with (seconds, of the processor) of one, until it is 0."""
+def serve(pipe: Connection, run: Callable[[], Any]) -> float:
+    """Answers each number of steps with (seconds, of the processor) of one, until it is 0.
+
+    `run` starts a step and gives its loss, for which nobody waits before the last: in training
+    too the next step is under way when one is read. Returns the last loss.
+    """
+    last = float("nan")
     while steps := pipe.recv():
         start, worked = time.perf_counter(), time.process_time()
         for _ in range(steps):
-            run()
+            loss = run()
+        last = float(loss)
         spent = time.perf_counter() - start, time.process_time() - worked
         pipe.send([seconds / steps for seconds in spent])
+    return last
+
+
+def bytes_here(tree: Any) -> int:
+    """Bytes of arrays on the first device."""
+    import jax
+
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 def write_weights(pipe: Connection, config: Config, path: Path) -> None:
@@ -189,13 +203,13 @@ def jax_side(
     batch = put_update(config, layout, Batch(**arrays))
     jax.clear_caches()
 
-    def run() -> float:
+    def run() -> jax.Array:
         nonlocal state
         state, metrics = compiled(state, frozen, batch)
-        return float(metrics["loss"])  # which waits for the step
+        return metrics["loss"]
 
     before = peak_resident()
-    loss = run()
+    loss = float(run())
     forget_peak()
     pipe.send(
         {
@@ -204,9 +218,11 @@ def jax_side(
             "flops_per_sample": training_step(config, length),
         }
     )
-    serve(pipe, run)
+    last = serve(pipe, run)
     resident, stats = peak_resident(), device.memory_stats() or {}
     memory = {
+        "last_loss": last,
+        "state_bytes": {name: bytes_here(state[name]) for name in ("params", "opt_state")},
         "peak_bytes": stats.get("peak_bytes_in_use", resident),
         "peak_kind": "device" if "peak_bytes_in_use" in stats else "resident",
         "start_peak_bytes": before,
@@ -214,7 +230,8 @@ def jax_side(
     if profile is not None:
         with jax.profiler.trace(str(profile)):
             for _ in range(3):
-                run()
+                loss = run()
+            float(loss)
     state = frozen = batch = None  # room for the matrices
     matmul = jax.device_count() * matmul_peak(config.train.dtype)
     datasheet = DATASHEET.get(device.device_kind) if config.train.dtype == "bfloat16" else None
@@ -270,7 +287,7 @@ def torch_side(
     del params
     arrays = twin.put(arrays)
     before, start = peak_resident(), time.perf_counter()
-    loss = twin.step(arrays)
+    loss = float(twin.step(arrays))
     forget_peak()
     pipe.send(
         {
@@ -279,7 +296,8 @@ def torch_side(
             "first_step_seconds": time.perf_counter() - start,
         }
     )
-    serve(pipe, lambda: twin.step(arrays))
+    last = serve(pipe, lambda: twin.step(arrays))
     peak = torch.cuda.max_memory_allocated() if gpu else peak_resident()
     kind = "device" if gpu else "resident"
-    pipe.send({"peak_bytes": peak, "peak_kind": kind, "start_peak_bytes": before})
+    memory = {"peak_bytes": peak, "peak_kind": kind, "start_peak_bytes": before}
+    pipe.send({"last_loss": last, **memory})

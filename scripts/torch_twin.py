@@ -171,11 +171,18 @@ class Twin:
         self.loss_fn = self.loss if self.device.type == "cpu" else torch.compile(self.loss)
 
     def put(self, batch: Mapping[str, np.ndarray] | Batch) -> dict[str, Tensor]:
-        """Arrays as tensors on the device; those that are there stay."""
+        """Arrays as tensors on the device; those that are there stay.
+
+        Raises DataError if a sample lacks what the twin needs in all.
+        """
+        for flag in ("has_recon", "has_target", "has_bbox_orig", "has_bbox_recon"):
+            # Tensors were looked at when they were made; asked again, they would stop the device.
+            if not isinstance(batch[flag], Tensor) and not np.all(batch[flag]):
+                raise DataError(f"{flag} is False in some samples; the twin needs it in all")
         return {name: torch.as_tensor(x, device=self.device) for name, x in batch.items()}
 
-    def step(self, batch: Mapping[str, np.ndarray] | Batch) -> float:
-        """One update; returns its loss.
+    def step(self, batch: Mapping[str, np.ndarray] | Batch) -> Tensor:
+        """One update; returns its loss, which is there when the device has come to it.
 
         Args:
           batch: arrays or tensors of a `Batch` by name, of `train.accumulation_steps` micro-steps.
@@ -186,11 +193,8 @@ class Twin:
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def gradients(self, batch: Mapping[str, np.ndarray] | Batch) -> float:
+    def gradients(self, batch: Mapping[str, np.ndarray] | Batch) -> Tensor:
         """Adds to the parameters' gradients; returns the loss."""
-        for flag in ("has_recon", "has_target", "has_bbox_orig", "has_bbox_recon"):
-            if not batch[flag].all():
-                raise DataError(f"{flag} is False in some samples; the twin needs it in all")
         tensors = self.put(batch)
         counts = text_weights(tensors).sum(), code_weights(tensors, self.config).sum()
         total = torch.zeros((), device=self.device)
@@ -201,7 +205,7 @@ class Twin:
                 loss = self.loss_fn(micro, *counts)
             loss.backward()
             total += loss.detach()
-        return total.item()
+        return total
 
     def loss(self, batch: Batch, text_count: Tensor, code_count: Tensor) -> Tensor:
         """The micro-step's part of the loss; the counts are those of the whole update."""

@@ -73,7 +73,7 @@ def test_loss_and_gradients_agree(changes):
     config = tiny(**changes)
     twin, trainable, frozen, model, batch = both(config)
     loss, grads = ours(config, model, trainable, frozen, batch)
-    assert twin.gradients(arrays(batch)) == pytest.approx(float(loss), abs=1e-4)
+    assert twin.gradients(arrays(batch)).item() == pytest.approx(float(loss), abs=1e-4)
     expected = {name: (path, value) for name, path, value in renamed(grads, config)}
     assert set(expected) == set(twin.trained)
     for name, (path, value) in expected.items():
@@ -111,7 +111,7 @@ def test_bfloat16_and_rematerialisation_stay_near():
     for dtype, remat in (("float32", "none"), ("float32", "full"), ("bfloat16", "full")):
         config = tiny(**FROZEN, train__dtype=dtype, train__frozen_dtype=dtype, train__remat=remat)
         twin, *_, batch = both(config)
-        loss[dtype, remat] = twin.gradients(arrays(batch))
+        loss[dtype, remat] = twin.gradients(arrays(batch)).item()
         raw[dtype, remat] = twin.trained["level1.raw.0"].grad
     exact, again, half = loss
     assert loss[again] == pytest.approx(loss[exact], abs=1e-6)
