@@ -267,21 +267,30 @@ def test_answers_in_both_styles(tmp_path):
     assert json.loads(records.read_text())["conversations"][1]["value"].endswith(".")
 
 
-def test_of_builds_at_once_one_draws(tmp_path, monkeypatch):
-    made = []
+def test_of_builds_at_once_one_draws_and_writes(tmp_path, monkeypatch):
+    made, written = [], []
 
     def counted(seed, split, index, size):
         made.append(index)
         time.sleep(0.05)
         return make_scene(seed, split, index, size)
 
+    def noted(path, content):
+        written.append(path.name)
+        files.write_whole(path, content)
+
     monkeypatch.setattr(builder_module, "make_scene", counted)
+    monkeypatch.setattr(builder_module, "write_whole", noted)
     options = {"image_size": 32, "num_workers": 1}
     with ThreadPoolExecutor(3) as pool:
         builds = [pool.submit(build, tmp_path, "train", num, **options) for num in (4, 4, 6)]
     assert sorted(made) == [0, 1, 2, 3, 4, 5]
     lines = [len(b.result().read_text().splitlines()) for b in builds]
     assert lines == [4, 4, 6]
+    assert sorted(x for x in written if x.endswith("word.jsonl")) == [
+        "train-4-word.jsonl",
+        "train-6-word.jsonl",
+    ]
 
 
 def test_folder_problems_are_named(tmp_path):

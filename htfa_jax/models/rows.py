@@ -38,7 +38,7 @@ class RowLinear(nnx.Module):
           norm: of the inputs before they are multiplied, if any.
         """
         kernel_FD = self.kernel.get_value().astype(self.dtype)
-        if len(x_BTD) == 1 and sums_are_quick(x_BTD) and isinstance(kernel_FD, jax.Array):
+        if sums_are_quick(x_BTD) and isinstance(kernel_FD, jax.Array):
             return _row_sums(kernel_FD, x_BTD, norm).astype(out_dtype or x_BTD.dtype)
         return row_product(kernel_FD, x_BTD if norm is None else norm(x_BTD), out_dtype)
 

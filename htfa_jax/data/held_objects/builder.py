@@ -81,8 +81,10 @@ def build(
             made = run_workers(job, missing, workers) if workers > 1 else write_scenes(job, missing)
             with contextlib.closing(made):
                 show_progress(made, len(missing), what)
-        lines = (json.dumps(record(folder, split, i, seed, answers)) + "\n" for i in range(num))
-        write_whole(records, "".join(lines).encode())
+        # Nor written again: another process may be reading what is there.
+        if missing or not records.exists():
+            lines = (json.dumps(record(folder, split, i, seed, answers)) + "\n" for i in range(num))
+            write_whole(records, "".join(lines).encode())
     return records
 
 
