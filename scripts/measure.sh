@@ -18,7 +18,7 @@ export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 
 bench() { # NAME CONFIG FLAGS...
     mkdir -p "$out"
-    python3 scripts/benchmark.py --config "$2" --output "$out/$1.json" "${@:3}"
+    python3 scripts/benchmark.py --config "$2" --steps 5 --output "$out/$1.json" "${@:3}"
 }
 # A batch as large as pays, without recomputing anything.
 large=(--config.train.accumulation_steps=1 --config.train.remat=none)
@@ -33,13 +33,22 @@ trace)
     bench trace standard --config.train.batch_size=16 "${large[@]}" --profile "$out/trace"
     python3 scripts/trace_summary.py "$out/trace" --top 40
     ;;
+scaling) # one GPU, then all of them
+    CUDA_VISIBLE_DEVICES=0 bench one standard --config.train.batch_size=16 "${large[@]}"
+    for mode in zero2 fsdp; do
+        bench "$mode" standard --config.train.batch_size=16 "${large[@]}" --config.sharding.mode=$mode
+    done
+    ;;
 large_scale | internlm2_1_8b | memory_efficient) bench "$name" "$name" ;;
 decoding)
     JAX_PLATFORMS=cuda python3 scripts/benchmark_decoding.py --sizes internlm2_1_8b \
         --dtype bfloat16 --batches 1 8 64 --prompt 1808
     ;;
+medium) # trains from scratch, and evaluates
+    python3 -m htfa_jax.train --config scripts/benchmark_configs/medium.py --workdir "$out/medium"
+    ;;
 *)
-    echo "usage: $0 standard|twin|trace|large_scale|internlm2_1_8b|memory_efficient|decoding [OUT]" >&2
+    echo "usage: $0 standard|twin|trace|scaling|large_scale|internlm2_1_8b|memory_efficient|decoding|medium [OUT]" >&2
     exit 2
     ;;
 esac
