@@ -3,7 +3,8 @@
 - `splash`: Pallas kernel for TPU, of JAX's own library (a descendant of Dao et al.,
   "FlashAttention", 2022).
 - `cudnn`: cuDNN's flash attention, for NVIDIA GPUs.
-- `plain`: XLA, for everything else; it holds all T x S weights in memory, the kernels do not.
+- `plain`: XLA, for everything else; it holds the weights of a block of queries in memory, the
+  kernels do not.
 
 All three compute the softmax in float32.
 """
@@ -135,8 +136,13 @@ def attend_block(
         logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, jnp.finfo(jnp.float32).min)
     highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
-    out_BKGTH = jnp.einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
-    # Divided behind the product, which is smaller than the weights.
+    # Divided behind the product, which is smaller than the weights; in float16 it would overflow.
+    out_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH",
+        weights_BKGTS.astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
     sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
     return (out_BKGTH / sum_BKGT1).astype(dtype)
 

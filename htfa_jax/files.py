@@ -66,7 +66,7 @@ def one_at_a_time(path: Path, what: str) -> Iterator[None]:
 
     Raises OSError if the lock cannot be written.
     """
-    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"), mode=0o666)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

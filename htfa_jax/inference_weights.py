@@ -26,13 +26,18 @@ def for_inference(config: Config, params: Flat, quantize: Quantize | None = None
     """
     decoder, others = split(params, r"decoder\..*")
     inside = {path.removeprefix("decoder."): v for path, v in decoder.items()}
-    laid_out = {f"decoder.{path}": v for path, v in decoding_layout(inside).items()}
     dtype = jnp.dtype(config.train.dtype)
-    # Arrays from a file are NumPy's and stay so: nothing has to be compiled for them.
-    cast = {
-        path: v.astype(dtype) if re.fullmatch(r".*\.(kernel|embedding)", path) else v
-        for path, v in {**others, **laid_out}.items()
-    }
+
+    def cast_down(weights: Flat) -> Flat:
+        # Arrays from a file are NumPy's and stay so: nothing has to be compiled for them.
+        return {
+            path: v.astype(dtype) if re.fullmatch(r".*\.(kernel|embedding)", path) else v
+            for path, v in weights.items()
+        }
+
+    # Cast before what is merged is copied.
+    laid_out = decoding_layout(cast_down(inside))
+    cast = {**cast_down(others), **{f"decoder.{path}": v for path, v in laid_out.items()}}
     if quantize is None:
         return cast
     try:

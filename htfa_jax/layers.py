@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 Remat = Literal["none", "dots", "full"]
 
@@ -23,6 +24,7 @@ Remat = Literal["none", "dots", "full"]
 BATCH_AXES = ("data", "fsdp")
 # Most layers that are compiled one by one.
 WRITTEN_OUT = 8
+PRODUCT = "product"  # what `rematerialize` knows the results of `dot` by
 
 
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:
@@ -154,7 +156,13 @@ def rematerialize(function: Callable, remat: Remat) -> Callable:
     """`function`, recomputed in the backward pass as `remat` says."""
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    policy = None
+    if remat == "dots":
+        # A policy does not look into `_dot`, so what that gives has a name.
+        policy = policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(PRODUCT)
+        )
     # Inside a scan nothing can be merged with the forward pass, so the barriers that
     # prevent it are not needed.
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
@@ -196,10 +204,12 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., in] times kernel [in, out], computed in the type of `x`.
 
     The kernel's gradient has the kernel's type from the product on, so that devices whose kernels
-    are float32 also add up float32 (`sharding.reduce_dtype`).
+    are float32 also add up float32 (`sharding.reduce_dtype`). On CPUs, and
+    with two types, the gradient is our own and there is no forward-mode differentiation.
     """
-    plain = x.dtype == kernel.dtype and target() != "cpu"
-    return x @ kernel if plain else _dot(x, kernel)
+    if x.dtype == kernel.dtype and target() != "cpu":
+        return x @ kernel
+    return checkpoint_name(_dot(x, kernel), PRODUCT)
 
 
 XAVIER = nnx.initializers.xavier_uniform()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One measurement on a machine with GPUs, each within ten minutes:
+# One measurement on a machine with GPUs and many cores, each within about ten minutes:
 #   scripts/measure.sh NAME [OUT]       from the repository, or ./measure.sh in a packed folder
 # Figures go to the terminal and, as JSON and traces, to the folder OUT (default: measured).
 set -euo pipefail

@@ -170,6 +170,17 @@ def test_a_mask_of_pairs_never_meets_a_kernel(monkeypatch):
         attention(q, k, v)
 
 
+def test_in_float16_neither_sums_nor_their_gradients_leave_its_range(monkeypatch):
+    """Of 1024 equal weights; heads that are too wide for a kernel."""
+    monkeypatch.setattr(module, "target", lambda: "gpu 9")
+    q, k, v, cotangent = random(T=8, S=1024, N=1, K=1, H=264, dtype=jnp.float16)
+    v = jnp.full_like(v, 100.0)
+    out, pull = jax.vjp(attention, 0 * q, k, v)
+    np.testing.assert_allclose(out, v[:, :8], rtol=1e-3)
+    small = jnp.full_like(cotangent, 1e-4)
+    np.testing.assert_allclose(pull(small)[2], 8e-4 / 1024, rtol=0.1)
+
+
 @pytest.mark.parametrize("kernel", ["interpreted", "imitated", None])
 def test_a_row_without_keys_is_finite(kernel, request):
     run = request.getfixturevalue(kernel) if kernel else attention

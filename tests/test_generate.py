@@ -231,6 +231,7 @@ def test_256_words_are_those_of_transformers(device, rows, monkeypatch):
     structure, _ = taken_apart(
         InternLM2(config, decoding=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     )
+    assert kv_cache.sums_are_quick(np.zeros((rows, 1))) == (device == "gpu 9" and rows == 1)
     prompt = np.random.default_rng(0).integers(0, 150, (rows, 40)).astype(np.int32)
     with torch.no_grad():
         expected = theirs.generate(

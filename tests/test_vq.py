@@ -151,3 +151,13 @@ def test_group_norm_far_from_zero(channels, groups):
     np.testing.assert_allclose(out, theirs.detach(), atol=1e-3)
     their_grad = inputs.grad.permute(0, 2, 3, 1)
     np.testing.assert_allclose(grad, their_grad, atol=1e-3)
+
+
+def test_group_norm_of_a_flat_map_with_an_outlier_at_the_edge():
+    """Padding makes such values."""
+    x = 0.1 * np.random.default_rng(0).normal(size=(1, 224, 224, 8)).astype("f")
+    x[:, 0, 0] = 50
+    out = GroupNorm(8, dtype=jnp.float32, rngs=nnx.Rngs(0))(jnp.asarray(x))
+    inputs = torch.from_numpy(np.float64(x)).permute(0, 3, 1, 2)
+    theirs = torch.nn.functional.group_norm(inputs, 8, eps=1e-6).permute(0, 2, 3, 1)
+    np.testing.assert_allclose(out, theirs, rtol=1e-3, atol=1e-3)

@@ -57,12 +57,13 @@ class GroupNorm(nnx.GroupNorm):
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
         B, H, W, D = x_BHWD.shape
         x_BHWD = x_BHWD.astype(jnp.float32)
-        # Squares are of the distance to some value of the channel: far from 0 they would lose
-        # what tells the values apart.
-        base_B11D = jax.lax.stop_gradient(x_BHWD[:, :1, :1])
+        # Squares are of the distance to the channel's values in the middle: far from 0 they would
+        # lose what tells the values apart. At the edges padding makes other values.
+        base_B11D = jax.lax.stop_gradient(x_BHWD[:, H // 2, None].mean(axis=2, keepdims=True))
         distance_BHWD = x_BHWD - base_B11D
         mean_BD = distance_BHWD.mean(axis=(1, 2))
-        variance_BD = jnp.square(distance_BHWD).mean(axis=(1, 2)) - jnp.square(mean_BD)
+        squares_BD = jnp.square(distance_BHWD).mean(axis=(1, 2))
+        variance_BD = jnp.maximum(squares_BD - jnp.square(mean_BD), 0.0)
 
         def grouped(x_BD: jax.Array) -> jax.Array:
             return x_BD.reshape(-1, self.num_groups, D // self.num_groups)

@@ -1,7 +1,7 @@
 """A medium model on 448-pixel pictures, everything from random weights, for one GPU.
 
-HeldObjects at 448 pixels, a VQ stage of its own, 5 epochs of 8,000 scenes: about ten minutes on an H200
-with many cores, drawing the scenes and evaluating included.
+HeldObjects at 448 pixels, a VQ stage of its own, 5 epochs of 8,000 scenes. On an H200 with 32
+cores to draw the scenes it should take about ten minutes, evaluation included (`RESULTS.md`).
 
 python -m htfa_jax.train --config scripts/benchmark_configs/medium.py --workdir runs/medium
 """

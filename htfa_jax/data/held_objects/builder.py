@@ -70,7 +70,7 @@ def build(
     records = folder / f"{split}-{num}-{answers}.jsonl"
     if records.exists() and not missing_scenes(folder / split, num):
         return records
-    if not os.access(folder / split / "meta", os.W_OK):
+    if not all(os.access(x, os.W_OK) for x in (folder, folder / split / "meta")):
         raise DataError(f"cannot write the scenes to {folder}: no permission")
     what = f"{split} scenes of {image_size} px"
     with one_at_a_time(folder / split, what):
