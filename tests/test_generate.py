@@ -204,7 +204,7 @@ def test_passes_keep_the_surest_cells(model, decode):
     assert kept.any() and np.abs(second - first)[~kept].max() > 1e-2
 
 
-@pytest.mark.parametrize(("device", "rows"), [("cpu", 2), ("gpu 9", 2), ("gpu 9", 1)])
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 2), ("gpu 9", 1)])
 def test_256_words_are_those_of_transformers(device, rows, monkeypatch):
     """Written as products, and as the sums that a GPU has in their place."""
     monkeypatch.setattr(kv_cache, "target", lambda: device)
@@ -231,7 +231,8 @@ def test_256_words_are_those_of_transformers(device, rows, monkeypatch):
     structure, _ = taken_apart(
         InternLM2(config, decoding=True, dtype=jnp.float32, rngs=nnx.Rngs(0))
     )
-    assert kv_cache.sums_are_quick(np.zeros((rows, 1))) == (device == "gpu 9" and rows == 1)
+    quick = [kv_cache.sums_are_quick(np.zeros((count, 1))) for count in (1, 2)]
+    assert quick == [device == "gpu 9", False]
     prompt = np.random.default_rng(0).integers(0, 150, (rows, 40)).astype(np.int32)
     with torch.no_grad():
         expected = theirs.generate(
