@@ -136,7 +136,8 @@ def attend_block(
         logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, jnp.finfo(jnp.float32).min)
     highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
-    # Divided behind the product, which is smaller than the weights; in float16 it would overflow.
+    # In float32, since it is divided only behind the product, which is smaller than the weights:
+    # float16 would overflow.
     out_BKGTH = jnp.einsum(
         "BKGTS,BKSH->BKGTH",
         weights_BKGTS.astype(v_BKSH.dtype),

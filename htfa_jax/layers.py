@@ -204,8 +204,8 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [..., in] times kernel [in, out], computed in the type of `x`.
 
     The kernel's gradient has the kernel's type from the product on, so that devices whose kernels
-    are float32 also add up float32 (`sharding.reduce_dtype`). On CPUs, and
-    with two types, the gradient is our own and there is no forward-mode differentiation.
+    are float32 also add up float32 (`sharding.reduce_dtype`). On CPUs, and with two types, the
+    gradient is our own and there is no forward-mode differentiation.
     """
     if x.dtype == kernel.dtype and target() != "cpu":
         return x @ kernel

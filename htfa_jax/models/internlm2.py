@@ -11,7 +11,6 @@ kernels are rows [out, in] (`rows.RowLinear`), and those that read the same inpu
 """
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -336,14 +335,10 @@ def decoding_layout(params: Mapping[str, Any]) -> Flat:
             array = value if i is None else value[i]
             name = path if i is None else f"layers.{i}.{layered[1]}"
             out[name] = array.T if name.endswith("kernel") else array
-    for i, (whole, parts) in itertools.product(range(num_layers(params)), MERGED.items()):
-        rows = [out.pop(f"layers.{i}.{part}.kernel") for part in parts]
-        # Arrays from a file are NumPy's and stay so.
-        concatenate = np.concatenate if isinstance(rows[0], np.ndarray) else jnp.concatenate
-        out[f"layers.{i}.{whole}.kernel"] = concatenate(rows)
+    for i in range(len(params["layers.norm1.scale"])):
+        for whole, parts in MERGED.items():
+            rows = [out.pop(f"layers.{i}.{part}.kernel") for part in parts]
+            # Arrays from a file are NumPy's and stay so.
+            concatenate = np.concatenate if isinstance(rows[0], np.ndarray) else jnp.concatenate
+            out[f"layers.{i}.{whole}.kernel"] = concatenate(rows)
     return out
-
-
-def num_layers(params: Mapping[str, Any]) -> int:
-    """Of a decoder's stacked weights."""
-    return len(params["layers.norm1.scale"])
