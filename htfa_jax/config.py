@@ -81,6 +81,7 @@ class Level2Config:
     dropout: float = 0.1  # on the attention weights, in training
     alignment: Literal["features", "pixels", "none"] = "pixels"  # where the box affine acts
     values: Literal["fused", "reconstruction"] = "reconstruction"  # whose features are attended to
+    append_reconstruction: bool = True  # its aligned features stand behind F_spatial's
     mask_keys: bool = True  # hide keys outside the picture or the object mask
     intensity_threshold: float = 0.01  # mean RGB in [0, 1] above which a pixel is foreground
 
@@ -323,6 +324,12 @@ class Config:
     def num_patches(self) -> int:
         """Understanding tokens of a sample."""
         return self.patch_grid**2 * self.pictures_read
+
+    @property
+    def understand_dim(self) -> int:
+        """Width of the features that the understanding adapter reads."""
+        appended = self.fusion == "levels" and self.level2.append_reconstruction
+        return self.siglip.embed_dim * (2 if appended else 1)
 
     @property
     def num_codes(self) -> int:

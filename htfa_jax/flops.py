@@ -60,9 +60,9 @@ def decoder(config: Config, text_length: int) -> float:
 def levels(config: Config) -> float:
     """Level 2, the adapters and the generation head (Level 1 is too small to count)."""
     patches, codes, width = config.num_patches, config.num_codes, config.siglip.embed_dim
-    out = config.decoder.embed_dim
+    read, out = config.understand_dim, config.decoder.embed_dim
     hidden = config.level3.adapter_mlp_dim or 4 * out
-    total = patches * hidden * (width + out) + codes * hidden * (config.vq.codebook_dim + out)
+    total = patches * hidden * (read + out) + codes * hidden * (config.vq.codebook_dim + out)
     if config.fusion == "levels":
         total += patches * 4 * width**2 + 2 * patches**2 * width
     total += config.code_grid**2 * out * config.vq.codebook_size if config.loss.code_weight else 0

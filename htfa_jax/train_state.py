@@ -29,6 +29,7 @@ State = dict[str, Any]
 
 # Parameters stored in float32 always: rounding the codebook would change which code is nearest.
 CODEBOOK = r"vq\.codebook"
+CODE_HEAD = "level3.head_generate.kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,8 @@ def compiled_lightly(function: Callable, **options: Any) -> Callable:
 def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tuple[Flat, Flat]:
     """Trainable (float32) and frozen parameters, laid out: `loaded` ones, the others at random.
 
+    A generation head that is not loaded starts from the codes; see `EncoderDecoupling.first_head`.
+
     Args:
       config: the run's configuration.
       model: its structure.
@@ -109,6 +112,13 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
     params = draw(jax.random.key(config.seed)) if shardings else {}
     for path, value in loaded.items():
         params[path] = layout.put_parameter(value, dtypes[path], places[path])
+    if CODE_HEAD in params.keys() - loaded.keys():
+
+        def first_head(params: Flat) -> jax.Array:
+            whole = model.merge(params)
+            return whole.level3.first_head(whole.vq.vectors())
+
+        params[CODE_HEAD] = jax.jit(first_head, out_shardings=places[CODE_HEAD])(params)
     return {p: params[p] for p in trainable}, {p: params[p] for p in frozen}
 
 

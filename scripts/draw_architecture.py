@@ -309,7 +309,8 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
 
     # Level 2.
     art.box(652, 108, 174, 344, "level2",
-            ["cross-attention", say["level2"], say["weight level2"], "residual, LayerNorm"],
+            ["cross-attention", say["level2"], say["weight level2"], "residual, LayerNorm",
+             "reconstruction appended"],
             frozen["level2"])  # fmt: skip
     for y, name in ((176, "Q"), (380, "K"), (420, "V")):
         art.arrow((584, y), (650, y))
@@ -431,7 +432,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     # As it would be with pretrained parts.
     config = override(load_config(args.config), {"pretrained.random_parts": "as_configured"})
-    drawn = {"level2.alignment": "pixels", "level2.values": "reconstruction"}
+    drawn = {
+        "level2.alignment": "pixels",
+        "level2.values": "reconstruction",
+        "level2.append_reconstruction": True,
+    }
     if any(get(config, name) != value for name, value in drawn.items()):
         raise ConfigError(f"drawn is the flow of {drawn}; {args.config} has another one")
     args.output.write_text(draw(config, *example()), encoding="utf-8")

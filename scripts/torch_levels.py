@@ -99,7 +99,7 @@ class Levels(nn.Module):
         self.level2 = Level2(config.level2, patch_dim)
         self.level3 = nn.ModuleDict(
             {
-                "adapter_understand": Adapter(config.level3, patch_dim, size),
+                "adapter_understand": Adapter(config.level3, config.understand_dim, size),
                 "adapter_generate": Adapter(config.level3, config.vq.codebook_dim, size),
                 "head_generate": nn.Linear(size, config.vq.codebook_size, bias=False),
             }

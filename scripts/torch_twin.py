@@ -238,6 +238,8 @@ class Twin:
             fused_BPD[0] if fused_BPD else recon_BPD,
             visible_BP if config.level2.mask_keys else None,
         )
+        if config.level2.append_reconstruction:
+            spatial_BPD = torch.cat([spatial_BPD, recon_BPD], dim=-1)
         z_BME = self.continuous(fused)
         vectors_BME = self.vq.vectors()[self.nearest(z_BME.detach())]
         vectors_BME = z_BME + (vectors_BME - z_BME).detach()

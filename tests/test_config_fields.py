@@ -426,6 +426,7 @@ CASES = {
     "level2.dropout": (0.2, loss),
     "level2.alignment": ("none", loss),
     "level2.values": ("fused", loss),
+    "level2.append_reconstruction": (False, shapes),
     "level2.mask_keys": (False, loss),
     "level2.intensity_threshold": (0.2, loss),
     "level3.generation": (False, shapes, {"loss.code_weight": 0.0}),

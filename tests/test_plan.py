@@ -79,6 +79,7 @@ def test_the_levels_agree_with_xla():
     def levels(params, spatial, codes, hidden):
         module = model.merge(params)
         fused, _ = module.level2(spatial, spatial, spatial, None, None)
+        fused = jnp.concatenate([fused, spatial], axis=-1)
         return (
             module.level3.understand(fused, None),
             module.level3.generate(codes, None),

@@ -32,7 +32,9 @@ class Fusion:
       alpha_BHW: weight of the original; None without Level 1.
       pictures: what the generation branch encodes, [B, H, W, 3] each: the fused picture, or those
         that are read without fusion, the original last.
-      spatial_BPD: F_spatial, or the features of those pictures one after the other.
+      spatial_BPD: what the understanding branch reads: F_spatial [B, P, D], with
+        `level2.append_reconstruction` the aligned reconstruction's features behind it
+        [B, P, 2 D]; without fusion the features of those pictures one after the other.
       attention_BNTS: Level 2's weights, None unless asked for.
     """
 
@@ -95,7 +97,7 @@ class HTFA(nnx.Module):
                 self.vq_encoder = VQEncoder(config.vq, dtype=dtype, rngs=rngs)
         self.level3 = EncoderDecoupling(
             config.level3,
-            understand_dim=config.siglip.embed_dim,
+            understand_dim=config.understand_dim,
             code_dim=config.vq.codebook_dim,
             codebook_size=config.vq.codebook_size if self.has_codes else 0,
             decoder_dim=config.decoder.embed_dim,
@@ -180,6 +182,8 @@ class HTFA(nnx.Module):
             key,
             with_weights=with_weights,
         )
+        if self.config.level2.append_reconstruction:
+            spatial_BPD = jnp.concatenate([spatial_BPD, recon_BPD], axis=-1)
         return Fusion(pair, alpha_BHW, [fused_BHWC], spatial_BPD, attention_BNTS)
 
     def unfused(self, pair: Pair) -> Fusion:

@@ -7,6 +7,9 @@ from flax import nnx
 from htfa_jax.config import Level3Config
 from htfa_jax.layers import dropout, layer_norm, linear, split_key
 
+# Logit of a cell's own code with which a fresh generation head starts, about.
+FIRST_LOGIT = 6.0
+
 
 class MLPAdapter(nnx.Module):
     """LayerNorm(W2 GELU(W1 x)): brings an encoder's width to the decoder's. Exact GELU.
@@ -47,7 +50,7 @@ class EncoderDecoupling(nnx.Module):
 
     Args:
       config: Level 3 part of the configuration.
-      understand_dim: width of F_spatial.
+      understand_dim: width of what the understanding branch reads.
       code_dim: length of a code vector.
       codebook_size: codes that the generation head chooses from; 0 leaves the head out.
       decoder_dim: width of the decoder.
@@ -78,12 +81,22 @@ class EncoderDecoupling(nnx.Module):
             )
 
     def understand(self, spatial_BPD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """F_spatial to decoder tokens [B, P, D]."""
+        """F_spatial, and what stands beside it, to decoder tokens [B, P, D]."""
         return self.adapter_understand(spatial_BPD, key)
 
     def generate(self, vectors_BME: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Code vectors of the fused picture to decoder tokens [B, M, D]."""
         return self.adapter_generate(vectors_BME, key)
+
+    def first_head(self, vectors_CE: jax.Array) -> jax.Array:
+        """The kernel [D, C] that a fresh generation head starts from: the tokens of all codes.
+
+        The input embedding serves as the output embedding (Press and Wolf, "Using the Output
+        Embedding to Improve Language Models", 2017), here at the start only. So the likeliest code
+        of a cell is the one that it has, and what the head must learn is where to leave it.
+        """
+        tokens_CD = self.generate(vectors_CE[None])[0]
+        return FIRST_LOGIT / tokens_CD.shape[-1] * tokens_CD.T.astype(jnp.float32)
 
     def code_logits(self, hidden_BMD: jax.Array) -> jax.Array:
         """Hidden states of the generation positions to logits [B, M, C] in float32."""
