@@ -159,7 +159,7 @@ def ssim_map(a_BHWC: jax.Array, b_BHWC: jax.Array, peak: float = 255.0) -> jax.A
 
     def blur(x: jax.Array) -> jax.Array:
         _, H, W, _ = x.shape
-        # Products, because a GPU's compiler takes minutes for 121 shifted pictures in one loop.
+        # Of sums of shifted pictures XLA makes one loop on a GPU, which takes it minutes.
         x = jnp.einsum("TH,BHWC->BTWC", _gaussian_blur(H), x, precision="highest")
         return jnp.einsum("SW,BTWC->BTSC", _gaussian_blur(W), x, precision="highest")
 

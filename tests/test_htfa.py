@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from support import random_batch, random_weights, tiny
 
+from htfa_jax.config_io import override
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.models import alignment
-from htfa_jax.models.registration import register
+from htfa_jax.models.registration import object_at_cells, register
 from htfa_jax.optim import frozen_pattern
 from htfa_jax.paths import split
 from htfa_jax.train_state import build
@@ -181,6 +182,26 @@ def test_without_a_reconstruction_the_original_stands_for_it(model):
     assert fusion.pair.source_B[0] == alignment.NO_RECON
     np.testing.assert_array_equal(fusion.spatial_BPD[0], changed.spatial_BPD[0])
     assert not np.array_equal(fusion.spatial_BPD[1], changed.spatial_BPD[1])
+
+
+def test_the_reconstructions_features_stand_behind_those_of_level_2(model):
+    config, structure, weights = model
+    batch = random_batch(config)
+    both = jax.jit(lambda batch: structure.merge(weights).fuse(batch))(batch).spatial_BPD
+    alone_config = override(config, {"level2.append_reconstruction": False})
+    alone_structure = build(alone_config)
+    alone = jax.jit(lambda batch: alone_structure.merge(weights).fuse(batch).spatial_BPD)(batch)
+    D = config.siglip.embed_dim
+    assert alone.shape[-1] == D and both.shape[-1] == 2 * D
+    np.testing.assert_allclose(both[..., :D], alone, rtol=1e-5, atol=1e-6)
+
+    def features(batch):
+        module = structure.merge(weights)
+        pair = register(batch, config)
+        shown = object_at_cells(pair, config.patch_grid)[..., None]
+        return module.siglip(pair.aligned_BHWC) * shown
+
+    np.testing.assert_allclose(both[..., D:], jax.jit(features)(batch), rtol=1e-4, atol=1e-5)
 
 
 def test_object_masks_are_seen_only_if_asked_for():

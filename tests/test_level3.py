@@ -82,6 +82,24 @@ def test_adapter_dropout_needs_a_key():
     assert not np.allclose(first, module(x, jax.random.key(2)))
 
 
+def test_a_fresh_head_finds_the_code_that_a_token_was_made_of():
+    module = EncoderDecoupling(
+        Level3Config(),
+        understand_dim=4,
+        code_dim=8,
+        codebook_size=30,
+        decoder_dim=64,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    vectors_CE = jax.random.normal(jax.random.key(0), (30, 8))
+    module.head_generate.kernel[...] = module.first_head(vectors_CE)
+    logits = np.asarray(module.code_logits(module.generate(vectors_CE[None])))[0]
+    # Tokens leave the adapter's norm with a mean square of 1.
+    np.testing.assert_allclose(np.diag(logits), 6.0, rtol=1e-2)
+    assert (logits.argmax(axis=1) == np.arange(30)).all()
+
+
 def test_parts_that_are_off_have_no_parameters():
     def paths(config, codebook_size):
         module = EncoderDecoupling(

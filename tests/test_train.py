@@ -352,6 +352,20 @@ def test_a_trained_vq_encoder_is_kept_when_all_weights_are_given():
         np.testing.assert_array_equal(trainable[path], weights[path], err_msg=path)
 
 
+def test_a_code_head_that_is_not_loaded_starts_from_the_codes():
+    config = tiny()
+    structure = build(config)
+    weights = random_weights(structure)
+    head = "level3.head_generate.kernel"
+    kept, _ = new_params(config, structure, weights, Layout(config))
+    np.testing.assert_array_equal(kept[head], weights[head])
+    loaded = {p: v for p, v in weights.items() if p != head}
+    fresh, _ = new_params(config, structure, loaded, Layout(config))
+    module = structure.merge(weights)
+    expected = module.level3.first_head(module.vq.vectors())
+    np.testing.assert_allclose(fresh[head], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_a_run_is_read_on_another_device_than_it_was_saved_on(begun):
     config, workdir = begun
     files = [p for p in (workdir / "checkpoints").rglob("_sharding")]
