@@ -54,6 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "concatenation_aligned": {"fusion": "tokens"},
     "original_as_fused": {"level1.learnable": False, "level1.init_alpha": 0.999},
     "values_of_fused": {"level2.values": "fused"},
+    "nothing_appended": {"level2.append_reconstruction": False},
     "alpha_map": {"level1.alpha": "map"},
     "affine_on_features": {"level2.alignment": "features"},
     "pytorch_original": preset_changes("pytorch_original"),
