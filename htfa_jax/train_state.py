@@ -116,7 +116,7 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
 
         def first_head(params: Flat) -> jax.Array:
             whole = model.merge(params)
-            return whole.level3.first_head(whole.vq.vectors())
+            return whole.level3.first_head(whole.vq.vectors()).astype(dtypes[CODE_HEAD])
 
         params[CODE_HEAD] = jax.jit(first_head, out_shardings=places[CODE_HEAD])(params)
     return {p: params[p] for p in trainable}, {p: params[p] for p in frozen}
