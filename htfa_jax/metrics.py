@@ -156,12 +156,13 @@ def ssim_map(a_BHWC: jax.Array, b_BHWC: jax.Array, peak: float = 255.0) -> jax.A
     Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"
     (2004): Gaussian window of sigma 1.5, 11 pixels wide; borders are mirrored.
     """
+    _, H, W, _ = a_BHWC.shape
+    rows_TH, columns_SW = _gaussian_blur(H), _gaussian_blur(W)
 
     def blur(x: jax.Array) -> jax.Array:
-        _, H, W, _ = x.shape
         # Of sums of shifted pictures XLA makes one loop on a GPU, which takes it minutes.
-        x = jnp.einsum("TH,BHWC->BTWC", _gaussian_blur(H), x, precision="highest")
-        return jnp.einsum("SW,BTWC->BTSC", _gaussian_blur(W), x, precision="highest")
+        x = jnp.einsum("TH,BHWC->BTWC", rows_TH, x, precision="highest")
+        return jnp.einsum("SW,BTWC->BTSC", columns_SW, x, precision="highest")
 
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     mean_a, mean_b = blur(a_BHWC), blur(b_BHWC)

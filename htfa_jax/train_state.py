@@ -29,6 +29,7 @@ State = dict[str, Any]
 
 # Parameters stored in float32 always: rounding the codebook would change which code is nearest.
 CODEBOOK = r"vq\.codebook"
+# The generation head, which starts from the codes unless it is loaded.
 CODE_HEAD = "level3.head_generate.kernel"
 
 

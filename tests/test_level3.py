@@ -12,6 +12,19 @@ from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling, MLPAdap
 G = golden("adapter_heads")
 
 
+def decoupling(config, codebook_size, *, code_dim=3, decoder_dim=10):
+    """Level 3 for understanding features of 4 numbers, with random weights."""
+    return EncoderDecoupling(
+        config,
+        understand_dim=4,
+        code_dim=code_dim,
+        codebook_size=codebook_size,
+        decoder_dim=decoder_dim,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+
+
 @pytest.mark.parametrize(
     "case,config",
     [
@@ -45,15 +58,7 @@ def test_adapter_agrees_with_reference_vectors(case, config):
 def test_heads_agree_with_reference_vectors():
     """Both heads are bias-free and read their own part of the sequence."""
     hidden = jnp.asarray(G["heads.hidden"])
-    level3 = EncoderDecoupling(
-        Level3Config(),
-        understand_dim=4,
-        code_dim=3,
-        codebook_size=13,
-        decoder_dim=10,
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )
+    level3 = decoupling(Level3Config(), 13)
     level3.head_generate.kernel[...] = jnp.asarray(G["heads.w.head_generate.weight"].T)
     np.testing.assert_allclose(
         level3.code_logits(hidden[:, 4:10]), G["heads.logits_generate"], rtol=1e-5, atol=1e-5
@@ -83,15 +88,7 @@ def test_adapter_dropout_needs_a_key():
 
 
 def test_a_fresh_head_finds_the_code_that_a_token_was_made_of():
-    module = EncoderDecoupling(
-        Level3Config(),
-        understand_dim=4,
-        code_dim=8,
-        codebook_size=30,
-        decoder_dim=64,
-        dtype=jnp.float32,
-        rngs=nnx.Rngs(0),
-    )
+    module = decoupling(Level3Config(), 30, code_dim=8, decoder_dim=64)
     vectors_CE = jax.random.normal(jax.random.key(0), (30, 8))
     module.head_generate.kernel[...] = module.first_head(vectors_CE)
     logits = np.asarray(module.code_logits(module.generate(vectors_CE[None])))[0]
@@ -102,15 +99,7 @@ def test_a_fresh_head_finds_the_code_that_a_token_was_made_of():
 
 def test_parts_that_are_off_have_no_parameters():
     def paths(config, codebook_size):
-        module = EncoderDecoupling(
-            config,
-            understand_dim=4,
-            code_dim=3,
-            codebook_size=codebook_size,
-            decoder_dim=10,
-            dtype=jnp.float32,
-            rngs=nnx.Rngs(0),
-        )
+        module = decoupling(config, codebook_size)
         return {path.split(".")[0] for path in taken_apart(module)[1]}
 
     assert paths(Level3Config(), 9) == {"adapter_understand", "adapter_generate", "head_generate"}
