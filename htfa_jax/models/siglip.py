@@ -10,7 +10,7 @@ from flax import nnx
 
 from htfa_jax.attention import attention
 from htfa_jax.config import SigLIPConfig
-from htfa_jax.layers import Remat, layer_norm, linear, run_layers, stack_layers
+from htfa_jax.layers import Remat, dot, layer_norm, linear, run_layers, stack_layers
 
 
 class Attention(nnx.Module):
@@ -27,10 +27,13 @@ class Attention(nnx.Module):
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
         heads = (*x_BPD.shape[:2], self.num_heads, -1)
         q_BPNH = self.q_proj(x_BPD).reshape(heads)
-        k_BPNH = self.k_proj(x_BPD).reshape(heads)
-        v_BPNH = self.v_proj(x_BPD).reshape(heads)
+        # A bias of the keys adds the same to all logits of a query: no softmax sees it. One of the
+        # values comes out as it is, since the weights add up to one, and then goes through o_proj.
+        k_BPNH = dot(x_BPD, self.k_proj.kernel[...]).reshape(heads)
+        v_BPNH = dot(x_BPD, self.v_proj.kernel[...]).reshape(heads)
         out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH)
-        return self.o_proj(out_BPNH.reshape(x_BPD.shape))
+        bias_D = self.v_proj.bias[...] @ self.o_proj.kernel[...].astype(jnp.float32)
+        return self.o_proj(out_BPNH.reshape(x_BPD.shape)) + bias_D[None, None].astype(x_BPD.dtype)
 
 
 class Block(nnx.Module):
