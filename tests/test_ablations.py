@@ -171,39 +171,51 @@ def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, 
 
 def test_tables_of_made_up_runs(tmp_path):
     """Two seeds: means, intervals over seeds and verdicts stand in the tables."""
-    scores = {
-        "fusion": {"alpha_mean": 0.7, "attention_entropy": 3.5},
-        "answers": {
-            k: {"all": {"accuracy": 0.8, "within_10_points": 0.9}}
-            for k in ("category", "color", "both_right", "hidden_share")
-        },
-        "pictures": {
-            "hidden": {
-                c: {"psnr": x, "ssim": 0.5}
-                for c, x in (("completed", 12.0), ("flat_fill", 10.0), ("vq_round_trip", 18.0))
-            }
-        },
-    }
+
+    def scores(share, seed):
+        return {
+            "fusion": {"alpha_mean": 0.7, "attention_entropy": 3.5},
+            "answers": {
+                k: {"all": {"accuracy": 0.8, "within_10_points": share - 0.01 * seed}}
+                for k in ("category", "color", "both_right", "hidden_share")
+            },
+            "pictures": {
+                "hidden": {
+                    c: {"psnr": x, "ssim": 0.5}
+                    for c, x in (("completed", 12.0), ("flat_fill", 10.0), ("vq_round_trip", 18.0))
+                }
+            },
+        }
+
     runs = {
         variant: {
             seed: Run(
-                {s: scores for s in ("test", *ablation_run.STRESSES)},
+                {s: scores(share, sign * seed) for s in ("test", *ablation_run.STRESSES)},
                 {i: i % 10 < good for i in range(100)},
                 [0.9],
                 [True],
             )
             for seed in (0, 1)
         }
-        for variant, good in (("full", 9), ("no_level1", 5), ("original_only", 9))
+        for variant, good, share, sign in (
+            ("full", 9, 0.9, 1),
+            ("no_level1", 5, 0.9, 1),
+            ("no_level2_affine", 9, 0.8, -1),
+            ("original_only", 9, 0.9, 1),
+        )
     }
     assert ablation_report.gap_closed(runs["full"][0]) == pytest.approx(0.25)
     assert "0.800 ± 0.000" in ablation_report.main_table(runs)
     lines = ablation_report.difference_table(runs).splitlines()
     assert "+40.0 (+30.2 to +49.8)" in lines[2] and "| significant |" in lines[2]
     assert "+0.0" in lines[3] and "not significant" in lines[3]
+    # Of two seeds 10 and 8 points, whose standard error is 1: 12.706 is the quantile.
+    assert "| +9.00 ± 12.71 | +0.00 ± 0.00 | - |" in lines[3]
     claims = ablation_report.claims_table(runs).splitlines()[2:]
-    assert [line.split(" | ")[-1] for line in claims] == ["missed |", "met |", "missed |"]
-    assert "(original_only)" in claims[0] and "0.250 ± 0.000" in claims[2]
+    verdicts = [line.split(" | ")[-1].rstrip(" |") for line in claims]
+    assert verdicts == ["missed", "met", "missed", "missed", "missed", "missed"]
+    assert "(original_only)" in claims[0] and "+9.00 ± 12.71" in claims[4]
+    assert "0.250 ± 0.000" in claims[5]
     inside = ablation_report.inside_table(runs)
     assert "| full | 0.700 ± 0.000 | - | 3.500 ± 0.000 |" in inside
     stress = ablation_report.stress_table(runs, 10).splitlines()
