@@ -83,6 +83,22 @@ def drop_half_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
+def summary_writer(folder: Path) -> Any:
+    """A writer of TensorBoard events.
+
+    tensorboardX imports PyTorch wherever it is installed, for tensors that nobody here has. That
+    would be three seconds of every start, so it is not found meanwhile.
+    """
+    hidden = {} if "torch" in sys.modules else {"torch": None}
+    sys.modules.update(hidden)  # type: ignore[arg-type]
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    return SummaryWriter(str(folder))
+
+
 class MetricWriter:
     """Scalars to `metrics.jsonl` and TensorBoard, pictures and text to TensorBoard.
 
@@ -94,12 +110,10 @@ class MetricWriter:
         self.silent = silent
         if silent:
             return
-        from tensorboardX import SummaryWriter  # half a second that only runs need
-
         folder.mkdir(parents=True, exist_ok=True)
         drop_half_line(folder / "metrics.jsonl")
         self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder))
+        self._board = summary_writer(folder)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of numbers."""

@@ -73,6 +73,22 @@ def test_log_lines_go_to_the_file_and_the_terminal(tmp_path, capsys):
     assert (tmp_path / "logs/train.log").read_text().endswith("one 1\n")
 
 
+def test_tensorboard_events_do_not_need_pytorch(tmp_path):
+    """Which is installed here, and takes seconds to import."""
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from htfa_jax.logs import MetricWriter
+        MetricWriter(Path(sys.argv[1])).write_scalars(1, {"loss": 2.0})
+        assert "torch" not in sys.modules
+        import torch
+        assert torch.ones(2).sum() == 2
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("events.out.tfevents*"))
+
+
 def test_metrics_are_lines_of_json_and_tensorboard_events(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write_scalars(3, {"loss": jnp.float32(0.5)})
