@@ -193,10 +193,10 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 @jax.custom_vjp
 def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`dot` with a float32 result.
+    """`dot` with a float32 result and no forward-mode differentiation.
 
-    Its gradients are products in the type of `x`, as everywhere else: a float32 gradient of the
-    logits would make the two products behind the text head the slowest of a step.
+    Its gradients are products in the type of `x`, as everywhere else: with a float32 gradient of
+    the logits both products behind the text head would be float32 ones.
     """
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 

@@ -95,7 +95,7 @@ def summary_writer(folder: Path) -> Any:
         from tensorboardX import SummaryWriter
     finally:
         for name in hidden:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
     return SummaryWriter(str(folder))
 
 

@@ -71,12 +71,12 @@ def cross_entropy(
 
     Args:
       logits: [..., classes]; those behind `num_classes` are minus infinity.
-      labels: [...].
+      labels: [...], below the number of classes.
       num_classes: classes that share the smoothed part.
       smoothing: part of the probability that is spread over all classes.
     """
     log_sum = jax.nn.logsumexp(logits, axis=-1)
-    # By comparing and not by index: the gradient of an index is scattered, two passes more.
+    # By comparing and not by index, whose gradient would be scattered: two passes more.
     is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
     loss = log_sum - jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
     if smoothing:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from support import golden, random_batch, tiny
 
+from htfa_jax.layers import float32_dot
 from htfa_jax.losses import (
     chunked_cross_entropy,
     code_weights,
@@ -38,6 +40,32 @@ def test_agrees_with_reference_vectors(case):
     np.testing.assert_allclose([loss, *parts], G[f"{case}.losses"], rtol=1e-5)
     for grad, name in zip(grads, ("understand", "generate"), strict=True):
         np.testing.assert_allclose(grad, G[f"{case}.grad_{name}"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_text_heads_gradients_are_products_in_the_type_of_the_computation(dtype, kernel_dtype):
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((2, 3, 8)), dtype)
+    kernel = jnp.asarray(rng.standard_normal((8, 5)), kernel_dtype)
+    cotangent = jnp.asarray(rng.standard_normal((2, 3, 5)), jnp.float32)
+
+    def both(x, kernel, cotangent):
+        out, pull = jax.vjp(float32_dot, x, kernel)
+        return out, *pull(cotangent)
+
+    out, grad_x, grad_kernel = both(x, kernel, cotangent)
+    assert (out.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.float32, dtype, kernel_dtype)
+    X, K, C = (np.asarray(a.astype(dtype), np.float64) for a in (x, kernel, cotangent))
+    close = {"rtol": 1e-5 if dtype == kernel_dtype == "float32" else 1e-2, "atol": 1e-2}
+    np.testing.assert_allclose(out, X @ K, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.float64(grad_x), C @ K.T, **close)
+    np.testing.assert_allclose(np.float64(grad_kernel), np.einsum("btd,btv->dv", X, C), **close)
+    program = jax.jit(both).lower(x, kernel, cotangent).as_text()
+    operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
+    short = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}[dtype]
+    assert len(operands) == 3
+    assert all(re.fullmatch(rf"tensor<[\dx]*x{short}>", t) for o in operands for t in o.split(", "))
 
 
 def test_nothing_to_learn_is_zero_not_nan():

@@ -71,15 +71,36 @@ def test_every_layer_agrees_with_transformers(pair):
     close(module(image), expected.last_hidden_state)
 
 
-def test_gradient_agrees_with_transformers(pair):
+def test_gradients_agree_with_transformers(pair):
     structure, weights, theirs = pair
     image = pictures(1)
     x = torch.from_numpy(image.transpose(0, 3, 1, 2)).requires_grad_()
+    theirs.zero_grad()
     out = theirs(x).last_hidden_state
     cotangent = np.random.default_rng(2).standard_normal(out.shape).astype("f")
     (out * torch.from_numpy(cotangent)).sum().backward()
-    grad = jax.grad(lambda im: jnp.sum(structure.merge(weights)(im) * cotangent))(image)
+
+    def loss(weights, image):
+        return jnp.sum(structure.merge(weights)(image) * cotangent)
+
+    grads, grad = jax.grad(loss, argnums=(0, 1))(weights, image)
     close(grad.transpose(0, 3, 1, 2), x.grad, 1e-3)
+    tensors = {
+        name.removeprefix("vision_model."): (torch.zeros_like(p) if p.grad is None else p.grad)
+        for name, p in theirs.named_parameters()
+    }
+    tensors = {name: grad.numpy() for name, grad in tensors.items()}
+    expected = convert(structure.shapes, tensors, table.RULES, table.IGNORED)
+    assert expected.keys() == grads.keys()
+    largest = max(np.abs(value).max() for value in expected.values())
+    for path, value in expected.items():
+        if path.endswith("k_proj.bias"):  # no softmax sees it
+            np.testing.assert_array_equal(grads[path], 0)
+            assert np.abs(value).max() < 1e-5 * largest
+        else:
+            np.testing.assert_allclose(
+                grads[path], value, rtol=0, atol=1e-3 * np.abs(value).max(), err_msg=path
+            )
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])

@@ -102,7 +102,7 @@ def choose(args: DemoArgs, runs: Path = RUNS) -> Path:
     if newest is not None:
         log.info("the newest run, %s; another: --checkpoint RUN, the small model: --demo", newest)
         return newest
-    log.info("the small model of this package; to train one of your own (10 minutes): %s", TRAIN)
+    log.info("the small model of this package; to train one of your own (13 minutes): %s", TRAIN)
     return DEMO
 
 

@@ -28,12 +28,14 @@ class Attention(nnx.Module):
         heads = (*x_BPD.shape[:2], self.num_heads, -1)
         q_BPNH = self.q_proj(x_BPD).reshape(heads)
         # A bias of the keys adds the same to all logits of a query: no softmax sees it. One of the
-        # values comes out as it is, since the weights add up to one, and then goes through o_proj.
+        # values comes out as it is, since the weights add up to one, and is a bias of the output.
         k_BPNH = dot(x_BPD, self.k_proj.kernel[...]).reshape(heads)
         v_BPNH = dot(x_BPD, self.v_proj.kernel[...]).reshape(heads)
         out_BPNH = attention(q_BPNH, k_BPNH, v_BPNH)
-        bias_D = self.v_proj.bias[...] @ self.o_proj.kernel[...].astype(jnp.float32)
-        return self.o_proj(out_BPNH.reshape(x_BPD.shape)) + bias_D[None, None].astype(x_BPD.dtype)
+        kernel_DD = self.o_proj.kernel[...]
+        bias_D = self.o_proj.bias[...] + self.v_proj.bias[...] @ kernel_DD.astype(jnp.float32)
+        out_BPD = dot(out_BPNH.reshape(x_BPD.shape), kernel_DD)
+        return out_BPD + bias_D[None, None].astype(out_BPD.dtype)
 
 
 class Block(nnx.Module):
