@@ -21,6 +21,8 @@ from htfa_jax.paths import Flat, flatten, split
 from htfa_jax.train_state import Model, build
 
 GOLDEN = Path(__file__).parent / "golden"
+# What no loss depends on: it adds the same to all logits of a query, and no softmax sees that.
+KEYS_BIAS = "siglip.layers.attention.k_proj.bias"
 
 # What the tests' model is like beside its sizes; no number a default, where a test compares.
 CHOICES = {
