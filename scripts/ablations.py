@@ -6,7 +6,8 @@
 
 The same command goes on where it was stopped. DIR gets `RESULTS.md` (tables), `ablations.png` and
 `runs/VARIANT/seed_N/`; runs go side by side on several GPUs (`--per_gpu 8`: eight share each, for a
-small run leaves most of a large GPU idle), one after the other elsewhere.
+small run leaves most of a large GPU idle; they take turns on it unless `nvidia-cuda-mps-control -d`
+lets them work at the same time), one after the other elsewhere.
 """
 
 from __future__ import annotations
