@@ -10,6 +10,7 @@ Array names end in letters for their axes, the same letters as in the einsum bes
     C codebook size  E codebook dim
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -168,16 +169,16 @@ def rematerialize(function: Callable, remat: Remat) -> Callable:
     return jax.checkpoint(function, policy=policy, prevent_cse=False)
 
 
-@jax.custom_vjp
-def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return x @ kernel.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dot(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
 
 
-def _dot_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _dot(x, kernel), (x, kernel)
+def _dot_forward(x: jax.Array, kernel: jax.Array, out_dtype: Any):
+    return _dot(x, kernel, out_dtype), (x, kernel)
 
 
-def _dot_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+def _dot_backward(out_dtype: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     x, kernel = residuals
     g = g.astype(x.dtype)
     columns = x.reshape(-1, x.shape[-1]).T
@@ -191,21 +192,13 @@ def _dot_backward(residuals: tuple[jax.Array, jax.Array], g: jax.Array):
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
-@jax.custom_vjp
 def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`dot` with a float32 result and no forward-mode differentiation.
 
     Its gradients are products in the type of `x`, as everywhere else: with a float32 gradient of
     the logits both products behind the text head would be float32 ones.
     """
-    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def _float32_dot_forward(x: jax.Array, kernel: jax.Array):
-    return float32_dot(x, kernel), (x, kernel)
-
-
-float32_dot.defvjp(_float32_dot_forward, _dot_backward)
+    return _dot(x, kernel, jnp.float32)
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -217,7 +210,7 @@ def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     if x.dtype == kernel.dtype and target() != "cpu":
         return x @ kernel
-    return checkpoint_name(_dot(x, kernel), PRODUCT)
+    return checkpoint_name(_dot(x, kernel, x.dtype), PRODUCT)
 
 
 XAVIER = nnx.initializers.xavier_uniform()

@@ -89,13 +89,14 @@ def summary_writer(folder: Path) -> Any:
     tensorboardX imports PyTorch wherever it is installed, for tensors that nobody here has. That
     would be three seconds of every start, so it is not found meanwhile.
     """
-    hidden = {} if "torch" in sys.modules else {"torch": None}
-    sys.modules.update(hidden)  # type: ignore[arg-type]
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from tensorboardX import SummaryWriter
     finally:
-        for name in hidden:
-            sys.modules.pop(name, None)
+        if hide:
+            sys.modules.pop("torch", None)
     return SummaryWriter(str(folder))
 
 

@@ -146,7 +146,7 @@ def test_the_script_from_nothing_to_its_tables_and_again(tmp_path, monkeypatch, 
     """Two variants of two steps; a second call has nothing left to do."""
     monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "out"
-    variants = ["full", "single_encoder"]
+    variants = ["full", "concatenation"]
     argv = ["--out", str(out), "--base", "debug:tiny", "--steps", "2", "--seeds", "1"]
     argv += ["--stress_scenes", "2", "--variants", *variants]
     ablations.main(argv)

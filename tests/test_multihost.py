@@ -107,7 +107,7 @@ def test_two_processes_train_as_one_and_take_turns_with_it(config, tmp_path):
     assert scores[1]["losses"]["loss"] == pytest.approx(scores[0]["losses"]["loss"], rel=1e-5)
 
     # What two processes saved one goes on with, and the other way round.
-    longer = ["--config.train.max_steps=6"]
+    longer = ["--config.train.max_steps=6", "--config.sharding.mode=zero2"]
     longer += ["--config.data.validation=None"]  # which both have shown
     finish(start(tmp_path / "two", config, 8, *longer))
     pair(tmp_path / "one", config, *longer)
