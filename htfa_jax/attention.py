@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
-from htfa_jax.layers import BATCH_AXES, target
+from htfa_jax.layers import BATCH_AXES, float32_einsum, target
 
 Implementation = Literal["splash", "cudnn", "plain"]
 
@@ -129,21 +129,15 @@ def attend_block(
     if target() == "cpu":
         # Which would take the weights to 16 bits and back.
         q_BKGTH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BKGTH, k_BKSH, v_BKSH))
-    logits_BKGTS = jnp.einsum(
-        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-    ) * (q_BKGTH.shape[-1] ** -0.5)
+    logits_BKGTS = float32_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
+    logits_BKGTS *= q_BKGTH.shape[-1] ** -0.5
     if mask_B11TS is not None:
         logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, jnp.finfo(jnp.float32).min)
     highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
     # In float32, since it is divided only behind the product, which is smaller than the weights:
     # float16 would overflow.
-    out_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH",
-        weights_BKGTS.astype(v_BKSH.dtype),
-        v_BKSH,
-        preferred_element_type=jnp.float32,
-    )
+    out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
     return (out_BKGTH / sum_BKGT1).astype(dtype)
 

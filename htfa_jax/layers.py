@@ -78,7 +78,11 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; no key means evaluation."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return drop(x, rate, jax.random.bernoulli(key, 1.0 - rate, x.shape))
+
+
+def drop(x: jax.Array, rate: float, keep: jax.Array) -> jax.Array:
+    """What dropout at a rate leaves of `x` where only the values in `keep` stay."""
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
@@ -199,6 +203,37 @@ def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
     the logits both products behind the text head would be float32 ones.
     """
     return _dot(x, kernel, jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def float32_einsum(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Einsum of two arrays of one type with a float32 result; see `float32_dot`.
+
+    In float16, which cannot hold a gradient that softmax has divided, gradients stay float32
+    products.
+
+    Args:
+      axes: of the arrays and the result, "ij,jk->ik"; none is of one array alone.
+      a, b: the arrays.
+    """
+    return jnp.einsum(axes, a, b, preferred_element_type=jnp.float32)
+
+
+def _float32_einsum_forward(axes: str, a: jax.Array, b: jax.Array):
+    return float32_einsum(axes, a, b), (a, b)
+
+
+def _float32_einsum_backward(axes: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
+    a, b = residuals
+    if a.dtype != jnp.float16:
+        g = g.astype(a.dtype)
+    axes_a, axes_b, axes_g = axes.replace("->", ",").split(",")
+    grad_a = jnp.einsum(f"{axes_g},{axes_b}->{axes_a}", g, b)
+    grad_b = jnp.einsum(f"{axes_g},{axes_a}->{axes_b}", g, a)
+    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)
 
 
 def dot(x: jax.Array, kernel: jax.Array) -> jax.Array:

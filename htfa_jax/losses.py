@@ -98,9 +98,9 @@ def chunked_cross_entropy(
 ) -> jax.Array:
     """Weighted sum of the cross-entropy, with the logits of `chunk` positions at a time.
 
-    The backward pass computes the logits again, so that they never exist for all positions. On a
-    mesh each part of the batch has chunks of its own, and devices add up the matrix's gradient
-    once, not once per chunk.
+    Of several chunks the backward pass computes the logits again, so that they never exist for all
+    positions. On a mesh each part of the batch has chunks of its own, and devices add up the
+    matrix's gradient once, not once per chunk.
 
     Args:
       logits_by: (matrix, hidden states) -> logits.
@@ -112,7 +112,6 @@ def chunked_cross_entropy(
       chunk: positions.
     """
 
-    @jax.checkpoint
     def one(kernel, hidden, labels, weights):
         loss = cross_entropy(logits_by(kernel, hidden), labels, num_classes, smoothing)
         return jnp.sum(loss * weights)
@@ -134,7 +133,7 @@ def chunked_cross_entropy(
         # Of the kind that `one` gives: inside a mesh each device has a sum of its own.
         zero = 0 * weights[0, 0]
         total_, _ = jax.lax.scan(
-            lambda sum_, x: (sum_ + one(kernel, *x), None), zero, (first, *rest)
+            lambda sum_, x: (sum_ + jax.checkpoint(one)(kernel, *x), None), zero, (first, *rest)
         )
         return total_
 

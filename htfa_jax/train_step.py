@@ -23,6 +23,9 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 # Parameters whose copy stays float32: alpha moves by less than bfloat16 can tell.
 ALPHA = r"level1\..*"
+# cuBLAS adds biases and residuals and computes GELU within a matrix product. XLA's own kernels
+# leave that to another pass over the memory, so that even a faster one of them loses.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def make_train_step(
@@ -151,7 +154,8 @@ def compile_train_step(
 
     Raises ConfigError if the devices cannot compute in `train.dtype`.
     """
-    if config.train.dtype == "float16" and layout.mesh.devices.flat[0].platform == "cpu":
+    platform = layout.mesh.devices.flat[0].platform
+    if config.train.dtype == "float16" and platform == "cpu":
         raise ConfigError(
             "train.dtype=float16 needs a GPU: XLA multiplies no float16 on CPUs. Use bfloat16 or "
             "float32"
@@ -162,4 +166,5 @@ def compile_train_step(
         in_shardings=(places, layout.frozen(frozen), layout.stacked_batch),
         out_shardings=(places, layout.replicated),
         donate_argnums=0,
+        compiler_options=GPU_OPTIONS if platform == "gpu" else None,
     )

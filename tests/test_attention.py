@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -94,6 +95,17 @@ def test_a_block_does_without_the_keys_behind_it_and_keeps_no_weights(monkeypatc
     flops = jax.jit(run).lower(q, k, v).compile().cost_analysis()["flops"]
     full = jax.jit(attention).lower(q, k, v).compile().cost_analysis()["flops"]
     assert flops < 0.7 * full  # 10 of 16 blocks
+
+
+def test_all_products_of_plain_attention_are_in_the_type_of_the_computation(monkeypatch):
+    monkeypatch.setattr(module, "target", lambda: "gpu 9")
+    inputs = random(H=264, dtype=jnp.bfloat16)
+    agrees(attention, inputs, np.ones((2, 9, 9), bool), 2e-2)
+    *inputs, cotangent = inputs
+    program = jax.jit(lambda *x: jax.vjp(attention, *x)[1](cotangent)).lower(*inputs).as_text()
+    operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
+    assert len(operands) == 6
+    assert all(re.fullmatch(r"tensor<[\dx]*xbf16>", t) for o in operands for t in o.split(", "))
 
 
 def test_a_mask_of_pairs_goes_with_a_mask_of_keys():

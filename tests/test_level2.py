@@ -134,7 +134,8 @@ def test_the_backward_pass_of_dropout_keeps_no_weights():
     run = functools.partial(module, key_mask_BP=None, key=jax.random.key(3))
     kept = jax.tree.leaves(jax.vjp(lambda *x: run(*x)[0], orig, recon, fused)[1])
     assert {x.shape for x in kept} >= {(3, 16, 4, 8)}
-    assert not [x.shape for x in kept if x.shape[-2:] == (16, 16)]
+    # But which of them stay.
+    assert [x.dtype.name for x in kept if x.shape[-2:] == (16, 16)] == ["bool"]
 
 
 def test_entropy_agrees_with_reference_vectors():

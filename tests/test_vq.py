@@ -9,7 +9,15 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from htfa_jax.config import VQConfig
-from htfa_jax.models.vq import VQ, GroupNorm, depth_to_space, space_to_depth
+from htfa_jax.models import vq
+from htfa_jax.models.vq import (
+    VQ,
+    GroupNorm,
+    depth_to_space,
+    normalize,
+    product_in_thirds,
+    space_to_depth,
+)
 from weights_convert import vq as table
 from weights_convert.convert import convert
 
@@ -131,26 +139,50 @@ def test_a_stem_keeps_sizes_and_is_undone():
     assert module.decode(codes).shape == image.shape
 
 
+@pytest.mark.parametrize("codebook_dim", [8, 256])
+def test_a_gpu_finds_codes_as_exactly_as_float32(codebook_dim, monkeypatch):
+    rng = np.random.default_rng(0)
+    z = normalize(jnp.asarray(rng.normal(size=(2, 300, codebook_dim))))
+    vectors = normalize(jnp.asarray(rng.normal(size=(512, codebook_dim))))
+    exact = np.float64(z) @ np.float64(vectors).T
+    error = np.abs(jax.jit(product_in_thirds)(z, vectors) - exact).max()
+    assert error < 2e-7  # three units in the last place of a float32 below 1
+    whole = jnp.einsum("BME,CE->BMC", z, vectors, precision="highest")
+    assert error < 2 * np.abs(whole - exact).max()
+    structure = structure_of(
+        VQConfig(**{**CONFIG.__dict__, "codebook_size": 512, "codebook_dim": codebook_dim})
+    )
+    weights = {p: jnp.zeros(s.shape) for p, s in structure.shapes.items()} | {"codebook": vectors}
+    monkeypatch.setattr(vq, "target", lambda: "gpu 9")
+    codes = structure.merge(weights).nearest(z)
+    np.testing.assert_array_equal(codes, exact.argmax(axis=-1))
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu 9"])
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8)])
-def test_group_norm_far_from_zero(channels, groups):
+def test_group_norm_far_from_zero(channels, groups, target, monkeypatch):
     """Result and gradients of PyTorch in float64, of groups with means of hundreds."""
     rng = np.random.default_rng(0)
     means = rng.uniform(-500, 500, groups).repeat(channels // groups)
     x = rng.normal(size=(2, 6, 5, channels)) + means
     scale, bias = rng.normal(size=(2, channels))
     cotangent = rng.normal(size=x.shape)
-    ours = GroupNorm(channels, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    ours.scale[...], ours.bias[...] = scale, bias
-    out, pull = jax.vjp(ours, jnp.asarray(x, jnp.float32))
-    (grad,) = pull(jnp.asarray(cotangent, jnp.float32))
-    inputs = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
-    theirs = torch.nn.functional.group_norm(
-        inputs, groups, torch.from_numpy(scale), torch.from_numpy(bias), eps=1e-6
-    ).permute(0, 2, 3, 1)
+    monkeypatch.setattr(vq, "target", lambda: target)
+    structure, _ = taken_apart(GroupNorm(channels, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+
+    def ours(x, scale, bias):
+        return structure.merge({"scale": scale, "bias": bias})(x)
+
+    out, pull = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)))
+    grads = pull(jnp.asarray(cotangent, jnp.float32))
+    inputs = [torch.from_numpy(a).requires_grad_() for a in (x, scale, bias)]
+    maps, *affine = inputs
+    theirs = torch.nn.functional.group_norm(maps.permute(0, 3, 1, 2), groups, *affine, eps=1e-6)
+    theirs = theirs.permute(0, 2, 3, 1)
     theirs.backward(torch.from_numpy(cotangent))
     np.testing.assert_allclose(out, theirs.detach(), atol=1e-3)
-    their_grad = inputs.grad.permute(0, 2, 3, 1)
-    np.testing.assert_allclose(grad, their_grad, atol=1e-3)
+    for grad, their in zip(grads, inputs, strict=True):
+        np.testing.assert_allclose(grad, their.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_group_norm_of_a_flat_map_with_an_outlier_at_the_edge():
