@@ -135,11 +135,16 @@ def attend_block(
         logits_BKGTS = jnp.where(mask_B11TS, logits_BKGTS, jnp.finfo(jnp.float32).min)
     highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
-    # In float32, since it is divided only behind the product, which is smaller than the weights:
-    # float16 would overflow.
-    out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS.astype(v_BKSH.dtype), v_BKSH)
     sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-    return (out_BKGTH / sum_BKGT1).astype(dtype)
+    if target() == "cpu":
+        # Where nothing is rounded the smaller one is divided.
+        out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH) / sum_BKGT1
+    else:
+        # Behind the product the gradients of product and sum, which are rounded apart, would not
+        # cancel, and float16 would overflow.
+        weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(dtype)
+        out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
+    return out_BKGTH.astype(dtype)
 
 
 def choose(target: str, dtype: jnp.dtype, length: int, head_dim: int) -> Implementation:

@@ -209,9 +209,6 @@ def float32_dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def float32_einsum(axes: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Einsum of two arrays of one type with a float32 result; see `float32_dot`.
 
-    In float16, which cannot hold a gradient that softmax has divided, gradients stay float32
-    products.
-
     Args:
       axes: of the arrays and the result, "ij,jk->ik"; none is of one array alone.
       a, b: the arrays.
@@ -225,12 +222,10 @@ def _float32_einsum_forward(axes: str, a: jax.Array, b: jax.Array):
 
 def _float32_einsum_backward(axes: str, residuals: tuple[jax.Array, jax.Array], g: jax.Array):
     a, b = residuals
-    if a.dtype != jnp.float16:
-        g = g.astype(a.dtype)
+    g = g.astype(a.dtype)
     axes_a, axes_b, axes_g = axes.replace("->", ",").split(",")
     grad_a = jnp.einsum(f"{axes_g},{axes_b}->{axes_a}", g, b)
-    grad_b = jnp.einsum(f"{axes_g},{axes_a}->{axes_b}", g, a)
-    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+    return grad_a, jnp.einsum(f"{axes_g},{axes_a}->{axes_b}", g, a)
 
 
 float32_einsum.defvjp(_float32_einsum_forward, _float32_einsum_backward)

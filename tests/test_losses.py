@@ -89,7 +89,7 @@ def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
 
 @pytest.mark.parametrize("chunk,products", [(5, 4), (4, 4), (12, 3), (40, 3)])
 def test_chunks_give_the_loss_of_the_whole(chunk, products):
-    """And logits are computed again for the backward pass, but those of a single chunk."""
+    """And logits are computed again for the backward pass, except those of a single chunk."""
     length = 12
     rng = np.random.default_rng(1)
     hidden = jnp.asarray(rng.standard_normal((2, length, 6)), jnp.float32)

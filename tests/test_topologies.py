@@ -6,10 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from htfa_jax.errors import ConfigError
 from htfa_jax.topologies import collectives, find
+from htfa_jax.train_step import GPU_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +59,11 @@ config = tiny(**wide, level3__generation=False, loss__code_weight=0.0, train__dt
 target = find("v5e:2x2")
 print(describe(config, target))
 """
+
+
+def test_options_for_gpus_are_some_that_xla_has():
+    """Which it looks at wherever it compiles."""
+    assert jax.jit(lambda x: x + 1, compiler_options=GPU_OPTIONS)(1) == 2
 
 
 needs_libtpu = pytest.mark.skipif(

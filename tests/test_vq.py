@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,8 +156,9 @@ def test_a_gpu_finds_codes_as_exactly_as_float32(codebook_dim, monkeypatch):
     )
     weights = {p: jnp.zeros(s.shape) for p, s in structure.shapes.items()} | {"codebook": vectors}
     monkeypatch.setattr(vq, "target", lambda: "gpu 9")
-    codes = structure.merge(weights).nearest(z)
-    np.testing.assert_array_equal(codes, exact.argmax(axis=-1))
+    nearest = jax.jit(lambda z: structure.merge(weights).nearest(z))
+    assert re.search(r"dot_general.*xbf16>", nearest.lower(z).as_text())
+    np.testing.assert_array_equal(nearest(z), exact.argmax(axis=-1))
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu 9"])
@@ -174,7 +177,9 @@ def test_group_norm_far_from_zero(channels, groups, target, monkeypatch):
         return structure.merge({"scale": scale, "bias": bias})(x)
 
     out, pull = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)))
-    grads = pull(jnp.asarray(cotangent, jnp.float32))
+    cotangent_ = jnp.asarray(cotangent, jnp.float32)
+    assert ("complex" in str(jax.make_jaxpr(pull)(cotangent_))) == (target == "gpu 9")
+    grads = pull(cotangent_)
     inputs = [torch.from_numpy(a).requires_grad_() for a in (x, scale, bias)]
     maps, *affine = inputs
     theirs = torch.nn.functional.group_norm(maps.permute(0, 3, 1, 2), groups, *affine, eps=1e-6)

@@ -75,7 +75,7 @@ class SpatialAttention(nnx.Module):
 
 
 # The backward pass computes the weights again: kept, they would be most of what the whole
-# model keeps. Which of them stay is an eighth of that, and drawing it again would take longer.
+# model keeps. Which of them stay is about a tenth of that, and drawing it again takes longer.
 @functools.partial(jax.checkpoint, static_argnums=5)
 def attention_and_weights(
     q_BTNH: jax.Array,
