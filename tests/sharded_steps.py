@@ -6,6 +6,7 @@ python tests/sharded_steps.py CASE... writes a JSON line for each case.
 import functools
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -190,8 +191,10 @@ def memory():
     found = {}
     for mode in ("replicated", "zero2", "fsdp"):
         abstract = abstract_step(override(tiny(**SIZES | WIDE), {"sharding.mode": mode}))
+        compiled = abstract.lower().compile()
         found[mode] = abstract.device_bytes() | {
-            "temporary": abstract.lower().compile().memory_analysis().temp_size_in_bytes,
+            "temporary": compiled.memory_analysis().temp_size_in_bytes,
+            "sent pictures": re.findall(r"= .*,3\].* (?:all-|collective-).*", compiled.as_text()),
             "copy": sum(
                 2 * int(np.prod(abstract.layout.used(path, x.shape).shard_shape(x.shape)))
                 for path, x in abstract.state["params"].items()

@@ -76,12 +76,14 @@ def test_8_bit_moments_train_as_on_one_device(compiled):
     np.testing.assert_allclose(after["steps"], expected, rtol=1e-4)
 
 
-def test_memory_falls_as_the_modes_promise(compiled):
+def test_memory_falls_as_the_modes_promise_and_pictures_stay(compiled):
     found = run(compiled, "memory")["memory"]
     whole = found["replicated"]
     for mode in ("zero2", "fsdp"):
         for kind in ("trained weights", "optimizer state"):
             assert found[mode][kind] == pytest.approx(whole[kind] / 8, rel=0.03), (mode, kind)
+        # A device has both pictures of its samples, and SigLIP sees them together.
+        assert found[mode]["sent pictures"] == []
     assert found["zero2"]["copy"] == whole["copy"]
     assert found["fsdp"]["copy"] == pytest.approx(whole["copy"] / 8, rel=0.03)
     # Accumulated gradients are float32, as the weights are; 7 of 8 parts are gone.

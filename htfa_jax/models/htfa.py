@@ -194,8 +194,8 @@ class HTFA(nnx.Module):
             "reconstruction": [recon_BHWC],
             "tokens": [recon_BHWC, pair.orig_BHWC],
         }[self.config.fusion]
-        features = jnp.split(self.siglip(jnp.concatenate(pictures)), len(pictures))
-        return Fusion(pair, None, pictures, jnp.concatenate(features, axis=1), None)
+        features = jnp.concatenate(self.encode_pictures(pictures), axis=1)
+        return Fusion(pair, None, pictures, features, None)
 
     def seen_recon(self, pair: Pair) -> jax.Array:
         """The reconstruction [B, H, W, 3] as Level 1 and SigLIP see it."""
@@ -206,15 +206,23 @@ class HTFA(nnx.Module):
         fused = [fused_BHWC] if self.config.level2.values == "fused" else []
         if self.config.is_frozen("siglip"):
             return [*self.frozen_features(batch, pair), *map(self.siglip, fused)]
-        pictures = [pair.orig_BHWC, self.seen_recon(pair), *fused]
-        return jnp.split(self.siglip(jnp.concatenate(pictures)), len(pictures))
+        return self.encode_pictures([pair.orig_BHWC, self.seen_recon(pair), *fused])
+
+    def encode_pictures(self, pictures: list[jax.Array]) -> list[jax.Array]:
+        """SigLIP's features [B, P, D] of one or more pictures of each sample, in one pass."""
+        # A sample's pictures lie together, so that the devices of a mesh send each other none.
+        pictures_BNHWC = jnp.stack(pictures, axis=1)
+        features = self.siglip(pictures_BNHWC.reshape(-1, *pictures_BNHWC.shape[2:]))
+        features_BNPD = features.reshape(*pictures_BNHWC.shape[:2], *features.shape[1:])
+        return [features_BNPD[:, i] for i in range(len(pictures))]
 
     def frozen_features(self, batch: Batch, pair: Pair) -> list[jax.Array]:
         """A frozen SigLIP's features of original and reconstruction, each [B, P, D]."""
         if batch.features is None:
             # Nothing before these two learns, so they store nothing for the backward pass.
-            pictures = jnp.concatenate([pair.orig_BHWC, self.seen_recon(pair)])
-            return jnp.split(self.siglip(jax.lax.stop_gradient(pictures)), 2)
+            return self.encode_pictures(
+                jax.lax.stop_gradient([pair.orig_BHWC, self.seen_recon(pair)])
+            )
         orig_BPD, recon_BPD = batch.features[:, 0], batch.features[:, 1]
         # A sample that lost its reconstruction has the original in its place.
         return [orig_BPD, jnp.where(batch.has_recon[:, None, None], recon_BPD, orig_BPD)]
