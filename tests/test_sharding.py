@@ -76,7 +76,7 @@ def test_8_bit_moments_train_as_on_one_device(compiled):
     np.testing.assert_allclose(after["steps"], expected, rtol=1e-4)
 
 
-def test_memory_falls_as_the_modes_promise_and_pictures_stay(compiled):
+def test_memory_falls_as_the_modes_promise(compiled):
     found = run(compiled, "memory")["memory"]
     whole = found["replicated"]
     for mode in ("zero2", "fsdp"):
