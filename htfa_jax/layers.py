@@ -76,13 +76,20 @@ def apply_rope(
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; no key means evaluation."""
+    return drop(x, rate, kept(x.shape, rate, key))
+
+
+def kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax.Array | None:
+    """Which values of an array dropout leaves; None means all of them."""
     if key is None or rate == 0.0:
+        return None
+    return jax.random.bernoulli(key, 1.0 - rate, shape)
+
+
+def drop(x: jax.Array, rate: float, keep: jax.Array | None) -> jax.Array:
+    """`dropout` where it is known which values are `kept`."""
+    if keep is None:
         return x
-    return drop(x, rate, jax.random.bernoulli(key, 1.0 - rate, x.shape))
-
-
-def drop(x: jax.Array, rate: float, keep: jax.Array) -> jax.Array:
-    """What dropout at a rate leaves of `x` where only the values in `keep` stay."""
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 

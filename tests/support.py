@@ -1,6 +1,7 @@
 """A tiny model with all sizes different, random batches for it, and a tiny dataset on disk."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -123,6 +124,12 @@ def taken_apart(module: nnx.Module) -> tuple[Model, Flat]:
     graphdef, state = nnx.split(module)
     flat = flatten(state)
     return Model(graphdef, flat), flat
+
+
+def product_types(program: str) -> list[list[str]]:
+    """Element types of the operands of each matrix product in a lowered program's text."""
+    operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
+    return [re.findall(r"tensor<[\dx]*x(\w+)>", both) for both in operands]
 
 
 def random_weights(model: Model, seed: int = 0, scale: float = 0.3) -> Flat:

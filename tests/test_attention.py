@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from support import product_types
 
 from htfa_jax import attention as module
 from htfa_jax.attention import attention, choose, target
@@ -109,9 +109,7 @@ def test_all_products_of_plain_attention_are_in_the_type_of_the_computation(monk
         return out, *pull(cotangent)
 
     program = jax.jit(both).lower(*inputs).as_text()
-    operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
-    assert len(operands) == 6
-    assert all(re.fullmatch(r"tensor<[\dx]*xbf16>", t) for o in operands for t in o.split(", "))
+    assert product_types(program) == [["bf16", "bf16"]] * 6
 
 
 def test_a_mask_of_pairs_goes_with_a_mask_of_keys():

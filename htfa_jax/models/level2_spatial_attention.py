@@ -12,7 +12,7 @@ from flax import nnx
 
 from htfa_jax.attention import attention
 from htfa_jax.config import Level2Config
-from htfa_jax.layers import drop, float32_einsum, layer_norm, linear
+from htfa_jax.layers import drop, float32_einsum, kept, layer_norm, linear
 
 
 class SpatialAttention(nnx.Module):
@@ -58,10 +58,8 @@ class SpatialAttention(nnx.Module):
         q_BTNH = self.q_proj(orig_BPD).reshape(heads)
         k_BSNH = self.k_proj(recon_BPD).reshape(heads)
         v_BSNH = self.v_proj(values_BPD).reshape(heads)
-        weights_BNTS = keep_BNTS = None
-        if self.dropout > 0 and key is not None:
-            shape = (B, self.num_heads, P, P)
-            keep_BNTS = jax.random.bernoulli(key, 1.0 - self.dropout, shape)
+        weights_BNTS = None
+        keep_BNTS = kept((B, self.num_heads, P, P), self.dropout, key)
         if with_weights or keep_BNTS is not None:
             out_BTNH, weights_BNTS = attention_and_weights(
                 q_BTNH, k_BSNH, v_BSNH, key_mask_BP, keep_BNTS, self.dropout
@@ -87,15 +85,14 @@ def attention_and_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention [B, T, N, H] with dropout on its weights, and the weights [B, N, T, S] before.
 
-    Dropout, at a rate, leaves the weights in `keep_BNTS`; None means all of them.
+    Dropout, at a rate, leaves the weights in `keep_BNTS`; see `layers.kept`.
     """
     logits_BNTS = float32_einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * (q_BTNH.shape[-1] ** -0.5)
     if key_mask_BS is not None:
         lowest = jnp.finfo(jnp.float32).min
         logits_BNTS = jnp.where(key_mask_BS[:, None, None, :], logits_BNTS, lowest)
     weights_BNTS = jax.nn.softmax(logits_BNTS, axis=-1)
-    dropped_BNTS = weights_BNTS if keep_BNTS is None else drop(weights_BNTS, rate, keep_BNTS)
-    dropped_BNTS = dropped_BNTS.astype(v_BSNH.dtype)
+    dropped_BNTS = drop(weights_BNTS, rate, keep_BNTS).astype(v_BSNH.dtype)
     # The TPU compiler (libtpu 0.0.42) overflows its stack where it may draw the random numbers
     # inside of the product.
     dropped_BNTS = jax.lax.optimization_barrier(dropped_BNTS)
