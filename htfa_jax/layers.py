@@ -80,10 +80,18 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax.Array | None:
-    """Which values of an array dropout leaves; None means all of them."""
+    """Which values of an array dropout leaves, the rate rounded to 16 bits; None means all."""
     if key is None or rate == 0.0:
         return None
-    return jax.random.bernoulli(key, 1.0 - rate, shape)
+    # Drawing is what dropout costs, so a word serves two values. Without the barrier XLA would
+    # draw it once for each.
+    *rest, length = shape
+    words = jax.random.bits(key, (*rest, 1, -(-length // 2)), jnp.uint32)
+    words = jax.lax.optimization_barrier(words)
+    shift = jnp.array([0, 16], jnp.uint32).reshape(*[1] * len(rest), 2, 1)
+    halves = (words >> shift) & 0xFFFF
+    halves = halves.reshape(*rest, -1)[..., :length]
+    return halves >= round(rate * 2**16)
 
 
 def drop(x: jax.Array, rate: float, keep: jax.Array | None) -> jax.Array:

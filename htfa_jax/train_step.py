@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from htfa_jax import loss_guard, loss_scale
 from htfa_jax.batch import Batch, in_micro_batches
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
+from htfa_jax.layers import target
 from htfa_jax.losses import count, loss_and_metrics
 from htfa_jax.paths import Flat
 from htfa_jax.sharding import Layout
@@ -69,10 +71,14 @@ def make_train_step(
             updates, opt_state = optimizer.update(unscaled(grads), opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        # A branch, not a selection between old and new, for which both would have to be kept.
-        params, opt_state = jax.lax.cond(
-            usable, update, lambda *old: old, state["params"], state["opt_state"]
-        )
+        old = state["params"], state["opt_state"]
+        if target().startswith("gpu"):
+            # XLA selects while it writes the update; a branch would wait for the host.
+            new = jax.tree.map(functools.partial(jnp.where, usable), update(*old), old)
+        else:
+            # For a selection XLA would keep both states on a CPU.
+            new = jax.lax.cond(usable, update, lambda *old: old, *old)
+        params, opt_state = new
         metrics |= {
             "grad_norm": norm,
             "learning_rate": schedule(state["step"]),

@@ -12,6 +12,7 @@ import optax
 import pytest
 from support import KEYS_BIAS, random_batch, random_weights, tiny
 
+import htfa_jax.train_step as step_module
 import htfa_jax.training as train_module
 from htfa_jax.batch import in_micro_batches
 from htfa_jax.checkpoints import open_checkpoints
@@ -34,6 +35,11 @@ def steps_of(config, optimizer=None):
     optimizer = optimizer or make_optimizer(config.optim, schedule)
     step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
     return new_state(config, trainable, optimizer, layout), frozen, step
+
+
+def assert_equal(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +85,23 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
         np.testing.assert_allclose(got["params"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-def test_a_step_that_is_not_finite_changes_nothing(steady):
+@pytest.mark.parametrize("target", ["cpu", "gpu 9"])
+def test_a_step_that_is_not_finite_changes_nothing(steady, target, monkeypatch):
+    """And one that is gives the same update in the form for GPUs."""
     config, before, frozen, step = steady
+    if target != "cpu":
+        good = in_micro_batches(random_batch(config, size=2), 1)
+        expected, _ = step(before, frozen, good)
+        monkeypatch.setattr(step_module, "target", lambda: target)
+        before, frozen, step = steps_of(config)
+        assert "cond[" not in str(step.trace(before, frozen, good).jaxpr)
+        assert_equal(step(before, frozen, good)[0], expected)
     batch = random_batch(config, size=2)
     batch.loss_mask[0, 3] = np.nan
     after, metrics = step(before, frozen, in_micro_batches(batch, 1))
     assert not bool(metrics["finite"])
-    for a, b in zip(
-        jax.tree.leaves((before["params"], before["opt_state"])),
-        jax.tree.leaves((after["params"], after["opt_state"])),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+    for name in ("params", "opt_state"):
+        assert_equal(after[name], before[name])
 
 
 def test_the_loss_falls_on_one_batch(steady):

@@ -12,7 +12,6 @@ from htfa_jax.config import VQConfig
 from htfa_jax.models import vq
 from htfa_jax.models.vq import (
     VQ,
-    GroupNorm,
     depth_to_space,
     normalize,
     product_in_thirds,
@@ -157,42 +156,3 @@ def test_a_gpu_finds_codes_as_exactly_as_float32(codebook_dim, monkeypatch):
     nearest = jax.jit(lambda z: structure.merge(weights).nearest(z))
     assert product_types(nearest.lower(z).as_text()) == [["bf16", "bf16"]]
     np.testing.assert_array_equal(nearest(z), exact.argmax(axis=-1))
-
-
-@pytest.mark.parametrize("target", ["cpu", "gpu 9"])
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (24, 8)])
-def test_group_norm_far_from_zero(channels, groups, target, monkeypatch):
-    """Result and gradients of PyTorch in float64, of groups with means of hundreds."""
-    rng = np.random.default_rng(0)
-    means = rng.uniform(-500, 500, groups).repeat(channels // groups)
-    x = rng.normal(size=(2, 6, 5, channels)) + means
-    scale, bias = rng.normal(size=(2, channels))
-    cotangent = rng.normal(size=x.shape)
-    monkeypatch.setattr(vq, "target", lambda: target)
-    structure, _ = taken_apart(GroupNorm(channels, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-
-    def ours(x, scale, bias):
-        return structure.merge({"scale": scale, "bias": bias})(x)
-
-    out, pull = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in (x, scale, bias)))
-    cotangent_ = jnp.asarray(cotangent, jnp.float32)
-    assert ("complex" in str(jax.make_jaxpr(pull)(cotangent_))) == (target == "gpu 9")
-    grads = pull(cotangent_)
-    inputs = [torch.from_numpy(a).requires_grad_() for a in (x, scale, bias)]
-    maps, *affine = inputs
-    theirs = torch.nn.functional.group_norm(maps.permute(0, 3, 1, 2), groups, *affine, eps=1e-6)
-    theirs = theirs.permute(0, 2, 3, 1)
-    theirs.backward(torch.from_numpy(cotangent))
-    np.testing.assert_allclose(out, theirs.detach(), atol=1e-3)
-    for grad, their in zip(grads, inputs, strict=True):
-        np.testing.assert_allclose(grad, their.grad, rtol=1e-3, atol=1e-3)
-
-
-def test_group_norm_of_a_flat_map_with_an_outlier_at_the_edge():
-    """Padding makes such values."""
-    x = 0.1 * np.random.default_rng(0).normal(size=(1, 224, 224, 8)).astype("f")
-    x[:, 0, 0] = 50
-    out = GroupNorm(8, dtype=jnp.float32, rngs=nnx.Rngs(0))(jnp.asarray(x))
-    inputs = torch.from_numpy(np.float64(x)).permute(0, 3, 1, 2)
-    theirs = torch.nn.functional.group_norm(inputs, 8, eps=1e-6).permute(0, 2, 3, 1)
-    np.testing.assert_allclose(out, theirs, rtol=1e-3, atol=1e-3)
