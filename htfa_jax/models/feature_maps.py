@@ -3,6 +3,7 @@
 Parameters are float32. On NVIDIA GPUs two convolutions are written in the form that suits cuDNN.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from htfa_jax.layers import target
+
+Activation = Callable[[jax.Array], jax.Array]
 
 STRIP = 8  # pixels that `ConvIn` computes together
 
@@ -91,9 +94,7 @@ class GroupNorm(nnx.GroupNorm):
             channels, groups, epsilon=1e-6, dtype=dtype, param_dtype=jnp.float32, rngs=rngs
         )
 
-    def __call__(
-        self, x_BHWD: jax.Array, activate: Callable[[jax.Array], jax.Array] = lambda x: x
-    ) -> jax.Array:
+    def __call__(self, x_BHWD: jax.Array, activate: Activation = lambda x: x) -> jax.Array:
         """Normalised maps in `dtype`, or what `activate` makes of them, in float32 too."""
         B, H, W, D = x_BHWD.shape
         x_BHWD = x_BHWD.astype(jnp.float32)
@@ -114,22 +115,31 @@ class GroupNorm(nnx.GroupNorm):
         variance_BG1 = (grouped(variance_BD) + between_BGD).mean(axis=-1, keepdims=True)
         scale_BGD = grouped(self.scale[...]) * jax.lax.rsqrt(variance_BG1 + self.epsilon)
         shift_BGD = grouped(self.bias[...]) - mean_BG1 * scale_BGD
-        y_BHWD = _scaled(x_BHWD, scale_BGD.reshape(B, D), shift_BGD.reshape(B, D))
-        return activate(y_BHWD).astype(self.dtype)
+        scale_BD, shift_BD = scale_BGD.reshape(B, D), shift_BGD.reshape(B, D)
+        return _scaled(activate, x_BHWD, scale_BD, shift_BD).astype(self.dtype)
 
 
-@jax.custom_vjp
-def _scaled(x_BHWD: jax.Array, scale_BD: jax.Array, shift_BD: jax.Array) -> jax.Array:
-    """x * scale + shift of every channel, in float32."""
-    return x_BHWD * scale_BD[:, None, None] + shift_BD[:, None, None]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scaled(
+    activate: Activation, x_BHWD: jax.Array, scale_BD: jax.Array, shift_BD: jax.Array
+) -> jax.Array:
+    """What `activate` makes of x * scale + shift of every channel, in float32."""
+    return activate(x_BHWD * scale_BD[:, None, None] + shift_BD[:, None, None])
 
 
-def _scaled_forward(x_BHWD: jax.Array, scale_BD: jax.Array, shift_BD: jax.Array) -> Any:
-    return _scaled(x_BHWD, scale_BD, shift_BD), (x_BHWD, scale_BD)
+def _scaled_forward(activate: Activation, *kept: jax.Array) -> Any:
+    return _scaled(activate, *kept), kept
 
 
-def _scaled_backward(kept: tuple[jax.Array, jax.Array], grad_BHWD: jax.Array) -> Any:
-    x_BHWD, scale_BD = kept
+def _scaled_backward(
+    activate: Activation, kept: tuple[jax.Array, ...], grad_BHWD: jax.Array
+) -> Any:
+    x_BHWD, *scale_shift = kept
+    # Behind a barrier XLA does not find that it had the activation's insides before. It would keep
+    # them, in float32, for longer than it takes to compute them again.
+    scale_BD, shift_BD = jax.lax.optimization_barrier(scale_shift)
+    y_BHWD = x_BHWD * scale_BD[:, None, None] + shift_BD[:, None, None]
+    (grad_BHWD,) = jax.vjp(activate, y_BHWD)[1](grad_BHWD)
     grad_scale_BHWD = grad_BHWD * x_BHWD
     if target().startswith("gpu"):
         # Two sums of what takes an activation's gradient to compute keep XLA's kernel for longer
