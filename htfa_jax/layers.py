@@ -90,7 +90,7 @@ def kept(shape: tuple[int, ...], rate: float, key: jax.Array | None) -> jax.Arra
     words = jax.lax.optimization_barrier(words)
     shift = jnp.array([0, 16], jnp.uint32).reshape(*[1] * len(rest), 2, 1)
     halves = (words >> shift) & 0xFFFF
-    halves = halves.reshape(*rest, -1)[..., :length]
+    halves = halves.reshape(*rest, 2 * words.shape[-1])[..., :length]
     return halves >= round(rate * 2**16)
 
 

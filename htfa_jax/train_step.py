@@ -74,9 +74,9 @@ def make_train_step(
         old = state["params"], state["opt_state"]
         if target().startswith("gpu"):
             # XLA selects while it writes the update; a branch would wait for the host.
-            new = jax.tree.map(functools.partial(jnp.where, usable), update(*old), old)
+            new = jax.tree.map(functools.partial(jax.lax.select, usable), update(*old), old)
         else:
-            # For a selection XLA would keep both states on a CPU.
+            # For a selection a CPU's program would keep both states.
             new = jax.lax.cond(usable, update, lambda *old: old, *old)
         params, opt_state = new
         metrics |= {

@@ -20,7 +20,7 @@ bench() { # NAME CONFIG FLAGS...
     mkdir -p "$out"
     python3 scripts/benchmark.py --config "$2" --steps 5 --output "$out/$1.json" "${@:3}"
 }
-# Without recomputing anything. 32 samples take 48 GB; BATCH=64 is a little quicker and takes 85.
+# Without recomputing anything. 32 samples take about 48 GB; BATCH=64 is a little quicker and takes 85.
 large=(--config.train.accumulation_steps=1 --config.train.remat=none)
 batch=--config.train.batch_size=${BATCH:-32}
 

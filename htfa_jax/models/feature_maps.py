@@ -1,6 +1,6 @@
 """Layers of feature maps: convolutions, group norm.
 
-Parameters are float32. On NVIDIA GPUs two convolutions are written in the form that suits cuDNN.
+Parameters are float32. On NVIDIA GPUs two convolutions are written as suits them.
 """
 
 import functools
