@@ -29,7 +29,8 @@ def compare_convolution(layer, size, theirs):
     def ours(x, kernel, bias):
         return structure.merge({"kernel": kernel, "bias": bias})(x)
 
-    out, pull = jax.vjp(ours, *(jnp.asarray(a, jnp.float32) for a in inputs))
+    floats = [jnp.asarray(a, jnp.float32) for a in inputs]
+    out, pull = jax.vjp(ours, *floats)
     cotangent = rng.normal(size=out.shape)
     x, kernel, bias = tensors = [torch.from_numpy(a).requires_grad_() for a in inputs]
     expected = theirs(x.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), bias).permute(0, 2, 3, 1)
@@ -37,7 +38,7 @@ def compare_convolution(layer, size, theirs):
     np.testing.assert_allclose(out, expected.detach(), atol=1e-4)
     for grad, tensor in zip(pull(jnp.asarray(cotangent, jnp.float32)), tensors, strict=True):
         np.testing.assert_allclose(grad, tensor.grad, atol=1e-3)
-    return str(jax.make_jaxpr(ours)(*(jnp.asarray(a, jnp.float32) for a in inputs)))
+    return str(jax.make_jaxpr(ours)(*floats))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Layers of feature maps: convolutions, group norm.
 
-Parameters are float32. On NVIDIA GPUs two convolutions are written as suits them.
+On NVIDIA GPUs two convolutions are written as suits them.
 """
 
 import functools
@@ -19,20 +19,35 @@ Activation = Callable[[jax.Array], jax.Array]
 STRIP = 8  # pixels that `ConvIn` computes together
 
 
-def conv(
-    in_channels: int, out_channels: int, size: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Conv:
-    """A convolution that computes in `dtype` and keeps the map's size."""
-    options = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
-    return nnx.Conv(in_channels, out_channels, (size, size), **options)
+class Conv(nnx.Conv):
+    """A convolution with float32 weights that computes in `dtype`; it keeps the map's size.
+
+    Args:
+      in_channels, out_channels: of the maps.
+      size: of the kernel's sides.
+      dtype: of the computation.
+      options: of `nnx.Conv`, such as strides that shrink the map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        options |= {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
+        super().__init__(in_channels, out_channels, (size, size), **options)
 
 
-class ConvIn(nnx.Conv):
+class ConvIn(Conv):
     """A 3 x 3 convolution of an image."""
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
-        super().__init__(in_channels, out_channels, (3, 3), **options)
+        super().__init__(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
         B, H, W, C = image_BHWC.shape
@@ -55,13 +70,12 @@ class ConvIn(nnx.Conv):
         return (around_BHSI @ kernel_IO + bias_O[None, None, None]).reshape(B, H, W, -1)
 
 
-class Downsample(nnx.Conv):
+class Downsample(Conv):
     """Halves a map's sides, zeros appended below and to the right."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        options = {"dtype": dtype, "param_dtype": jnp.float32, "rngs": rngs}
         padding = ((0, 1), (0, 1))
-        super().__init__(channels, channels, (3, 3), strides=2, padding=padding, **options)
+        super().__init__(channels, channels, 3, strides=2, padding=padding, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
         if not target().startswith("gpu"):

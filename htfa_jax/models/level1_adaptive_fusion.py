@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from htfa_jax.config import Level1Config
+from htfa_jax.models.feature_maps import Conv
 from htfa_jax.models.pictures import resize
 
 # The head works on pictures shrunk by this factor: it needs to see a hand, not single pixels,
@@ -23,20 +24,10 @@ class AlphaHead(nnx.Module):
     """(original, reconstruction, object mask) -> what to add to raw, zero at the start."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        def conv(in_channels: int, out_channels: int, **options) -> nnx.Conv:
-            return nnx.Conv(
-                in_channels,
-                out_channels,
-                (3, 3),
-                dtype=dtype,
-                param_dtype=jnp.float32,
-                rngs=rngs,
-                **options,
-            )
-
-        self.conv1 = conv(7, channels)
-        self.conv2 = conv(channels, channels)
-        self.conv3 = conv(channels, 1, kernel_init=nnx.initializers.zeros)
+        options = {"dtype": dtype, "rngs": rngs}
+        self.conv1 = Conv(7, channels, 3, **options)
+        self.conv2 = Conv(channels, channels, 3, **options)
+        self.conv3 = Conv(channels, 1, 3, kernel_init=nnx.initializers.zeros, **options)
 
     def __call__(
         self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array

@@ -16,7 +16,7 @@ from htfa_jax.attention import attention
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.layers import target
-from htfa_jax.models.feature_maps import ConvIn, Downsample, GroupNorm, conv
+from htfa_jax.models.feature_maps import Conv, ConvIn, Downsample, GroupNorm
 from htfa_jax.models.siglip import patches
 
 # Since Ampere; see `layers.target`.
@@ -28,12 +28,12 @@ class ResBlock(nnx.Module):
 
     def __init__(self, in_channels: int, out_channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm1 = GroupNorm(in_channels, dtype=dtype, rngs=rngs)
-        self.conv1 = conv(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv(in_channels, out_channels, 3, dtype=dtype, rngs=rngs)
         self.norm2 = GroupNorm(out_channels, dtype=dtype, rngs=rngs)
-        self.conv2 = conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv(out_channels, out_channels, 3, dtype=dtype, rngs=rngs)
         self.has_shortcut = in_channels != out_channels
         if self.has_shortcut:
-            self.shortcut = conv(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
+            self.shortcut = Conv(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
         y_BHWD = self.conv1(self.norm1(x_BHWD, jax.nn.silu))
@@ -46,10 +46,10 @@ class AttentionBlock(nnx.Module):
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, dtype=dtype, rngs=rngs)
-        self.q_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
-        self.k_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
-        self.v_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
-        self.o_proj = conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+        self.q_proj = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+        self.k_proj = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+        self.v_proj = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
+        self.o_proj = Conv(channels, channels, 1, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BHWD: jax.Array) -> jax.Array:
         B, H, W, D = x_BHWD.shape
@@ -128,8 +128,8 @@ class VQEncoder(nnx.Module):
         self.downsamples = nnx.List(Downsample(width, **options) for width in widths[:-1])
         self.middle = Middle(widths[-1], **options)
         self.norm_out = GroupNorm(widths[-1], **options)
-        self.conv_out = conv(widths[-1], config.z_channels, 3, **options)
-        self.quant_conv = conv(config.z_channels, config.codebook_dim, 1, **options)
+        self.conv_out = Conv(widths[-1], config.z_channels, 3, **options)
+        self.quant_conv = Conv(config.z_channels, config.codebook_dim, 1, **options)
 
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
         x_BHWD = self.conv_in(space_to_depth(image_BHWC, self.stem))
@@ -150,8 +150,8 @@ class VQDecoder(nnx.Module):
         options = {"dtype": dtype, "rngs": rngs}
         widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         self.stem = config.stem
-        self.post_quant_conv = conv(config.codebook_dim, config.z_channels, 1, **options)
-        self.conv_in = conv(config.z_channels, widths[0], 3, **options)
+        self.post_quant_conv = Conv(config.codebook_dim, config.z_channels, 1, **options)
+        self.conv_in = Conv(config.z_channels, widths[0], 3, **options)
         self.middle = Middle(widths[0], **options)
         self.levels = nnx.List(
             Level(
@@ -163,9 +163,9 @@ class VQDecoder(nnx.Module):
             )
             for i, width in enumerate(widths)
         )
-        self.upsamples = nnx.List(conv(width, width, 3, **options) for width in widths[:-1])
+        self.upsamples = nnx.List(Conv(width, width, 3, **options) for width in widths[:-1])
         self.norm_out = GroupNorm(widths[-1], **options)
-        self.conv_out = conv(widths[-1], 3 * config.stem**2, 3, **options)
+        self.conv_out = Conv(widths[-1], 3 * config.stem**2, 3, **options)
 
     def __call__(self, vectors_BME: jax.Array) -> jax.Array:
         side = math.isqrt(vectors_BME.shape[1])
