@@ -13,7 +13,7 @@ from htfa_jax.answer_attention import END, AnswerAttention, watch_text
 from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
-from htfa_jax.generate import Prefix, State, decode_until, prefill
+from htfa_jax.generate import GPU_OPTIONS, Prefix, State, decode_until, prefill
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
 from htfa_jax.models.kv_cache import Cache, num_slots
 from htfa_jax.options import Decoding
@@ -88,7 +88,11 @@ class Answerer:
         static = ("num_slots", "max_new_tokens")
         self._prefill = jax.jit(layout.inside(first), static_argnames=static)
         # Donated, so that the words go into the cache that is there.
-        self._decode = jax.jit(layout.inside(further), donate_argnums=1)
+        self._decode = jax.jit(
+            layout.inside(further),
+            donate_argnums=1,
+            compiler_options=GPU_OPTIONS if layout.platform == "gpu" else None,
+        )
         self._watch = jax.jit(layout.inside(watch))
 
     def start(

@@ -13,6 +13,10 @@ from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.models.kv_cache import Cache, with_room
 from htfa_jax.sampling import Sampling, choose
 
+# For the compiler where words are decoded. A word is hundreds of short kernels: those that do not
+# need each other's results run at the same time (`RESULTS.md`).
+GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass

@@ -94,6 +94,7 @@ class Layout:
 
     Attributes:
       mesh: the devices.
+      platform: of the devices, in JAX's words.
       num_shards: parts of a batch.
       batch: of arrays whose first axis is samples.
       stacked_batch: of arrays [micro-steps or layers, samples, ...].
@@ -102,6 +103,7 @@ class Layout:
 
     def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
         self.mode, self.mesh = config.sharding.mode, make_mesh(config, devices)
+        self.platform = self.mesh.devices.flat[0].platform
         self.num_shards = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         self.batch = NamedSharding(self.mesh, PartitionSpec(BATCH_AXES))
         self.stacked_batch = NamedSharding(self.mesh, PartitionSpec(None, BATCH_AXES))

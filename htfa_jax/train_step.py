@@ -160,8 +160,7 @@ def compile_train_step(
 
     Raises ConfigError if the devices cannot compute in `train.dtype`.
     """
-    platform = layout.mesh.devices.flat[0].platform
-    if config.train.dtype == "float16" and platform == "cpu":
+    if config.train.dtype == "float16" and layout.platform == "cpu":
         raise ConfigError(
             "train.dtype=float16 needs a GPU: XLA multiplies no float16 on CPUs. Use bfloat16 or "
             "float32"
@@ -172,5 +171,5 @@ def compile_train_step(
         in_shardings=(places, layout.frozen(frozen), layout.stacked_batch),
         out_shardings=(places, layout.replicated),
         donate_argnums=0,
-        compiler_options=GPU_OPTIONS if platform == "gpu" else None,
+        compiler_options=GPU_OPTIONS if layout.platform == "gpu" else None,
     )

@@ -6,10 +6,11 @@
 
 Both run in this process on the CPU, or on the same GPU, one after the other in every repetition,
 so that a busy machine is busy for both. transformers: `generate`, static cache, no torch.compile.
-The limit is what the memory gives: a large array read in order in the same run, divided by the
-bytes that a word needs: all weights but the embedding table, and the keys and values of the words
-before it (of its own row; half of the answer on average). It is compared with the fastest piece of
-decoding, and the array's fastest reading: other programs slow down both.
+The limit is what the memory gives: a large array read in order in the same run, several times
+without a wait in between, divided by the bytes that a word needs: all weights but the embedding
+table, and the keys and values of the words before it (of its own row; half of the answer on
+average). It is compared with the fastest piece of decoding, and the array's fastest readings:
+other programs slow down both.
 
 Where the dtype rounds, one word that comes out otherwise changes all that follow. So the choice of
 the next word is compared too, after the same words on both sides, and with float32.
@@ -34,7 +35,7 @@ from transformers import LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
 from htfa_jax.config_io import load_config
-from htfa_jax.generate import decode_until, prefill
+from htfa_jax.generate import GPU_OPTIONS, decode_until, prefill
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2, decoding_layout
 from htfa_jax.options import Decoding
 from htfa_jax.paths import flatten, unflatten
@@ -49,7 +50,8 @@ SIZES = {
     "internlm2_1_8b": lambda: load_config("internlm2_1_8b").decoder,
 }
 PROBE_BYTES = {"cpu": 2**28, "gpu": 2**32}
-PIECE = 8  # words that are timed by themselves
+READINGS = 8  # of that array, one behind the other
+PIECE = 32  # words that are timed by themselves: an answer, not the start of a program
 
 
 def llama(sizes: DecoderConfig) -> LlamaForCausalLM:
@@ -156,10 +158,16 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     further = jax.jit(
         lambda w, state, until: decode_until(decoder(w), state, until, stop_ids=(-1,)),
         donate_argnums=1,
+        compiler_options=GPU_OPTIONS if backend == "gpu" else None,
     )
     probe = jnp.ones(PROBE_BYTES[backend] // 4, jnp.float32)
     read = jax.jit(jnp.sum)
+
+    def readings() -> list[jax.Array]:
+        return [read(probe) for _ in range(READINGS)]
+
     vocab = -(-sizes.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    length = min(PIECE, new - 1)
     for rows in batches:
         ids = words(rows, prompt, sizes)
         inputs = (
@@ -196,21 +204,21 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
             state = jax.block_until_ready(first(weights, *inputs))
             note("prefill", time.perf_counter() - start)
             start = time.perf_counter()
-            for until in range(1 + PIECE, new + PIECE, PIECE):
+            for until in range(1 + length, new + length, length):
                 piece = time.perf_counter()
                 state = jax.block_until_ready(further(weights, state, min(until, new)))
                 if until <= new:
                     note("piece", time.perf_counter() - piece)
-                    note("probe", seconds(lambda: read(probe)))
+                    note("probe", seconds(readings))
                     start += times["probe"][-1]
             note("decode", time.perf_counter() - start)
             note("their prefill", seconds(lambda: generate(1)))
             note("theirs", seconds(lambda: generate(new)))
         t = {what: float(np.median(values)) for what, values in times.items()}
         whole = [p + d for p, d in zip(times["prefill"], times["decode"], strict=True)]
-        bandwidth = probe.nbytes / min(times["probe"])
+        bandwidth = READINGS * probe.nbytes / min(times["probe"])
         rate = rows * (new - 1) / t["decode"]
-        best = rows * PIECE / min(times["piece"])
+        best = rows * length / min(times["piece"])
         limit = rows * bandwidth / (needed + rows * needed_of_row)
         their_rate = rows * (new - 1) / (t["theirs"] - t["their prefill"])
         print(

@@ -9,9 +9,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from htfa_jax import generate, train_step
 from htfa_jax.errors import ConfigError
 from htfa_jax.topologies import collectives, find
-from htfa_jax.train_step import GPU_OPTIONS
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,9 +61,10 @@ print(describe(config, target))
 """
 
 
-def test_options_for_gpus_are_some_that_xla_has():
+@pytest.mark.parametrize("module", [train_step, generate])
+def test_options_for_gpus_are_some_that_xla_has(module):
     """Which it looks at wherever it compiles."""
-    assert jax.jit(lambda x: x + 1, compiler_options=GPU_OPTIONS)(1) == 2
+    assert jax.jit(lambda x: x + 1, compiler_options=module.GPU_OPTIONS)(1) == 2
 
 
 needs_libtpu = pytest.mark.skipif(
