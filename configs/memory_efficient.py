@@ -2,7 +2,7 @@
 
 Only the levels, the adapters and the generation head learn, so nearly all memory is weights that
 are read (bfloat16) and the activations of one sample, recomputed block by block. Compiled for
-one v5e chip of 16 GB it needs 4.5 GiB. The decoder stays as it was pretrained.
+one v5e chip of 16 GB it needs 4.3 GiB. The decoder stays as it was pretrained.
 
     python -m htfa_jax.train --config configs/memory_efficient.py \\
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2 ...

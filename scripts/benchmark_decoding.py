@@ -13,7 +13,9 @@ average). It is compared with the fastest piece of decoding, and the array's fas
 other programs slow down both.
 
 Where the dtype rounds, one word that comes out otherwise changes all that follow. So the choice of
-the next word is compared too, after the same words on both sides, and with float32.
+the next word is compared too, after the same words on both sides, and with float32. What is written
+in one go has to be what the same weights choose word by word: on an H200 XLA's default order of
+kernels once wrote something else (`RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -194,6 +196,11 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
 
         said = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
         same = (said == generate(new)[:, prompt:].numpy()).mean()
+        if rows == 1:
+            read_again = np.concatenate([ids, said[:, :-1]], axis=1)
+            own = our_logits(graphdef, weights, read_again, prompt).argmax(axis=-1)
+            share = 100 * (own == said[:, 1:]).mean()
+            print(f"{name}, words that are also chosen one by one: {share:.1f}%")
         times: dict[str, list[float]] = {}
 
         def note(what: str, value: float, times: dict[str, list[float]] = times) -> None:
