@@ -7,8 +7,7 @@ TFLOP of a step for a sample, not 12.5. It fits where `standard` does.
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

@@ -6,8 +6,7 @@ It costs what `standard` costs: the affine itself is next to nothing.
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

@@ -7,8 +7,7 @@ Without codes nothing reads the fused picture, so Level 1 is absent too.
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

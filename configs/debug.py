@@ -1,14 +1,13 @@
 """Everything small, on the embedded dataset, on a CPU.
 
 It starts as a real run does, from pretrained parts in PyTorch's form, only small ones that this
-package brings along (`scripts/pretrain_tiny.py` made them): converted, frozen where `standard`
-freezes, levels and decoder trained.
+package brings along (`scripts/tiny_parts/pretrain.py` made them): converted, frozen where
+`standard` freezes, levels and decoder trained.
 
 python -m htfa_jax.train --config configs/debug.py
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

@@ -7,8 +7,7 @@ python -m htfa_jax.train --config configs/generation_only.py \\
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

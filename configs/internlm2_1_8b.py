@@ -7,8 +7,7 @@ text, in 40.5 GB.
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2_1_8b ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

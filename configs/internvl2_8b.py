@@ -6,8 +6,7 @@ Compiled for a v5p:2x2x4 it needs 13.8 GiB of each.
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internvl2_8b ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

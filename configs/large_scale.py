@@ -9,8 +9,7 @@ sees 128 samples; of `standard` on one, 8.
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2_8 ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

@@ -8,8 +8,7 @@ one v5e chip of 16 GB it needs 4.3 GiB. The decoder stays as it was pretrained.
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internlm2 ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

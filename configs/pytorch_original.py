@@ -10,8 +10,7 @@ itself. RESULTS.md compares them.
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

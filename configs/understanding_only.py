@@ -8,8 +8,7 @@ TFLOP of a step, not 12.5. The answers are scored, nothing is painted.
         --config.data.train=train.jsonl ...
 """
 
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
+from htfa_jax.config import Config, override
 
 
 def get_config() -> Config:

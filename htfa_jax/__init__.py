@@ -5,11 +5,11 @@ import importlib
 # Loaded when asked for: workers that draw scenes or read records need no JAX.
 _PUBLIC = {
     "Config": "htfa_jax.config",
-    "load_config": "htfa_jax.config_io",
+    "load_config": "htfa_jax.config",
     "HTFA": "htfa_jax.models.htfa",
-    "HTFAInference": "htfa_jax.inference",
-    "Completion": "htfa_jax.options",
-    "Decoding": "htfa_jax.options",
+    "HTFAInference": "htfa_jax.inference.engine",
+    "Completion": "htfa_jax.inference.options",
+    "Decoding": "htfa_jax.inference.options",
 }
 __all__ = list(_PUBLIC)
 

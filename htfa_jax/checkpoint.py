@@ -17,11 +17,11 @@ from pathlib import Path
 
 import tyro
 
-from htfa_jax import checkpoint_files
-from htfa_jax.commands import command, parse
-from htfa_jax.config_io import load_config
+from htfa_jax.checkpoints import integrity
+from htfa_jax.checkpoints.lock import lock
+from htfa_jax.common.cli import command, parse
+from htfa_jax.config import load_config
 from htfa_jax.errors import ConfigError
-from htfa_jax.lock import lock
 
 log = logging.getLogger("htfa_jax.checkpoint")  # by name: this module is run as __main__ too
 
@@ -41,21 +41,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(CheckpointArgs, argv, __doc__)
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep {args.keep}: at least one checkpoint stays")
-    found = checkpoint_files.listing(args.run)
+    found = integrity.listing(args.run)
     train = load_config(args.run).train
-    best = checkpoint_files.best(found, train.best_metric, train.best_mode)
+    best = integrity.best(found, train.best_metric, train.best_mode)
     notes = {}
     if args.verify:
-        problems = {
-            s.folder: checkpoint_files.damage(s.folder) for s in found if s.step is not None
-        }
+        problems = {s.folder: integrity.damage(s.folder) for s in found if s.step is not None}
         notes = {f: f"DAMAGED: {p}" if p else "sound" for f, p in problems.items()}
     if args.keep is not None:
         with lock(args.run):
-            for gone in checkpoint_files.prune(found, args.keep, best):
+            for gone in integrity.prune(found, args.keep, best):
                 log.info("deleted %s", gone.folder)
-        found = checkpoint_files.listing(args.run)
-    print(checkpoint_files.table(found, best, notes))
+        found = integrity.listing(args.run)
+    print(integrity.table(found, best, notes))
     if any(note != "sound" for note in notes.values()):
         sys.exit(1)
 

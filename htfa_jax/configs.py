@@ -18,8 +18,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from htfa_jax.commands import command, parse
-from htfa_jax.config_io import preset_names
+from htfa_jax.common.cli import command, parse
+from htfa_jax.config.io import preset_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(ConfigsArgs, argv, __doc__)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
-    from htfa_jax.preset_table import table
+    from htfa_jax.training.plan import table
 
     print(table(args.names or preset_names()))
 

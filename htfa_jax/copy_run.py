@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from htfa_jax.commands import command, parse
-from htfa_jax.data.places import is_url, remote
+from htfa_jax.common.cli import command, parse
+from htfa_jax.common.files import whole_file
+from htfa_jax.common.logs import progress
+from htfa_jax.data.storage import is_url, remote
 from htfa_jax.errors import CheckpointError
-from htfa_jax.files import whole_file
-from htfa_jax.logs import progress
 
 # What belongs to the process that trains, or is not whole yet.
 LEFT_OUT = re.compile(r"lock\.json|(.*/)?\.[^/]*|.*\.orbax-checkpoint-tmp.*")

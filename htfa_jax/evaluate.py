@@ -15,12 +15,13 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command, use_compilation_cache
-from htfa_jax.config_io import ConfigFlags, load_config, parse_args
-from htfa_jax.data.splits import Split
+from htfa_jax.checkpoints.hub import is_repository
+from htfa_jax.checkpoints.runs import find_run
+from htfa_jax.common.cli import command, use_compilation_cache
+from htfa_jax.config import load_config
+from htfa_jax.config.io import ConfigFlags, parse_args
+from htfa_jax.data.records import Split
 from htfa_jax.errors import ConfigError
-from htfa_jax.hub import is_repository
-from htfa_jax.runs import find_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         source="checkpoint",
         read=lambda path: load_config(find_run(path)[0]),
     )
-    use_compilation_cache(args.config)
+    use_compilation_cache(args.config.data.cache_dir)
     if args.output_dir is None and is_repository(args.checkpoint):
         raise ConfigError("--output_dir is missing: nothing is written into the hub's copy")
-    from htfa_jax import report
-    from htfa_jax.evaluation import evaluate_run
+    from htfa_jax.evaluation import report
+    from htfa_jax.evaluation.evaluator import evaluate_run
 
     result, folder = evaluate_run(args.config, args.checkpoint, args.split)
     folder = args.output_dir or folder / "evaluation" / args.split

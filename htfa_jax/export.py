@@ -14,15 +14,14 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from htfa_jax.commands import command, parse
+from htfa_jax.common.cli import command, parse
+from htfa_jax.inference.options import ExportDType
 
 log = logging.getLogger("htfa_jax.export")  # by name: this module is run as __main__ too
-
-ExportDType = Literal["bfloat16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +39,7 @@ class ExportArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(ExportArgs, argv, __doc__)
-    from htfa_jax.exporting import export_run
+    from htfa_jax.inference.export import export_run
 
     out = export_run(
         args.run, args.out, dtype=args.dtype, license=args.license, overwrite=args.overwrite

@@ -15,22 +15,36 @@ many pairs, those that predictions.jsonl answers already are left out.
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from htfa_jax.commands import command, parse, use_compilation_cache
-from htfa_jax.config_io import load_config
-from htfa_jax.errors import ConfigError
-from htfa_jax.options import Completion, Decoding, Quantize, View
-from htfa_jax.report_html import write_report
-from htfa_jax.runs import find_run
+from htfa_jax.checkpoints.runs import DEMO, EXAMPLES, find_run
+from htfa_jax.common.cli import command, parse, use_compilation_cache
+from htfa_jax.common.files import write_whole
+from htfa_jax.config import load_config
+from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.evaluation.report_html import PREDICTIONS
+from htfa_jax.inference.options import Completion, Decoding, Quantize, View
 
-# A finished small model, and scenes that it has not seen.
-DEMO, EXAMPLES = Path(__file__).parent / "tiny" / "demo", "examples/pairs.jsonl"
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from htfa_jax.data.records import Record
+    from htfa_jax.inference.engine import HTFAInference
+    from htfa_jax.inference.inputs import Job
+    from htfa_jax.inference.results import Result
+
+# What loads JAX, matplotlib or PIL is imported where it is used: `--help` must be quick.
+
+log = logging.getLogger("htfa_jax.infer")  # by name: this module is run as __main__ too
+
 Box = tuple[float, float, float, float]
 
 
@@ -69,12 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
     workdir, step = find_run(checkpoint, args.revision)
-    use_compilation_cache(load_config(workdir))
+    use_compilation_cache(load_config(workdir).data.cache_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    from htfa_jax.predictions import predict
-
     failed, tried = predict(args, workdir if step is None else checkpoint, folder)
     if args.visualize:
+        from htfa_jax.evaluation.report_html import write_report
+
         write_report(folder, f"{folder.resolve().name}: {workdir.name}")
     print(f"written to {folder}")
     if tried and failed == tried:
@@ -96,6 +110,159 @@ def of_the_demo(args: InferArgs) -> InferArgs:
     pairs = DEMO / EXAMPLES if (args.input or args.image_orig) is None else args.input
     folder = args.output_dir or Path("demo")
     return dataclasses.replace(args, checkpoint=DEMO, input=pairs, output_dir=folder)
+
+
+def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int, int]:
+    """Answers what is not answered yet. Returns how many pairs failed, of how many.
+
+    Args:
+      args: options of the command.
+      checkpoint: as `HTFAInference` takes it.
+      folder: for the predictions and their pictures.
+    """
+    from htfa_jax.inference.inputs import read_jobs
+
+    path, done = folder / PREDICTIONS, set[str]()
+    if args.input is None:
+        jobs = [one_pair(args)]
+    else:
+        jobs, done = read_jobs(args.input, args.query), keep_finished(path)
+    todo = [job for job in jobs if job.id not in done]
+    if len(todo) < len(jobs):
+        log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
+    if not todo:
+        return 0, 0
+    from htfa_jax.inference.engine import HTFAInference
+
+    engine = HTFAInference(checkpoint, device=args.device, quantize=args.quantize)
+    failed = run(engine, todo, folder, args, fresh=args.input is None)
+    if failed:
+        print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)
+    return failed, len(todo)
+
+
+def one_pair(args: InferArgs) -> Job:
+    """The pair of the command line."""
+    from htfa_jax.inference.inputs import FIELDS, Job, as_record
+
+    pair = {field: getattr(args, field) for field in FIELDS}
+    record = as_record({"id": Path(str(args.image_orig)).stem, **pair}, "the command line")
+    return Job(0, record.id, record, args.query or None)
+
+
+def keep_finished(path: Path) -> set[str]:
+    """Ids of the pairs that a file of predictions answers.
+
+    A last line that was cut off while it was written goes, and so do errors, which a new start
+    tries again.
+    """
+    if not path.is_file():
+        return set()
+    kept, ids = [], set()
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(entry, dict) and "error" not in entry:
+            kept.append(line + "\n")
+            ids.add(str(entry["id"]))
+    write_whole(path, "".join(kept))
+    return ids
+
+
+def run(engine: HTFAInference, jobs: list[Job], folder: Path, args: InferArgs, fresh: bool) -> int:
+    """Writes one line per job, as soon as it is there. Returns how many failed."""
+    from htfa_jax.data.records import Record
+
+    failed = 0
+    pairs = [r for job in jobs if isinstance(r := job.record, Record)]
+    asked = [job.queries or [None] for job in jobs if isinstance(job.record, Record)]
+    results = engine.iterate(
+        pairs,
+        asked,
+        batch_size=args.batch_size,
+        decoding=args.decoding,
+        completion=args.completion,
+        return_intermediates=args.visualize,
+    )
+    with (folder / PREDICTIONS).open("w" if fresh else "a", encoding="utf-8") as file:
+        for job in jobs:
+            if isinstance(job.record, Record):
+                found = next(results)
+                rows = found if isinstance(found, list) else [found]
+                entry = _entry(job, job.record, rows, args, folder)
+            else:
+                entry = {"id": job.id, "error": str(job.record)}
+            failed += "error" in entry
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            file.flush()
+            if args.demo:
+                print(f"\n{job.id}")
+            if fresh or args.demo:
+                _show(entry)
+    return failed
+
+
+def _entry(
+    job: Job, record: Record, results: list[Result], args: InferArgs, folder: Path
+) -> dict[str, Any]:
+    """The line of a pair; its pictures are written first."""
+    first = results[0]
+    if first.error is not None:
+        return {"id": job.id, "error": first.error}
+    entry: dict[str, Any] = {
+        "id": job.id,
+        "answers": [
+            {"query": r.query, "answer": r.answer, "confidence": r.confidence} for r in results
+        ],
+        "alignment": first.alignment,
+        "reconstruction": first.recon_source,
+    }
+    name = f"{job.number:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', job.id)}.png"
+    if first.completed is not None:
+        entry["completed"] = f"completed/{name}"
+        (folder / "completed").mkdir(exist_ok=True)
+        first.completed.save(folder / entry["completed"])
+    if args.visualize:
+        entry["figures"] = _draw(record, results, args, folder, name.removesuffix(".png"))
+    return entry
+
+
+def _draw(
+    record: Record, results: list[Result], args: InferArgs, folder: Path, name: str
+) -> dict[str, str]:
+    """Writes the figures of a pair. Returns their paths by kind."""
+    from htfa_jax.evaluation.look_inside import figures, png
+
+    (folder / "figures").mkdir(exist_ok=True)
+    paths = {}
+    for kind, figure in figures(*results, truth=_truth(record), view=args.attention).items():
+        paths[kind] = f"figures/{name}_{kind}.png"
+        (folder / paths[kind]).write_bytes(png(figure))
+    return paths
+
+
+def _truth(record: Record) -> Image.Image | None:
+    from htfa_jax.data.decode import decode_field, load_image
+
+    try:
+        return decode_field(record, "image_target", load_image)
+    except DataError as error:
+        # Nothing else needs it.
+        log.warning("%s", error)
+        return None
+
+
+def _show(entry: dict[str, Any]) -> None:
+    if "error" in entry:
+        print(f"error: {entry['error']}", file=sys.stderr)
+        return
+    for answer in entry["answers"]:
+        confidence = answer["confidence"]
+        sure = "" if confidence is None else f"  (confidence {confidence:.2f})"
+        print(f"{answer['query']}\n  {answer['answer']}{sure}")
+    print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}")
 
 
 if __name__ == "__main__":

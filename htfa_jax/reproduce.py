@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tyro
 
-from htfa_jax.commands import command, parse
-from htfa_jax.processes import Distributed, is_first
+from htfa_jax.common.cli import command, parse
+from htfa_jax.sharding.processes import Distributed, is_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: exits with 1 if everything is finite this time."""
     args = parse(ReproduceArgs, argv, __doc__)
     args.distributed.connect()
-    from htfa_jax.reproduction import described, reproduce
+    from htfa_jax.training.reproduction import described, reproduce
 
     again, alone = reproduce(args.dump)
     if is_first():

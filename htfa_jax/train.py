@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command, use_compilation_cache
-from htfa_jax.config import Config
-from htfa_jax.config_io import ConfigFlags, override, parse_args, source_name
+from htfa_jax.checkpoints.runs import make_workdir, new_workdir
+from htfa_jax.checkpoints.weights import FAMILIES
+from htfa_jax.common.cli import command, use_compilation_cache
+from htfa_jax.common.logs import only_warnings_to_terminal
+from htfa_jax.config import Config, override
+from htfa_jax.config.io import ConfigFlags, parse_args, source_name
 from htfa_jax.errors import ConfigError
-from htfa_jax.logs import only_warnings_to_terminal
-from htfa_jax.parts import FAMILIES
-from htfa_jax.processes import Distributed, is_first
-from htfa_jax.runs import make_workdir, new_workdir
+from htfa_jax.sharding.processes import Distributed, is_first
+from weights_convert.on_demand import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,28 +51,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         nothing = dict.fromkeys(f"pretrained.{part}" for part in FAMILIES)
         config = override(config, nothing | {"pretrained.run": args.init_from})
     if args.dry_run:
-        from htfa_jax.dry_run import dry_run
+        from htfa_jax.training.dry_run import dry_run
 
         print(dry_run(config, args.workdir))
         return
-    use_compilation_cache(config)
+    use_compilation_cache(config.data.cache_dir)
     import jax  # with what follows, which --help does without
 
     if jax.process_count() > 1 and args.workdir is None:
         raise ConfigError("several processes need one --workdir that all of them can write to")
-    from htfa_jax.training import train
+    from htfa_jax.training.trainer import train
 
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
     scores = train(config, workdir)
     if is_first():
         print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
-
-
-def with_weights(config: Config, base: Config) -> Config:
-    """`weights_convert.ready.with_weights`, which `--help` does without."""
-    from weights_convert import ready
-
-    return ready.with_weights(config, base)
 
 
 if __name__ == "__main__":

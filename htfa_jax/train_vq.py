@@ -12,9 +12,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command
-from htfa_jax.config_io import ConfigFlags, parse_args
-from htfa_jax.runs import make_workdir, new_workdir
+from htfa_jax.checkpoints.runs import make_workdir, new_workdir
+from htfa_jax.common.cli import command
+from htfa_jax.config.io import ConfigFlags, parse_args
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainVQArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_args(TrainVQArgs, argv, description=__doc__)
-    from htfa_jax.vq_stage import train_in
+    from htfa_jax.training.vq_stage import train_in
 
     workdir = make_workdir(args.workdir or new_workdir("vq"))
     folder = train_in(workdir, args.config)

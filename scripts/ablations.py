@@ -25,14 +25,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ablation_report
-from ablation_run import ABLATIONS, BASELINES, BUDGET, FULL, RESULT, VARIANTS, workdir_of
+from ablation import report
+from ablation.one_run import ABLATIONS, BASELINES, BUDGET, FULL, RESULT, VARIANTS, workdir_of
 
-from htfa_jax.commands import command, parse
+from htfa_jax.common.cli import command, parse
+from htfa_jax.common.files import write_whole
+from htfa_jax.common.logs import progress
 from htfa_jax.errors import ConfigError, TrainingError
-from htfa_jax.files import write_whole
-from htfa_jax.logs import progress
-from htfa_jax.loop import duration
+from htfa_jax.training.loop import duration
 
 # Steps that are timed to turn minutes into a number of steps; the first half compiles.
 TIMED_STEPS = 20
@@ -111,7 +111,7 @@ def started(out: Path, job: Job, place: dict[str, str]) -> subprocess.Popen:
     """A process that makes one run; what it prints goes to a file beside the run."""
     workdir = workdir_of(out, *job)
     workdir.parent.mkdir(parents=True, exist_ok=True)
-    script = Path(__file__).with_name("ablation_run.py")
+    script = Path(__file__).parent / "ablation" / "one_run.py"
     with (out / "output.txt").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, str(script), str(out), job[0], str(job[1])],
@@ -191,8 +191,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     left = [job for job in wanted if not (workdir_of(args.out, *job) / RESULT).is_file()]
     log.info("%d runs, %d of them done", len(wanted), len(wanted) - len(left))
     failed = run_all(args.out, left, places(args.per_gpu)) if left else []
-    ablation_report.write(args.out, args.variants, shared)
-    print((args.out / ablation_report.TABLES).read_text(encoding="utf-8"))
+    report.write(args.out, args.variants, shared)
+    print((args.out / report.TABLES).read_text(encoding="utf-8"))
     if failed:
         names = ", ".join(f"{variant} seed {seed}" for variant, seed in failed)
         raise TrainingError(f"these runs failed, the same command tries them again: {names}")

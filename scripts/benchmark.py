@@ -1,16 +1,16 @@
 """Times the training step of a configuration, alone or against its PyTorch twin.
 
     python scripts/benchmark.py --config standard --config.train.batch_size=1
-    python scripts/benchmark.py --config scripts/benchmark_configs/small.py --against torch
+    python scripts/benchmark.py --config scripts/benchmarks/configs/small.py --against torch
 
 Weights and batch are random, so losses mean nothing. Each side runs in a process of its own, and
 they take turns (A B A B ...), so that what else the machine does falls on both.
 
-FLOPs are those of `htfa_jax.flops`: 2 x tokens x (parameters of the matrices) + 4 x queries x keys
-x width for attention, three times for what learns, twice for what gradients pass through, once for
-the rest; rematerialisation is not counted. Utilisation is the achieved FLOP/s over the measured
-peak, the fastest of several square matrix products in the dtype of the computation, and for
-bfloat16 on devices that are known also over what the vendor's datasheet says.
+FLOPs are those of `htfa_jax.models.flops`: 2 x tokens x (parameters of the matrices) + 4 x queries
+x keys x width for attention, three times for what learns, twice for what gradients pass through,
+once for the rest; rematerialisation is not counted. Utilisation is the achieved FLOP/s over the
+measured peak, the fastest of several square matrix products in the dtype of the computation, and
+for bfloat16 on devices that are known also over what the vendor's datasheet says.
 
 On a GPU the twin's loss is compiled by `torch.compile`, and both sides share the device's memory:
 `XLA_PYTHON_CLIENT_MEM_FRACTION=0.5` leaves PyTorch its half.
@@ -33,10 +33,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmark_sides import compile_side, jax_side, random_arrays, torch_side, write_weights
+from benchmarks.sides import compile_side, jax_side, random_arrays, torch_side, write_weights
 
-from htfa_jax.commands import command
-from htfa_jax.config_io import ConfigFlags, override, parse_args
+from htfa_jax.common.cli import command
+from htfa_jax.config import override
+from htfa_jax.config.io import ConfigFlags, parse_args
 from htfa_jax.errors import ConfigError, TrainingError
 
 

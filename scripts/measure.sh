@@ -32,7 +32,7 @@ twin) # both sides on the same GPU, with the same rematerialisation
     ;;
 trace)
     bench trace standard "$batch" "${large[@]}" --profile "$out/trace"
-    python3 scripts/trace_summary.py "$out/trace" --top 40
+    python3 scripts/benchmarks/trace_summary.py "$out/trace" --top 40
     ;;
 scaling) # one GPU, then all of them
     CUDA_VISIBLE_DEVICES=0 bench one standard "$batch" "${large[@]}"
@@ -42,11 +42,11 @@ scaling) # one GPU, then all of them
     ;;
 large_scale | internlm2_1_8b | memory_efficient) bench "$name" "$name" ;;
 decoding)
-    JAX_PLATFORMS=cuda python3 scripts/benchmark_decoding.py --sizes internlm2_1_8b \
+    JAX_PLATFORMS=cuda python3 scripts/benchmarks/decoding.py --sizes internlm2_1_8b \
         --dtype bfloat16 --batches 1 8 64 --prompt 1808
     ;;
 medium) # trains from scratch, and evaluates
-    python3 -m htfa_jax.train --config scripts/benchmark_configs/medium.py --workdir "$out/medium"
+    python3 -m htfa_jax.train --config scripts/benchmarks/configs/medium.py --workdir "$out/medium"
     ;;
 *)
     echo "usage: $0 standard|twin|trace|scaling|large_scale|internlm2_1_8b|memory_efficient|decoding|medium [OUT]" >&2

@@ -13,9 +13,10 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from htfa_jax.commands import command
-from htfa_jax.config_io import ConfigFlags, override, parse_args
-from htfa_jax.train import with_weights
+from htfa_jax.common.cli import command
+from htfa_jax.config import override
+from htfa_jax.config.io import ConfigFlags, parse_args
+from weights_convert.on_demand import with_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +31,8 @@ class PlanArgs:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = parse_args(PlanArgs, argv, description=__doc__, resolve=with_weights)
-    from htfa_jax.plan import describe
-    from htfa_jax.topologies import find
+    from htfa_jax.training.plan import describe
+    from htfa_jax.training.topologies import find
 
     # Weights are not looked at: what would be pretrained is frozen as it would be with them.
     config = override(args.config, {"pretrained.random_parts": "as_configured"})

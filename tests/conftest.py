@@ -15,9 +15,9 @@ import jax
 import pytest
 from support import random_weights, tiny, write_dataset, write_run
 
-from htfa_jax import vq_stage
-from htfa_jax.parts import save_part
-from htfa_jax.train_state import build
+from htfa_jax.checkpoints.weights import save_part
+from htfa_jax.models.factory import build_model
+from htfa_jax.training import vq_stage
 
 # Tracing makes millions of objects that live on; looking through them costs a tenth of the time.
 gc.set_threshold(200_000, 50, 100)
@@ -49,7 +49,7 @@ def dataset(tmp_path_factory):
 def vq_folder(tmp_path_factory):
     """A weight folder of a tokenizer with random weights."""
     config = tiny()
-    structure = vq_stage.build(config)
+    structure = vq_stage.build_vq(config)
     folder = tmp_path_factory.mktemp("vq") / "weights"
     save_part(folder, "vq", config.vq, random_weights(structure))
     return folder
@@ -65,5 +65,5 @@ def run_folder(dataset, tmp_path_factory):
 def model():
     """(config, structure, weights) of the tiny model."""
     config = tiny()
-    structure = build(config)
+    structure = build_model(config)
     return config, structure, random_weights(structure)

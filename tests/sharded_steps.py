@@ -20,14 +20,15 @@ import jax
 import numpy as np
 from support import random_batch, random_weights, tiny
 
-from htfa_jax import adam_8bit
-from htfa_jax.checkpoints import Checkpoints
-from htfa_jax.config_io import override
-from htfa_jax.optim import learning_rate, make_optimizer
-from htfa_jax.plan import abstract_step
-from htfa_jax.sharding import Layout
-from htfa_jax.train_state import build, new_params, new_state
-from htfa_jax.train_step import compile_train_step, put_update
+from htfa_jax.checkpoints.manager import Checkpoints
+from htfa_jax.config import override
+from htfa_jax.models.factory import build_model
+from htfa_jax.sharding.layout import Layout
+from htfa_jax.training import adam_8bit
+from htfa_jax.training.optim import learning_rate, make_optimizer
+from htfa_jax.training.plan import abstract_step
+from htfa_jax.training.state import new_params, new_state
+from htfa_jax.training.step import compile_train_step, put_update
 
 STEPS, SAMPLES = 5, 8
 # name: (devices, micro-steps, settings of `sharding`)
@@ -85,7 +86,7 @@ class Run:
             "train.accumulation_steps": micro_steps,
         }
         self.config = config = override(config, size)
-        model = build(config)
+        model = build_model(config)
         trainable, self.frozen = new_params(config, model, random_weights(model), layout)
         schedule = learning_rate(config.optim, STEPS)
         optimizer = make_optimizer(config.optim, schedule)

@@ -10,16 +10,15 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from htfa_jax.batch import Batch
-from htfa_jax.checkpoints import open_checkpoints, save_frozen
-from htfa_jax.config import Config
-from htfa_jax.config_io import override, save_config
-from htfa_jax.config_tiny import SIZES
-from htfa_jax.data.json_lines import RecordFile
+from htfa_jax.checkpoints.manager import open_checkpoints, save_frozen
+from htfa_jax.common.param_paths import Flat, flatten, split
+from htfa_jax.config import Config, override
+from htfa_jax.config.io import SIZES, save_config
+from htfa_jax.data.batch import Batch
+from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
-from htfa_jax.optim import frozen_pattern
-from htfa_jax.paths import Flat, flatten, split
-from htfa_jax.train_state import Model, build
+from htfa_jax.models.factory import Model, build_model
+from htfa_jax.training.optim import frozen_pattern
 
 GOLDEN = Path(__file__).parent / "golden"
 # What no loss depends on: it adds the same to all logits of a query, and no softmax sees that.
@@ -192,7 +191,7 @@ def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path
 def write_run(folder: Path, dataset: Path, **changes) -> Path:
     """A workdir as training leaves it, with random weights."""
     config = tiny(data__train=str(dataset), data__test=str(dataset), **changes)
-    structure = build(config)
+    structure = build_model(config)
     params = random_weights(structure)
     if "decoder.head.kernel" in params:
         params["decoder.head.kernel"] *= 3  # answers that waver would differ by rounding

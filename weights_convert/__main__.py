@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command, program
+from htfa_jax.common.cli import command, program
 
 SOURCE = "folder, .safetensors, .bin, .pt, .pth or .ckpt file, or hub id such as google/siglip-..."
 

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.errors import CheckpointError
-from htfa_jax.paths import Flat
 
 Transform = Callable[[np.ndarray], np.ndarray]
 

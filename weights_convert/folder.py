@@ -10,9 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from htfa_jax.checkpoints.weights import (
+    CONFIG,
+    WEIGHTS,
+    WeightWriter,
+    description,
+    new_folder,
+    write_json,
+)
+from htfa_jax.common.logs import progress
 from htfa_jax.errors import CheckpointError
-from htfa_jax.logs import progress
-from htfa_jax.parts import CONFIG, WEIGHTS, WeightWriter, description, new_folder, write_json
 from weights_convert.convert import Checkpoint, Layout, Step, arrays, plan
 
 log = logging.getLogger("htfa_jax.weights_convert")

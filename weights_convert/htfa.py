@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from htfa_jax import paths
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Level1Config, Level2Config, Level3Config
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
-from htfa_jax.paths import Flat
 from weights_convert.convert import Layout, Rule, linear, same
 from weights_convert.siglip import count_layers
 from weights_convert.source import PICKLES, Source
@@ -146,7 +146,7 @@ def levels(sizes: HTFASizes) -> nnx.Dict:
 
 def shapes(sizes: HTFASizes) -> Flat:
     """`{path: shape}` of the three levels; allocates nothing."""
-    return paths.flatten(nnx.split(nnx.eval_shape(lambda: levels(sizes)))[1])
+    return param_paths.flatten(nnx.split(nnx.eval_shape(lambda: levels(sizes)))[1])
 
 
 def layout(source: Source) -> Layout:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from htfa_jax import paths
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DecoderConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
-from htfa_jax.paths import Flat
 from weights_convert.convert import Layout, Rule, Transform, linear, same
 from weights_convert.siglip import OTHER_PARTS, count_layers
 from weights_convert.source import Source
@@ -92,7 +92,7 @@ HEAD_DIM = 128
 def shapes(sizes: DecoderConfig) -> Flat:
     """`{path: shape}` of the decoder; allocates nothing."""
     model = nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
-    return paths.flatten(nnx.split(model)[1])
+    return param_paths.flatten(nnx.split(model)[1])
 
 
 def layout(source: Source, num_layers: int | None = None) -> Layout:

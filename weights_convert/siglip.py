@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from htfa_jax import paths
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import SigLIPConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.siglip import SigLIP
-from htfa_jax.paths import Flat
 from weights_convert.convert import Layout, Rule, Transform, linear, same
 from weights_convert.source import Source
 
@@ -134,7 +134,7 @@ def shapes(sizes: SigLIPConfig, image_size: int) -> Flat:
     model = nnx.eval_shape(
         lambda: SigLIP(sizes, image_size, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     )
-    return paths.flatten(nnx.split(model)[1])
+    return param_paths.flatten(nnx.split(model)[1])
 
 
 def layout(source: Source, image_size: int = 448) -> Layout:

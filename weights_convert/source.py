@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from htfa_jax import hub
+from htfa_jax.checkpoints import hub
 from htfa_jax.errors import CheckpointError
 
 SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")

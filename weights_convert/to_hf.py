@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from htfa_jax import paths
+from htfa_jax.checkpoints.loading import load_run
+from htfa_jax.checkpoints.weights import new_folder, write_json
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, DecoderConfig, SigLIPConfig, VQConfig
-from htfa_jax.parts import new_folder, write_json
-from htfa_jax.paths import Flat
-from htfa_jax.runs import load_run
-from htfa_jax.train_state import build
+from htfa_jax.models.factory import build_model
 from weights_convert import internlm2, siglip, vq
 from weights_convert.convert import Rule, conv, linear, same
 
@@ -39,13 +39,13 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
     Raises:
       CheckpointError: no such run.
     """
-    config, params, _, workdir = load_run(run, lambda c: build(c).shapes)
+    config, params, _, workdir = load_run(run, lambda c: build_model(c).shapes)
     written = []
     for part, name, tensors, description in (
         ("siglip", "siglip", siglip_tensors, siglip_config),
         ("decoder", "internlm2", internlm2_tensors, internlm2_config),
     ):
-        inside, _ = paths.split(params, rf"{part}\..*")
+        inside, _ = param_paths.split(params, rf"{part}\..*")
         flat = {path.removeprefix(part + "."): np.asarray(v) for path, v in inside.items()}
         sizes = getattr(config, part)
         if part == "decoder" and "embed.embedding" not in flat:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from flax import nnx
 
-from htfa_jax import parts, paths
+from htfa_jax.checkpoints import weights as parts
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.errors import CheckpointError
-from htfa_jax.layers import streams
 from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.layers import streams
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
-from htfa_jax.paths import Flat
 from weights_convert import htfa, internlm2, reference, siglip, vq
 from weights_convert.folder import CONVERSION
 from weights_convert.source import Source
@@ -95,7 +96,7 @@ def load(folder: Path, family: str, layout, module: nnx.Module) -> nnx.Module:
     """Our module with the folder's weights in float32."""
     arrays = parts.load_part(folder, family, layout.sizes, layout.shapes, **layout.notes)
     weights: Flat = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
-    return nnx.merge(nnx.split(module)[0], paths.unflatten(weights))
+    return nnx.merge(nnx.split(module)[0], param_paths.unflatten(weights))
 
 
 def difference(name: str, ours: np.ndarray, theirs: torch.Tensor) -> tuple[str, float]:
@@ -202,7 +203,7 @@ def check_htfa(folder: Path, source: Source) -> tuple[list[str], float]:
     arrays = parts.load_part(folder, "htfa", sizes, layout.shapes)
     weights = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
     ours = nnx.merge(
-        nnx.split(nnx.eval_shape(lambda: htfa.levels(sizes)))[0], paths.unflatten(weights)
+        nnx.split(nnx.eval_shape(lambda: htfa.levels(sizes)))[0], param_paths.unflatten(weights)
     )
     rng = np.random.default_rng(SEED)
 

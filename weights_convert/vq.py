@@ -17,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from htfa_jax import paths
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
-from htfa_jax.layers import streams
+from htfa_jax.models.layers import streams
 from htfa_jax.models.vq import VQ
-from htfa_jax.paths import Flat
 from weights_convert.convert import Layout, Rule, conv, plan, same
 from weights_convert.siglip import OTHER_PARTS, count_layers
 from weights_convert.source import Source
@@ -129,7 +129,7 @@ IGNORED = ignored()
 def shapes(sizes: VQConfig) -> Flat:
     """`{path: shape}` of the tokenizer; allocates nothing."""
     model = nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(0)))
-    return paths.flatten(nnx.split(model)[1])
+    return param_paths.flatten(nnx.split(model)[1])
 
 
 def layout(source: Source | Merged, decoder_from: Source | None = None) -> Layout:

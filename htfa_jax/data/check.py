@@ -28,16 +28,16 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
-from htfa_jax.commands import available_processors, command
-from htfa_jax.config import Config
-from htfa_jax.config_io import ConfigFlags, override, parse_args
+from htfa_jax.common.cli import available_processors, command
+from htfa_jax.common.files import whole_file
+from htfa_jax.common.logs import progress
+from htfa_jax.config import Config, override
+from htfa_jax.config.io import ConfigFlags, parse_args
 from htfa_jax.data.examine import Examiner, Problem, Seen, examine
 from htfa_jax.data.preprocess import MASKS, PICTURES
 from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
-from htfa_jax.files import whole_file
-from htfa_jax.logs import progress
-from htfa_jax.train import with_weights
+from weights_convert.on_demand import with_weights
 
 log = logging.getLogger("htfa_jax.check")  # by name: this module is run as __main__ too
 
@@ -228,7 +228,7 @@ def check(
 
     Raises DataError if it cannot be opened, or a worker process dies.
     """
-    from htfa_jax.data.splits import open_split, open_tokenizer  # JAX, which workers do without
+    from htfa_jax.data.splits import open_split, open_tokenizer
 
     # A bad record stops nothing here.
     config = override(config, {"data.train": source, "data.sources": ()})

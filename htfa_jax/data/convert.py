@@ -25,16 +25,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from htfa_jax.commands import available_processors, command, program
-from htfa_jax.config import Config
-from htfa_jax.config_io import override
-from htfa_jax.data.picture_files import read_files
-from htfa_jax.data.records import Dataset
-from htfa_jax.data.shards import MANIFEST, SUFFIX, UNFINISHED, open_writer, pack, read_manifest
-from htfa_jax.data.splits import SPLITS, open_named
+from htfa_jax.common.cli import available_processors, command, program
+from htfa_jax.common.files import write_whole
+from htfa_jax.common.logs import progress
+from htfa_jax.config import Config, override
+from htfa_jax.data.encode import read_files
+from htfa_jax.data.records import SPLITS, Dataset
+from htfa_jax.data.sources.array_records import (
+    MANIFEST,
+    SUFFIX,
+    UNFINISHED,
+    open_writer,
+    pack,
+    read_manifest,
+)
+from htfa_jax.data.splits import open_named
 from htfa_jax.errors import DataError
-from htfa_jax.files import write_whole
-from htfa_jax.logs import progress
 
 log = logging.getLogger("htfa_jax.data.convert")  # by name: this module is run as __main__ too
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from htfa_jax.data.places import StoredPicture
 from htfa_jax.data.records import Picture, Record
+from htfa_jax.data.storage import StoredPicture
 from htfa_jax.errors import DataError
 
 # By their contents, whatever a file is called. Pillow knows more, some of which start programs.

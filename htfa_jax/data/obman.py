@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from htfa_jax.commands import command, program
+from htfa_jax.common.cli import command, program
+from htfa_jax.common.files import whole_file
+from htfa_jax.common.logs import progress
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
 from htfa_jax.errors import DataError
-from htfa_jax.files import whole_file
-from htfa_jax.logs import progress
 
 SPLITS = ("train", "val", "test")
 # Where MOHO's script puts its views, and how OCC-MLLM names them.

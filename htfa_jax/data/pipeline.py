@@ -14,19 +14,12 @@ import grain
 import jax
 import numpy as np
 
-from htfa_jax.batch import Batch
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change, draw
-from htfa_jax.data.mixture import training_order
-from htfa_jax.data.preprocess import (
-    BOXES,
-    MASKS,
-    PICTURES,
-    REGIONS,
-    load_pictures,
-    without_recon,
-)
+from htfa_jax.data.batch import Batch
+from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, REGIONS, load_pictures, without_recon
 from htfa_jax.data.records import Dataset, Record
+from htfa_jax.data.sources.mixture import training_order
 from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
 from htfa_jax.errors import DataError, TrainingError
 

@@ -5,19 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-from htfa_jax.config import Config, HeldObjectsConfig
-from htfa_jax.data.json_lines import RecordFile
-from htfa_jax.data.mixture import Mixture
-from htfa_jax.data.records import Dataset
-from htfa_jax.data.sources import open_source
+from htfa_jax.config import Config
+from htfa_jax.data.records import EMBEDDED, Dataset, Split
+from htfa_jax.data.sources.mixture import Mixture
+from htfa_jax.data.sources.open import open_source
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
 from htfa_jax.errors import ConfigError, DataError
-
-EMBEDDED = "held_objects"
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +40,11 @@ def open_named(config: Config, source: str, split: Split) -> Dataset:
     """The records of a source; the embedded dataset is made on first use. Raises DataError."""
     if source != EMBEDDED:
         return open_source(source, config.data, split)
+    # The ray caster is loaded only where scenes are drawn.
+    from htfa_jax.data.held_objects.builder import drawn_scenes
+
     folder, size = cache_folder(config), config.image_size
     return drawn_scenes(config.held_objects, size, split, folder)
-
-
-def drawn_scenes(
-    held: HeldObjectsConfig, image_size: int, split: Split, cache_dir: Path
-) -> RecordFile:
-    """The embedded dataset's records of a split, drawn where they are missing."""
-    from htfa_jax.data import held_objects  # ray-casting is loaded only where it is needed
-
-    return RecordFile(
-        held_objects.build(
-            cache_dir / EMBEDDED / f"{image_size}px-seed{held.seed}",
-            split,
-            getattr(held, f"num_{split}"),
-            image_size=image_size,
-            seed=held.seed,
-            answers=held.answers,
-        )
-    )
 
 
 def describe_training_data(config: Config) -> list[Any]:
@@ -88,7 +68,7 @@ def open_tokenizer(config: Config, workdir: Path, train: Dataset) -> ChatTokeniz
     The first that exists: what the workdir holds, `data.tokenizer`, that of the run or decoder
     that weights come from, one trained on the text of the training data.
     """
-    from htfa_jax.runs import find_run  # with JAX, which commands about data do without
+    from htfa_jax.checkpoints.runs import find_run
 
     folder = workdir / "tokenizer"
     if not (folder / "tokenizer.json").is_file():

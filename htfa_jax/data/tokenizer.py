@@ -14,9 +14,9 @@ from jinja2.exceptions import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.data.records import Record, Turn
 from htfa_jax.errors import DataError
-from htfa_jax.files import write_whole
 
 # InternLM2's turns: <|im_start|>role, a line break, the text, <|im_end|>, a line break.
 CHAT_TEMPLATE = (

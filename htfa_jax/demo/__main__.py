@@ -11,41 +11,21 @@ where there is none, or with --demo.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command, parse, use_compilation_cache
-from htfa_jax.config_io import load_config
-from htfa_jax.demo.limits import Limits
+from htfa_jax.checkpoints.runs import DEMO, find_run
+from htfa_jax.common.cli import command, parse, use_compilation_cache
+from htfa_jax.config import load_config
+from htfa_jax.demo.options import DemoArgs
 from htfa_jax.errors import CheckpointError, ConfigError
-from htfa_jax.infer import DEMO
-from htfa_jax.options import Quantize
-from htfa_jax.runs import find_run
 
 log = logging.getLogger("htfa_jax.demo")  # by name: this module is run as __main__
-
 RUNS = Path("runs")
 TRAIN = "python -m htfa_jax.train --config configs/debug.py"
-
-
-@dataclasses.dataclass(frozen=True)
-class DemoArgs:
-    """Options of the command."""
-
-    checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
-    demo: bool = False  # this package's small model
-    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
-    port: int = 7860
-    hosts: tuple[str, ...] = ()  # names the server is called by, besides those of this machine
-    share: bool = False  # a public address through Gradio's servers, for 72 hours
-    limits: Limits = Limits()
-    device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
-    quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
-    revision: str | None = None  # of a hub repository: branch, tag or commit
 
 
 @command
@@ -57,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def open_page(args: DemoArgs, checkpoint: Path) -> None:
     """Runs until it is stopped. Raises ConfigError without Gradio, OSError for a taken address."""
-    from htfa_jax.signals import StopSignal
+    from htfa_jax.common.signals import StopSignal
 
     # Either signal ends it; all is put away.
     with private_folder() as folder, contextlib.suppress(KeyboardInterrupt), StopSignal():
@@ -67,10 +47,10 @@ def open_page(args: DemoArgs, checkpoint: Path) -> None:
             raise ConfigError(
                 f"the page needs the package {error.name}: pip install 'htfa-jax[demo]'"
             ) from error
-        from htfa_jax.inference import HTFAInference
+        from htfa_jax.inference.engine import HTFAInference
 
         workdir, step = find_run(checkpoint, args.revision)
-        use_compilation_cache(load_config(workdir))
+        use_compilation_cache(load_config(workdir).data.cache_dir)
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )

@@ -19,14 +19,14 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from htfa_jax.data.places import PackedPicture
+from htfa_jax.data.storage import PackedPicture
+from htfa_jax.demo.http import busy_problem, client_of, problem, read_box, sentence
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import Busy, Closed, ConfigError, DataError, HTFAError
-from htfa_jax.options import Completion, Decoding
-from htfa_jax.pairs import Scene
-from htfa_jax.results import Result
+from htfa_jax.inference.inputs import Scene
+from htfa_jax.inference.options import Completion, Decoding
+from htfa_jax.inference.results import Result
 
-PREFIX = "/v1/"
 # Seconds between two looks at whether a client is still there.
 PATIENCE = 0.2
 
@@ -72,7 +72,6 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     429: {"model": Problem, "description": "Too many requests of yours wait: see Retry-After."},
     503: {"model": Problem, "description": "The queue is full: see Retry-After."},
 }
-
 BOX = "the object's box in its pixels: a JSON list [x, y, width, height]"
 
 
@@ -106,18 +105,6 @@ async def pictures(
     boxes = {"bbox_orig": bbox_orig, "bbox_recon": bbox_recon}
     serving: Serving = request.app.state.serving
     return await serving.read(packed, {name: read_box(box, name) for name, box in boxes.items()})
-
-
-def read_box(text: str | None, name: str) -> Any:
-    """A box as JSON or as numbers with commas; None without one. Raises DataError."""
-    if not text or not text.strip():
-        return None
-    try:
-        return json.loads(f"[{text.strip().removeprefix('[').removesuffix(']')}]")
-    except json.JSONDecodeError:
-        raise DataError(
-            f"{name}={text[:80]!r} must be four numbers: x, y, width, height in pixels"
-        ) from None
 
 
 async def decoding(
@@ -255,11 +242,6 @@ def png(result: Result) -> bytes:
     return buffer.getvalue()
 
 
-def client_of(request: Any) -> str:
-    """The address that a request came from."""
-    return request.client.host if request.client else "unknown"
-
-
 def _questions(serving: Serving, queries: list[str] | None) -> list[str]:
     serving.engine.need_text()
     if queries is None:
@@ -316,25 +298,3 @@ def _add_errors(app: FastAPI) -> None:
 
     for kind in (HTFAError, RequestValidationError, StarletteHTTPException, Exception):
         app.add_exception_handler(kind, answer)
-
-
-def sentence(error: Exception) -> str:
-    """What a caller is told of an error."""
-    if isinstance(error, HTFAError):
-        return str(error)
-    if isinstance(error, StarletteHTTPException):
-        return str(error.detail)
-    if isinstance(error, RequestValidationError):
-        return "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
-    return "the server failed at this; its log says why"
-
-
-def busy_problem(error: Busy) -> JSONResponse:
-    """No room, and when there may be some."""
-    headers = {"retry-after": str(error.retry_after)}
-    return problem(str(error), 429 if error.greedy else 503, headers)
-
-
-def problem(message: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:
-    """An error as it is answered."""
-    return JSONResponse({"error": message}, status, headers)

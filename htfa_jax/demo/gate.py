@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from htfa_jax.demo.api import PREFIX, busy_problem, problem
+from htfa_jax.demo.http import PREFIX, busy_problem, problem
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import Busy
 

@@ -18,17 +18,17 @@ from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from PIL import Image
 
+from htfa_jax.checkpoints.runs import DEMO
 from htfa_jax.demo.api import add_api
 from htfa_jax.demo.gate import Gate
-from htfa_jax.demo.layout import THEME, build_page, css
 from htfa_jax.demo.serving import Serving
+from htfa_jax.demo.ui import THEME, build_page, css
 from htfa_jax.errors import ConfigError
-from htfa_jax.infer import DEMO
-from htfa_jax.inference import HTFAInference
-from htfa_jax.options import ONE_PASS, Completion
+from htfa_jax.inference.engine import HTFAInference
+from htfa_jax.inference.options import ONE_PASS, Completion
 
 if TYPE_CHECKING:
-    from htfa_jax.demo.__main__ import DemoArgs
+    from htfa_jax.demo.options import DemoArgs
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from htfa_jax.chat import Chat
-from htfa_jax.demo.limits import Limits
+from htfa_jax.demo.options import Limits
 from htfa_jax.demo.uploads import Upload, read_upload
 from htfa_jax.errors import Busy, Closed, HTFAError
-from htfa_jax.inference import HTFAInference
-from htfa_jax.options import Completion, Decoding
-from htfa_jax.pairs import Scene
-from htfa_jax.results import Result
+from htfa_jax.inference.chat import Chat
+from htfa_jax.inference.engine import HTFAInference
+from htfa_jax.inference.inputs import Scene
+from htfa_jax.inference.options import Completion, Decoding
+from htfa_jax.inference.results import Result
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,15 @@ from html import escape
 from PIL import Image
 
 from htfa_jax.data.records import Record
-from htfa_jax.look_inside import alignment_figure, alpha_figure, codes_figure, level2_figure, png
-from htfa_jax.report_html import CAPTIONS, data_uri
-from htfa_jax.results import Result
+from htfa_jax.evaluation.look_inside import (
+    alignment_figure,
+    alpha_figure,
+    codes_figure,
+    level2_figure,
+    png,
+)
+from htfa_jax.evaluation.report_html import CAPTIONS, data_uri
+from htfa_jax.inference.results import Result
 
 # On the page no picture is wider; the download has its own size.
 WIDEST = 1024

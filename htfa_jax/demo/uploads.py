@@ -11,11 +11,11 @@ from PIL import Image
 
 from htfa_jax.config import Config
 from htfa_jax.data.decode import FORMATS
-from htfa_jax.data.places import PackedPicture
 from htfa_jax.data.records import Record, checked_box
-from htfa_jax.demo.limits import Limits
+from htfa_jax.data.storage import PackedPicture
+from htfa_jax.demo.options import Limits
 from htfa_jax.errors import DataError
-from htfa_jax.pairs import FIELDS, Scene, read_scene
+from htfa_jax.inference.inputs import FIELDS, Scene, read_scene
 
 # A file's name and content, or a mask in memory.
 Upload = PackedPicture | np.ndarray

@@ -7,17 +7,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from htfa_jax.batch import Batch
 from htfa_jax.config import Config
-from htfa_jax.layers import split_key
-from htfa_jax.models.alignment import resample_tokens
+from htfa_jax.data.batch import Batch
+from htfa_jax.models.decoding import Cache
 from htfa_jax.models.internlm2 import InternLM2
-from htfa_jax.models.kv_cache import Cache
+from htfa_jax.models.layers import split_key
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
-from htfa_jax.models.pictures import normalize
-from htfa_jax.models.registration import Pair, object_at_cells, register, visible_keys
+from htfa_jax.models.registration import (
+    Pair,
+    normalize,
+    object_at_cells,
+    register,
+    resample_tokens,
+    visible_keys,
+)
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ, VQEncoder
 

@@ -20,21 +20,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from htfa_jax.attention import attention
+from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DecoderConfig
-from htfa_jax.layers import (
+from htfa_jax.kernels.attention import attention
+from htfa_jax.kernels.matmul import float32_dot, row_product
+from htfa_jax.models.decoding import (
+    Cache,
+    KVCache,
+    RowLinear,
+    cached_attention,
+    cached_weights,
+    with_words,
+)
+from htfa_jax.models.layers import (
     Remat,
     apply_rope,
     dropout,
-    float32_dot,
     linear,
     run_layers,
     split_key,
     stack_layers,
 )
-from htfa_jax.models.kv_cache import Cache, KVCache, cached_attention, cached_weights, with_words
-from htfa_jax.models.rows import RowLinear, row_product
-from htfa_jax.paths import Flat
 
 VOCAB_MULTIPLE = 128
 

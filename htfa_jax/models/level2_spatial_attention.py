@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from htfa_jax.attention import attention
 from htfa_jax.config import Level2Config
-from htfa_jax.layers import drop, float32_einsum, kept, layer_norm, linear
+from htfa_jax.kernels.attention import attention
+from htfa_jax.kernels.matmul import float32_einsum
+from htfa_jax.models.layers import drop, kept, layer_norm, linear
 
 
 class SpatialAttention(nnx.Module):

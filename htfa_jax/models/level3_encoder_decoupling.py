@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from htfa_jax.config import Level3Config
-from htfa_jax.layers import dropout, layer_norm, linear, split_key
+from htfa_jax.models.layers import dropout, layer_norm, linear, split_key
 
 # Logit of a cell's own code with which a fresh generation head starts, about.
 FIRST_LOGIT = 6.0

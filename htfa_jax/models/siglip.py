@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from htfa_jax.attention import attention
 from htfa_jax.config import SigLIPConfig
-from htfa_jax.layers import Remat, dot, layer_norm, linear, run_layers, stack_layers
+from htfa_jax.kernels.attention import attention
+from htfa_jax.kernels.matmul import dot
+from htfa_jax.models.layers import Remat, layer_norm, linear, run_layers, stack_layers
 
 
 class Attention(nnx.Module):

@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from htfa_jax.attention import attention
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
-from htfa_jax.layers import target
-from htfa_jax.models.feature_maps import Conv, ConvIn, Downsample, GroupNorm
+from htfa_jax.kernels.attention import attention
+from htfa_jax.kernels.conv import Conv, ConvIn, Downsample, GroupNorm
+from htfa_jax.kernels.matmul import BFLOAT16_GPUS, product_in_thirds
 from htfa_jax.models.siglip import patches
-
-# Since Ampere; see `layers.target`.
-BFLOAT16_GPUS = r"gpu ([89]|\d\d)"
+from htfa_jax.sharding.mesh import target
 
 
 class ResBlock(nnx.Module):
@@ -233,29 +231,6 @@ class VQ(nnx.Module):
                 "cannot paint. Convert it again with `--decoder_from` a checkpoint that has one"
             )
         return self.decoder(vectors_BME)
-
-
-def product_in_thirds(z_BME: jax.Array, vectors_CE: jax.Array) -> jax.Array:
-    """z vectors^T [B, M, C] as exact as in float32, by units that multiply bfloat16.
-
-    Of finite values that are not near the smallest a float32 holds.
-    A float32 is the sum of three bfloat16; of their nine products the three smallest are below
-    what float32 keeps (Henry et al., "Leveraging the bfloat16 Artificial Intelligence Datatype For
-    Higher-Precision Computations", 2019). TPUs do the same where JAX is asked for full precision.
-    """
-
-    def thirds(x: jax.Array) -> list[jax.Array]:
-        parts = []
-        for _ in range(3):
-            parts.append(jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7))
-            x = x - parts[-1]
-        return [part.astype(jnp.bfloat16) for part in parts]
-
-    (z1, z2, z3), (v1, v2, v3) = thirds(z_BME), thirds(vectors_CE)
-    # One product of vectors six times as long; JAX's preset BF16_BF16_F32_X6 becomes six of cuBLAS.
-    z_BMF = jnp.concatenate([z3, z2, z1, z2, z1, z1], axis=-1)
-    vectors_CF = jnp.concatenate([v1, v2, v3, v1, v2, v1], axis=-1)
-    return jnp.einsum("BMF,CF->BMC", z_BMF, vectors_CF, preferred_element_type=jnp.float32)
 
 
 def normalize(x: jax.Array) -> jax.Array:

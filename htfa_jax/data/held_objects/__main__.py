@@ -9,8 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.commands import command, program
-from htfa_jax.data.held_objects import build, contact_sheet
+from htfa_jax.common.cli import command, program
+from htfa_jax.data.held_objects import build_scenes, contact_sheet
 from htfa_jax.data.held_objects.questions import ANSWERS
 from htfa_jax.data.held_objects.scenes import SPLITS
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (default: one per processor)")
     parser.add_argument("--sheet", type=int, default=24, help="scenes on the contact sheet")
     args = parser.parse_args(argv)
-    records = build(
+    records = build_scenes(
         args.out,
         args.split,
         args.num,

@@ -6,6 +6,8 @@ appears by renaming, so a reader never sees half of one, and two builds of one f
 bytes to the same names.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json
@@ -22,14 +24,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from htfa_jax.commands import available_processors
+from htfa_jax.common.cli import available_processors
+from htfa_jax.common.files import one_at_a_time, write_whole
+from htfa_jax.config import HeldObjectsConfig
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
+from htfa_jax.data.records import EMBEDDED, Split
+from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import DataError
-from htfa_jax.files import one_at_a_time, write_whole
 
 logger = logging.getLogger(__name__)
-
 SIDECAR = ("meta", ".json")
 FILES = {
     "image_orig": ("orig", ".jpg"),
@@ -42,7 +46,7 @@ LOG_SECONDS = 5
 ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def build(
+def build_scenes(
     folder: str | os.PathLike,
     split: str,
     num: int,
@@ -238,3 +242,19 @@ def record(folder: Path, split: str, index: int, seed: int, answers: str) -> dic
     paths = {key: f"{split}/{place}/{name}{ending}" for key, (place, ending) in FILES.items()}
     boxes = {key: known[key] for key in ("bbox_orig", "bbox_recon")}
     return {"id": f"{split}-{name}", **paths, **boxes, "conversations": turns, "meta": meta}
+
+
+def drawn_scenes(
+    held: HeldObjectsConfig, image_size: int, split: Split, cache_dir: Path
+) -> RecordFile:
+    """The embedded dataset's records of a split, drawn where they are missing."""
+    return RecordFile(
+        build_scenes(
+            cache_dir / EMBEDDED / f"{image_size}px-seed{held.seed}",
+            split,
+            getattr(held, f"num_{split}"),
+            image_size=image_size,
+            seed=held.seed,
+            answers=held.answers,
+        )
+    )

@@ -17,7 +17,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from htfa_jax.config import DataConfig, HeldObjectsConfig
-from htfa_jax.data.splits import SPLITS, Split, drawn_scenes
+from htfa_jax.data.held_objects.builder import drawn_scenes
+from htfa_jax.data.records import SPLITS, Split
 
 PICTURES = {"image_orig": "jpeg", "image_recon": "png", "image_target": "jpeg"}
 MASKS = ("object_mask", "occluder_mask")

@@ -1,0 +1,47 @@
+"""From the folder of a run or an export to its configuration and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from htfa_jax.checkpoints import weights
+from htfa_jax.checkpoints.runs import CHECKPOINTS, MODEL, find_run, is_export
+from htfa_jax.common.param_paths import Flat
+from htfa_jax.config import Config, load_config
+from htfa_jax.errors import CheckpointError
+
+
+def load_run(
+    path: str | Path, shapes_of: Callable[[Config], Flat], revision: str | None = None
+) -> tuple[Config, Flat, int, Path]:
+    """Configuration, all weights, step and folder of what `find_run` finds.
+
+    Of a run, the best checkpoint counts if there were evaluations, else the newest.
+
+    Args:
+      path, revision: as in `find_run`.
+      shapes_of: from the run's configuration to `{path: shape and dtype}` of all parameters.
+
+    Raises:
+      CheckpointError: no such run, or weights that are damaged or of another model.
+    """
+    folder, step = find_run(path, revision)
+    config = load_config(folder)
+    if is_export(folder):
+        params, facts = weights.read_weights(folder, MODEL), weights.read_facts(folder / MODEL)
+        weights.check_shapes(params, shapes_of(config), str(folder / MODEL))
+        if "step" not in facts:
+            raise CheckpointError(f"{folder / MODEL} does not say its step: export the run again")
+        return config, params, int(facts["step"]), folder
+
+    from htfa_jax.checkpoints.manager import load_frozen, open_checkpoints
+
+    with open_checkpoints(folder, config, read_only=True) as checkpoints:
+        step = checkpoints.best_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{folder / CHECKPOINTS} holds no complete checkpoint")
+        frozen = load_frozen(folder, checkpoints.restore(step)["meta"]["frozen"])
+        trainable = {k: v for k, v in shapes_of(config).items() if k not in frozen}
+        params = checkpoints.restore(step, params=trainable)["params"]
+    return config, {**params, **frozen}, step, folder

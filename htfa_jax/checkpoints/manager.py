@@ -1,0 +1,289 @@
+"""Checkpoints of a run: Orbax for the training state, weight folders for what is frozen.
+
+A run's workdir holds
+
+    config.json            the resolved configuration
+    tokenizer/             what its text went through
+    frozen/PART-HASH/      frozen weights, once
+    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts;
+                           hashes.json, the hashes of these files
+    damaged/STEP-TIME/     checkpoints whose files no longer have these hashes
+    lock.json              which process trains here
+    logs/                  metrics.jsonl, train.log, parameters.txt, TensorBoard events, panels
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from htfa_jax.checkpoints import integrity, weights
+from htfa_jax.checkpoints.runs import CHECKPOINTS
+from htfa_jax.common import param_paths
+from htfa_jax.common.param_paths import Flat
+from htfa_jax.config import Config
+from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
+from htfa_jax.sharding.layout import to_host
+from htfa_jax.sharding.processes import first_goes_ahead, is_first
+
+FROZEN = "frozen"
+# What a training state holds besides its step; `loss_scale` is there in float16 only.
+STATE = ("params", "opt_state", "loss_scale")
+
+
+class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint that is hashed before it takes its name, in the thread that writes it."""
+
+    async def finalize(self) -> None:
+        if self.get_final().name.isdigit():  # a checkpoint, not one of its items before it
+            await asyncio.to_thread(integrity.write_hashes, Path(self.get()))
+        await super().finalize()
+
+
+class Checkpoints:
+    """The checkpoints of one workdir. Writing is asynchronous; `close` waits for it.
+
+    Args:
+      workdir: of the run.
+      keep: latest checkpoints kept, besides the best.
+      metric: name of the validation metric that chooses the best; None keeps no best.
+      mode: which end of it is best.
+      read_only: for all but the process that trains there, whose unfinished checkpoints must
+        stay. Without it damaged checkpoints are set aside.
+
+    Raises:
+      CheckpointError: there are checkpoints, and none is sound.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        keep: int,
+        metric: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        read_only: bool = False,
+    ):
+        self.metric, self.folder = metric, (workdir / CHECKPOINTS).absolute()
+        self._sound: set[int] = set()
+        if not read_only:
+            with first_goes_ahead("checkpoints"):
+                if is_first():
+                    integrity.set_damaged_aside(workdir)
+            self._sound.update(integrity.steps(workdir)[-1:])
+        policies: list[checkpoint_managers.PreservationPolicy]
+        policies, best = [checkpoint_managers.LatestN(keep)], {}
+        if metric is not None:
+
+            def value(metrics: Mapping[str, float]) -> float:
+                return metrics[metric]
+
+            best = {"best_fn": value, "best_mode": mode}
+            policies.append(
+                checkpoint_managers.BestN(
+                    get_metric_fn=value,
+                    reverse=mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        with self._failing("cannot be opened", CheckpointError):
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
+                    temporary_path_class=_Hashed,
+                    **(best | ({"save_interval_steps": 0, "create": False} if read_only else {})),
+                ),
+                item_handlers={
+                    **{name: ocp.StandardCheckpointHandler() for name in STATE},
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+            )
+
+    @contextlib.contextmanager
+    def _failing(self, what: str, kind: type[HTFAError]) -> Iterator[None]:
+        """Turns what Orbax raises, also of a save that was begun before, into one sentence."""
+        try:
+            yield
+        except HTFAError:
+            raise
+        except Exception as error:  # of TensorStore, of files, of Orbax itself
+            there = ", ".join(map(str, integrity.steps(self.folder.parent))) or "none"
+            raise kind(
+                f"{self.folder} {what}: {str(error)[:600]}. Complete checkpoints there: {there}"
+            ) from error
+
+    def save(
+        self,
+        state: dict[str, Any],
+        meta: dict[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts writing `state` under its step; without this run's metric it is never best.
+
+        Raises TrainingError if it, or what was begun before, cannot be written.
+        """
+        step = int(state["step"])
+        if metrics is not None:
+            found = {name: value for name, value in metrics.items() if name == self.metric}
+            metrics = found or None
+        items = ocp.args.Composite(
+            **{name: ocp.args.StandardSave(state[name]) for name in STATE if name in state},
+            meta=ocp.args.JsonSave({**meta, "step": step}),
+        )
+        if step in self._manager.all_steps():
+            return
+        with self._failing("cannot be written; is the disk full?", TrainingError):
+            if not self._manager.save(step, args=items, metrics=metrics, force=True):
+                raise CheckpointError(f"step {step} was not saved to {self.folder}")
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the best checkpoint, or the newest if none was evaluated."""
+        return self._manager.best_step() or self._manager.latest_step()
+
+    def restore(self, step: int, **like: Any) -> dict[str, Any]:
+        """The named items of a step, and its meta.
+
+        Args:
+          step: of a complete checkpoint.
+          **like: some of `STATE`; shapes, types and shardings.
+
+        Raises:
+          CheckpointError: no such checkpoint, one that is damaged or of another model.
+        """
+        steps = self._manager.all_steps()
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"no checkpoint {step} in {self.folder}; there are: {there}")
+        self._check(step)
+        if "params" in like:
+            saved = self._manager.item_metadata(step)["params"].tree
+            weights.check_shapes(saved, like["params"], f"checkpoint {step} in {self.folder}")
+
+        def target(leaf: Any) -> jax.ShapeDtypeStruct:
+            # Named, or Orbax would look for the device that the run was saved on.
+            sharding = getattr(leaf, "sharding", None) or here
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        items = {
+            name: ocp.args.StandardRestore(jax.tree.map(target, tree))
+            for name, tree in like.items()
+        }
+        try:
+            return dict(
+                self._manager.restore(
+                    step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
+                )
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} does not fit this model; was the "
+                f"configuration changed since? {str(error)[:600]}"
+            ) from error
+
+    def resume(self, state: dict[str, Any], key: str, what: str) -> tuple[dict[str, Any], Any]:
+        """The state of the newest checkpoint and its meta; the state given and {} without one.
+
+        Args:
+          state: step, params and opt_state to start from.
+          key: names what the training depends on, as the meta of its checkpoints does.
+          what: is trained, for the message.
+
+        Raises:
+          ConfigError: the workdir holds a training of another key.
+        """
+        latest = self.latest_step()
+        if latest is None:
+            return state, {}
+        meta = self.restore(latest)["meta"]
+        if meta.get("key") != key:
+            raise ConfigError(
+                f"{self.folder.parent} holds a {what} of other settings or data: use another folder"
+            )
+        like = {name: state[name] for name in ("params", "opt_state")}
+        found = self.restore(latest, **like)
+        return {"step": jnp.int32(latest), **{name: found[name] for name in like}}, meta
+
+    def _check(self, step: int) -> None:
+        """Raises CheckpointError if a checkpoint's files are not what was written."""
+        if step in self._sound:
+            return
+        # Every process looks for itself: one that raised alone would leave the others waiting.
+        problem = integrity.damage(self.folder / str(step))
+        if problem is not None:
+            others = [str(s) for s in self._manager.all_steps() if s != step]
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} is damaged: {problem}. Other checkpoints of "
+                f"this run: {', '.join(others) or 'none'}"
+            )
+        self._sound.add(step)
+
+    def close(self) -> None:
+        """Waits until everything is written. Raises TrainingError if that failed."""
+        with self._failing("cannot be written; is the disk full?", TrainingError):
+            self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_checkpoints(workdir: Path, config: Config, read_only: bool = False) -> Checkpoints:
+    """The checkpoints of a run of the main job."""
+    train = config.train
+    return Checkpoints(
+        workdir,
+        keep=train.keep_checkpoints,
+        metric=train.best_metric,
+        mode=train.best_mode,
+        read_only=read_only,
+    )
+
+
+def save_frozen(workdir: Path, config: Config, frozen: Flat) -> dict[str, str]:
+    """Writes frozen weights that are not there yet; returns their folders' names by part."""
+    names = {}
+    for part in dict.fromkeys(path.split(".")[0] for path in frozen):
+        inside, _ = param_paths.split(frozen, rf"{part}\..*")
+        arrays = {p.removeprefix(part + "."): to_host(v) for p, v in inside.items()}
+        names[part] = f"{part}-{weights.digest(arrays)[:12]}"
+        folder = workdir / FROZEN / names[part]
+        if is_first() and not (folder / weights.WEIGHTS).is_file():
+            sizes = getattr(config, part)
+            weights.save_part(folder, weights.FAMILIES.get(part, part), sizes, arrays)
+    return names
+
+
+def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
+    """The frozen weights of a run, checked against the hashes in their names."""
+    frozen: Flat = {}
+    for part, name in names.items():
+        if not re.fullmatch(rf"{re.escape(part)}-[0-9a-f]{{12}}", str(name)):
+            raise CheckpointError(
+                f"a checkpoint of {workdir} names {name!r} as its frozen {part}: expected "
+                f"{part}-HASH, a folder of {workdir / FROZEN}"
+            )
+        arrays = weights.read_weights(workdir / FROZEN / name)
+        if f"{part}-{weights.digest(arrays)[:12]}" != name:
+            raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
+        frozen |= {f"{part}.{path}": value for path, value in arrays.items()}
+    return frozen

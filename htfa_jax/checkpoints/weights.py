@@ -1,0 +1,320 @@
+"""Weight folders: one part of a model (SigLIP, VQ, decoder) as config.json and safetensors.
+
+Safetensors, because it holds arrays and nothing that runs, is read by memory mapping tensor by
+tensor, and is what hubs exchange. Training state, which must be written asynchronously and in
+shards, goes through Orbax instead (`checkpoint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from htfa_jax.common.param_paths import Flat
+from htfa_jax.config import Config, get, override
+from htfa_jax.config.io import preset_changes
+from htfa_jax.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+# Parts that can be pretrained, and what a folder of one is called.
+FAMILIES = {"siglip": "siglip", "vq": "vq", "decoder": "internlm2"}
+
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+
+# What a folder of the PyTorch original's levels decides.
+LEVEL_SIZES = (
+    "level1.num_scales",
+    "level2.num_heads",
+    "level3.adapter_mlp_dim",
+    "level3.adapter_norm",
+)
+# What it was trained with; the weights fit other choices too.
+LEVEL_CHOICES = "pytorch_original"
+
+# Fields of the parts' configurations that no weight depends on.
+NOT_SIZES = ("dropout",)
+
+
+def save_part(folder: Path, family: str, sizes: Any, params: Mapping[str, Any]) -> None:
+    """Writes a weight folder, whole or not at all.
+
+    Args:
+      folder: where; replaced if it exists.
+      family: "siglip", "vq" or "internlm2".
+      sizes: the part's configuration dataclass.
+      params: `{path inside the part: array}`.
+    """
+    arrays = {path: np.ascontiguousarray(value) for path, value in params.items()}
+    with new_folder(folder) as partial:
+        save_file(arrays, partial / WEIGHTS)
+        write_json(partial / CONFIG, description(family, sizes))
+
+
+def description(family: str, sizes: Any) -> dict[str, Any]:
+    """What config.json of a weight folder says: the sizes, not how a run trains the part."""
+    fields = {k: v for k, v in dataclasses.asdict(sizes).items() if k not in NOT_SIZES}
+    return {"family": family, **json.loads(json.dumps(fields))}
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its place only when it is complete; replaces an older one.
+
+    Raises CheckpointError if it cannot be written.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(partial, folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON that people can read."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class WeightWriter:
+    """Writes a safetensors file piece by piece, so that it never is in memory as a whole.
+
+    Args:
+      path: of the file.
+      kinds: `{parameter path: (shape, dtype)}` of all that will be written.
+      facts: more that the file says, as text.
+    """
+
+    NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+    def __init__(
+        self,
+        path: Path,
+        kinds: Mapping[str, tuple[tuple[int, ...], np.dtype]],
+        facts: Mapping[str, str] | None = None,
+    ):
+        header: dict[str, dict[str, Any]] = {}
+        end = 0
+        for name, (shape, dtype) in sorted(kinds.items()):
+            start, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": self.NAMES[dtype.name],
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
+        encoded = json.dumps({"__metadata__": dict(facts or {}), **header}).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._begin = 8 + len(encoded)
+        self._starts = {name: entry["data_offsets"][0] for name, entry in header.items()}
+        self._file = path.open("wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(self._begin + end)
+
+    def write(self, name: str, layer: int | None, array: np.ndarray) -> None:
+        """A whole parameter, or one layer of a stacked one."""
+        self._file.seek(self._begin + self._starts[name] + (layer or 0) * array.nbytes)
+        self._file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+    def close(self) -> None:
+        """Makes the file complete."""
+        self._file.close()
+
+
+def read_description(folder: str | Path, family: str) -> dict[str, Any]:
+    """config.json of a weight folder. Raises CheckpointError unless it is one of this family."""
+    folder = Path(folder).expanduser()
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"no {name} in {folder}: expected a weight folder of a {family} "
+                "(config.json and weights.safetensors, as `python -m weights_convert` writes)"
+            )
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    if found.get("family") != family:
+        raise CheckpointError(
+            f"{folder} is of another family: {found.get('family')!r} in the folder, "
+            f"{family!r} expected"
+        )
+    return found
+
+
+def with_sizes(config: Config, base: Config) -> Config:
+    """The configuration with the sizes of the weight folders that it names.
+
+    Fields that differ from `base`, as a flag makes them, stay as they are: `load_part` refuses
+    them if they contradict the folder.
+    """
+    changes: dict[str, Any] = {}
+    for part, family in FAMILIES.items():
+        folder = getattr(config.pretrained, part)
+        if folder is None:
+            continue
+        found = read_description(folder, family)
+        sizes, before = getattr(config, part), getattr(base, part)
+        for f in dataclasses.fields(sizes):
+            if f.name in found and getattr(sizes, f.name) == getattr(before, f.name):
+                changes[f"{part}.{f.name}"] = found[f.name]
+    if config.pretrained.htfa is not None:
+        found = read_description(config.pretrained.htfa, "htfa")
+        choices = preset_changes(LEVEL_CHOICES)
+        told = {name: found[name.split(".")[1]] for name in LEVEL_SIZES} | choices
+        taken = {k: v for k, v in told.items() if get(config, k) == get(base, k) != v}
+        if chosen := [f"{name}={taken[name]}" for name in choices if name in taken]:
+            log.info("%s was trained with %s", config.pretrained.htfa, ", ".join(chosen))
+        changes |= taken
+    return override(config, changes)
+
+
+def load_part(
+    folder: str | Path,
+    family: str,
+    sizes: Any,
+    shapes: Mapping[str, Any],
+    *,
+    unused: str = "",
+    **facts: Any,
+) -> Flat:
+    """Reads a weight folder strictly.
+
+    Args:
+      folder: what `save_part` wrote.
+      family: what it must hold.
+      sizes: the run's configuration dataclass of this part, which must agree.
+      shapes: `{path: anything with .shape}` that must be there, no more and no less.
+      unused: regex of the paths that may be there besides, and are left out.
+      **facts: more of the run's configuration that must agree, where the folder tells it.
+
+    Raises:
+      CheckpointError: with both sides of what differs.
+    """
+    folder = Path(folder).expanduser()
+    found = read_description(folder, family)
+    expected = description(family, sizes) | {k: v for k, v in facts.items() if k in found}
+    differing = [
+        f"{key}: {found.get(key)!r} in the folder, {value!r} in the configuration"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
+    if differing:
+        raise CheckpointError(f"{folder} is of another {family}:\n  " + "\n  ".join(differing))
+    arrays = read_weights(folder)
+    arrays = {p: x for p, x in arrays.items() if p in shapes or not re.fullmatch(unused, p)}
+    check_shapes(arrays, shapes, str(folder))
+    return arrays
+
+
+def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
+    """Reads what `weights_convert htfa` wrote, as far as this run's model has it.
+
+    The generation head and adapter stay fresh if they were made for other codes.
+
+    Args:
+      config: of the run.
+      shapes: `{path: anything with .shape}` of all the model's parameters.
+
+    Raises:
+      CheckpointError: with both sides of what differs.
+    """
+    folder = Path(str(config.pretrained.htfa)).expanduser()
+    found, arrays = read_description(folder, "htfa"), read_weights(folder)
+    differing = [
+        f"{name}: {found[name.split('.')[1]]!r} in the folder, {value!r} in the configuration"
+        for name in LEVEL_SIZES
+        if (value := get(config, name)) != found[name.split(".")[1]]
+    ]
+    if differing:
+        raise CheckpointError(f"{folder} is of other levels:\n  " + "\n  ".join(differing))
+    for part, size in (("adapter_generate", "codebook_dim"), ("head_generate", "codebook_size")):
+        if found[size] != getattr(config.vq, size):
+            log.warning(
+                "level3.%s starts fresh: %s has vq.%s=%s, this run %s",
+                part,
+                folder,
+                size,
+                found[size],
+                getattr(config.vq, size),
+            )
+            arrays = {k: v for k, v in arrays.items() if not k.startswith(f"level3.{part}.")}
+    kept = {path: value for path, value in arrays.items() if path in shapes}
+    for path in sorted(set(arrays) - set(kept)):
+        log.warning("%s of %s is not used: this run's model has no such part", path, folder)
+    check_shapes(kept, {path: shapes[path] for path in kept}, str(folder))
+    log.info("%d parameters of the levels from %s", len(kept), folder)
+    return kept
+
+
+def read_weights(folder: Path, name: str = WEIGHTS) -> Flat:
+    """The arrays of a weight file. Raises CheckpointError if they cannot be read."""
+    with _opened(folder / name) as file:
+        return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """What a weight file says besides its arrays. Raises CheckpointError if it cannot be read."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
+
+
+def check_shapes(found: Mapping[str, Any], expected: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError unless both have the same paths and shapes."""
+    missing = sorted(set(expected) - set(found))
+    unknown = sorted(set(found) - set(expected))
+    wrong = [
+        f"{path}: {found[path].shape} in {where}, {expected[path].shape} in the model"
+        for path in sorted(set(found) & set(expected))
+        if tuple(found[path].shape) != tuple(expected[path].shape)
+    ]
+    if missing or unknown or wrong:
+        lines = [f"missing: {p}{_nearest(p, unknown)}" for p in missing]
+        lines += [f"not in the model: {p}" for p in unknown] + wrong
+        shown = lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+        raise CheckpointError(
+            f"{where} does not hold the weights of this model:\n  " + "\n  ".join(shown)
+        )
+
+
+def _nearest(path: str, candidates: list[str]) -> str:
+    close = difflib.get_close_matches(path, candidates, n=1)
+    return f" (nearest there: {close[0]})" if close else ""
+
+
+def digest(params: Mapping[str, Any]) -> str:
+    """SHA-256 over paths, types, shapes and values."""
+    sha = hashlib.sha256()
+    for path in sorted(params):
+        array = np.asarray(params[path])
+        sha.update(f"{path} {array.dtype} {array.shape} ".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()

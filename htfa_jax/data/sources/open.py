@@ -1,0 +1,89 @@
+"""From the name of a source to its records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from htfa_jax.config import DataConfig
+from htfa_jax.data.records import Dataset
+from htfa_jax.data.sources import array_records, record_cache
+from htfa_jax.data.sources.json_lines import RecordFile
+from htfa_jax.data.storage import ImageRoot, StoredPicture, image_root, is_url, remote
+from htfa_jax.errors import DataError
+
+TFDS = "tfds:"
+# Records that are looked at for a reconstruction where the template says it is.
+TEMPLATE_TRIES = 8
+
+
+def open_source(name: str, data: DataConfig, split: str = "train") -> Dataset:
+    """The records of a source.
+
+    Args:
+      name: a JSON array or JSON lines, plain or compressed by gzip or zstd; ArrayRecord shards: a
+        folder, a pattern, a file; a URL of any of these (`gs://`, `s3://`, ...); or
+        `tfds:NAME[/config][:split]`.
+      data: how its records are read.
+      split: of a TFDS dataset that names none.
+
+    Raises DataError if it cannot be opened: what was looked for, what is wrong.
+    """
+    records = _open(name, data, split)
+    if data.recon_template is not None:
+        _check_template(records, data.recon_template)
+    return records
+
+
+def _open(name: str, data: DataConfig, split: str) -> Dataset:
+    if name.startswith(TFDS):
+        from htfa_jax.data.sources.tfds import TfdsRecords
+
+        return TfdsRecords(name.removeprefix(TFDS), split, data.image_root, data.recon_template)
+    cache_dir, template = Path(data.cache_dir).expanduser(), data.recon_template
+    place = image_root(data.image_root, name)
+    if is_url(name) and array_records.SUFFIX in name.rpartition("/")[2]:
+        urls = _remote_files(name)
+        copies = [record_cache.copy_of_file(url, cache_dir) for url in urls]
+        return array_records.ShardedRecords(copies, place, template, identity=[*urls])
+    if is_url(name) and "." not in name.rpartition("/")[2]:
+        return _open(f"{name.rstrip('/')}/*{array_records.SUFFIX}", data, split)
+    if not is_url(name) and array_records.is_shards(name):
+        if data.image_root is None and Path(name).expanduser().is_dir():
+            place = ImageRoot(str(Path(name).expanduser()))
+        return array_records.ShardedRecords(array_records.find_shards(name), place, template)
+    if record_cache.is_random_access(name):
+        return RecordFile(name, data.image_root, template)
+    identity = record_cache.identity_of(name)
+    copy = record_cache.copy_of_texts(name, cache_dir)
+    return array_records.ShardedRecords([copy], place, template, name=name, identity=identity)
+
+
+def _remote_files(pattern: str) -> list[str]:
+    try:
+        with remote(pattern) as (files, path):
+            found = [files.unstrip_protocol(p) for p in sorted(files.glob(path))]
+    except OSError as error:
+        raise DataError(f"{pattern} cannot be read: {error}") from error
+    if not found:
+        raise DataError(f"no ArrayRecord files at {pattern}")
+    return found
+
+
+def _check_template(records: Dataset, template: str) -> None:
+    """Raises DataError if the template leads nowhere: a mistake in it would cost every record."""
+    looked_at = []
+    for i in range(min(len(records), TEMPLATE_TRIES)):
+        try:
+            picture = records[i].image_recon
+        except DataError as error:
+            if "data.recon_template" in str(error):
+                raise
+            continue  # told when it is its turn
+        if isinstance(picture, Path | StoredPicture) and picture.is_file():
+            return
+        looked_at.append(str(picture))
+    if looked_at:
+        raise DataError(
+            f"data.recon_template={template!r} leads to no file: there is none at "
+            f"{', '.join(looked_at[:3])}"
+        )

@@ -1,0 +1,61 @@
+"""How much is taken from callers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from htfa_jax.errors import ConfigError, DataError
+from htfa_jax.inference.options import Quantize
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What is taken from callers; more is refused with a sentence."""
+
+    queue: int = 64  # requests that wait
+    per_client: int = 32  # of these, from one address
+    batch: int = 4  # requests that are worked on together
+    streams: int = 8  # answers that are streamed at a time
+    upload_mb: int = 20  # of a request, all pictures together
+    upload_seconds: int = 60  # in which it must have come
+    megapixels: int = 16  # of a picture
+    question: int = 1000  # characters
+    questions: int = 8  # about one pair
+    new_words: int = 256  # of an answer
+    visits: int = 32  # open pages that are remembered
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise ConfigError(f"--limits.{name}={value} must be at least 1")
+
+    def check_questions(self, questions: Sequence[str]) -> None:
+        """Raises DataError for too many of them, for an empty one, or one that is too long."""
+        if not 1 <= len(questions) <= self.questions:
+            raise DataError(f"{len(questions)} questions: expected 1 to {self.questions}")
+        for question in questions:
+            if not question.strip():
+                raise DataError("a question is empty: ask something")
+            if len(question) > self.question:
+                raise DataError(
+                    f"a question has {len(question)} characters, more than {self.question}: "
+                    "make it shorter"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoArgs:
+    """Options of the command."""
+
+    checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
+    demo: bool = False  # this package's small model
+    host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
+    port: int = 7860
+    hosts: tuple[str, ...] = ()  # names the server is called by, besides those of this machine
+    share: bool = False  # a public address through Gradio's servers, for 72 hours
+    limits: Limits = Limits()
+    device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
+    quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
+    revision: str | None = None  # of a hub repository: branch, tag or commit

@@ -1,0 +1,389 @@
+"""How the page is arranged, and which of its parts moves which."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from htfa_jax.checkpoints.runs import DEMO, EXAMPLES
+from htfa_jax.data.records import Record
+from htfa_jax.data.storage import PackedPicture
+from htfa_jax.demo import show
+from htfa_jax.demo.page import (
+    COVER,
+    MARKS,
+    Actions,
+    Sent,
+    Visits,
+    board,
+    drawn_mask,
+    sentences,
+    upload,
+)
+from htfa_jax.demo.serving import Serving
+from htfa_jax.inference.inputs import read_jobs
+from htfa_jax.inference.options import Completion, Decoding
+
+THEME = gr.themes.Soft(
+    primary_hue="teal",
+    secondary_hue="teal",
+    neutral_hue="slate",
+    # Those of the machine: others would be loaded.
+    font=["system-ui", "sans-serif"],
+    font_mono=["ui-monospace", "monospace"],
+).set(
+    # Text that can be read: a contrast of 4.5 everywhere.
+    body_text_color_subdued="*neutral_600",
+    body_text_color_subdued_dark="*neutral_300",
+    input_placeholder_color="*neutral_500",
+    input_placeholder_color_dark="*neutral_400",
+    block_label_background_fill="*neutral_100",
+    block_label_background_fill_dark="*neutral_700",
+    block_label_text_color="*neutral_700",
+    block_label_text_color_dark="*neutral_100",
+    block_label_text_size="*text_sm",
+    block_title_background_fill="transparent",
+    block_title_background_fill_dark="transparent",
+    block_title_padding="0",
+    block_title_text_color="*neutral_700",
+    block_title_text_color_dark="*neutral_100",
+    button_primary_background_fill="*primary_700",
+    button_primary_background_fill_dark="*primary_700",
+    button_primary_background_fill_hover="*primary_800",
+    button_primary_background_fill_hover_dark="*primary_800",
+    button_secondary_background_fill_hover_dark="*neutral_600",
+    checkbox_label_background_fill_selected="*primary_700",
+    checkbox_label_background_fill_selected_dark="*primary_700",
+    slider_color="*primary_600",
+)
+# Seconds: how often Gradio looks for files that no page needs any more, and how old they are then.
+SWEEP = (300, 1800)
+QUESTIONS = (
+    "What's the object in the hand?",
+    "What color is the object in the hand?",
+    "How much of the object is hidden by the hand?",
+)
+TITLE = "What is in the hand?"
+# No endpoint of Gradio's own API.
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+EMPTY = "The completed picture appears here."
+INSIDE = "Look at a picture first; then its inside is drawn here."
+
+
+def examples() -> list[Record]:
+    """The scenes that the package brings."""
+    return [job.record for job in read_jobs(DEMO / EXAMPLES, ())]
+
+
+def css() -> str:
+    """The page's style."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return style + show.thumbnails(examples())
+
+
+def build_page(serving: Serving, model: str, private: Path) -> gr.Blocks:
+    """The page.
+
+    Args:
+      serving: the engine behind its queue.
+      model: what the model is called.
+      private: folder for what belongs to visitors.
+    """
+    visits = Visits(private, serving.limits.visits)
+
+    def leave(request: gr.Request) -> None:
+        visits.end(request.session_hash)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEEP) as page:
+        Page(Actions(serving, visits, model))
+        page.unload(leave)
+    # Requests wait in our own queue.
+    page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
+    return page
+
+
+class Page:
+    """The components, arranged, and the events between them."""
+
+    def __init__(self, actions: Actions):
+        self.actions = actions
+        self.examples = examples()
+        gr.HTML(_header(actions.model, actions.serving.engine.step))
+        with gr.Row(elem_id="board"):
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._pictures()
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._results()
+            with gr.Column(min_width=320, elem_classes="card"):
+                self._talk()
+        with gr.Column(elem_classes="card"):
+            self._insights()
+        # What a look depends on, and what it changes.
+        self.sent = [
+            self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
+            *self.paint,
+        ]  # fmt: skip
+        self.seen = [
+            self.compare, self.facts, self.picture, self.make_report, self.asker, self.asking,
+            self.chat, self.attention, self.inside,
+        ]  # fmt: skip
+        self._connect()
+
+    def _pictures(self) -> None:
+        gr.HTML("<h2>1 · Pictures</h2>")
+        picture = {"height": 210, "buttons": [], "sources": ["upload"]}
+        with gr.Row():
+            self.orig = upload(label="Original", alt_text="the original", elem_id="orig", **picture)
+            self.recon = upload(
+                label="Reconstruction",
+                alt_text="the reconstruction",
+                elem_id="recon",
+                **picture,
+            )
+        with gr.Row(elem_id="examples"):
+            self.choices = [
+                gr.Button(
+                    record.id.replace("_", " "), size="sm", min_width=64, elem_id=f"example-{i}"
+                )
+                for i, record in enumerate(self.examples)
+            ]
+        with gr.Accordion("Where the object is (optional)", open=False):
+            self.boxes = [
+                gr.Textbox(label=f"Box in the {name}: x, y, width, height", max_lines=1)
+                for name in ("original", "reconstruction")
+            ]
+            self.marks = gr.Radio(list(MARKS), value=COVER, label="Drawn below is")
+            self.drawing = board(label="Mask", height=320, elem_id="drawing")
+        # Of an example, until something is drawn: its own mask of what covers it.
+        self.known_mask = gr.State(None)
+        with gr.Accordion("How it is painted", open=False):
+            self.paint = [
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest)"),
+                gr.Slider(1, 8, 1, step=1, label="Passes"),
+                gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+                gr.Checkbox(label="Replace only what covers it (needs such a mask)"),
+            ]
+        self.look = gr.Button("Look", variant="primary", elem_id="look")
+
+    def _results(self) -> None:
+        gr.HTML("<h2>2 · The whole object</h2>")
+        self.compare = gr.HTML(show.placeholder(EMPTY), elem_id="compare")
+        self.facts = gr.HTML(elem_id="facts")
+        with gr.Row():
+            self.picture = gr.DownloadButton("Download picture", size="sm", interactive=False)
+            self.make_report = gr.Button("Download report", size="sm", interactive=False)
+        # Filled by the button above, then pressed by the page itself.
+        self.report = gr.DownloadButton("report", elem_id="report", visible="hidden")
+
+    def _talk(self) -> None:
+        gr.HTML("<h2>3 · Questions</h2>")
+        self.chat = gr.Chatbot(
+            show_label=False,
+            label="Conversation",
+            height=330,
+            buttons=[],
+            layout="bubble",
+            elem_id="chat",
+            placeholder="Ask about the object.",
+        )
+        with gr.Row(elem_id="suggestions"):
+            self.suggestions = [gr.Button(text, size="sm", min_width=64) for text in QUESTIONS]
+        with gr.Row(elem_id="asking"):
+            self.question = gr.Textbox(
+                label="Question",
+                show_label=False,
+                placeholder="Your question",
+                max_lines=1,
+                max_length=self.actions.serving.limits.question,
+                scale=4,
+                elem_id="question",
+            )
+            self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
+        with gr.Accordion("How answers are chosen", open=False):
+            most = self.actions.serving.limits.new_words
+            default = self.actions.serving.engine.config.eval.max_new_tokens
+            self.words = [
+                gr.Slider(1, most, min(default, most), step=1, label="Words at most"),
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest word)"),
+                gr.Slider(0, 100, 0, step=1, label="Top k (0: all words)"),
+                gr.Slider(0.05, 1, 1, step=0.05, label="Top p"),
+                gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty"),
+                gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
+            ]
+
+    def _insights(self) -> None:
+        gr.HTML("<h2>4 · Inside</h2>")
+        with gr.Tabs():
+            with gr.Tab("Attention"), gr.Row():
+                with gr.Column(scale=1, min_width=240, visible=False) as self.asker:
+                    self.asking = gr.Image(
+                        label="Click a place: what does it attend to?",
+                        alt_text="the original; a click chooses a place",
+                        interactive=False,
+                        buttons=[],
+                        height=260,
+                        type="pil",
+                        format="png",
+                        elem_id="place-picture",
+                    )
+                    with gr.Group(elem_id="place"):
+                        self.place = [
+                            gr.Slider(0, 100, 50, step=1, label=f"{name} (percent)")
+                            for name in ("Across", "Down")
+                        ]
+                with gr.Column(scale=3, min_width=320):
+                    self.attention = gr.HTML(show.placeholder(INSIDE), elem_id="attention")
+            with gr.Tab("Maps"):
+                self.inside = gr.HTML(show.placeholder(INSIDE), elem_id="inside")
+
+    def _connect(self) -> None:
+        sent, seen, quiet = self.sent, self.seen, {"show_progress": "hidden", **PRIVATE}
+        figures = [self.attention, self.inside]
+        looking = {"show_progress_on": self.compare, **PRIVATE}
+        self.look.click(self.on_look, sent, seen, **looking).success(
+            self.on_drawing, None, figures, **PRIVATE
+        )
+        for choice, record in zip(self.choices, self.examples, strict=True):
+            values = functools.partial(example_values, record)
+            choice.click(values, None, sent[:7], **quiet).success(
+                self.on_look, sent, seen, **looking
+            ).success(self.on_drawing, None, figures, **PRIVATE)
+        # A new picture has other boxes and another mask.
+        belongs = [*self.boxes, self.drawing, self.known_mask]
+        self.orig.upload(lambda path: ["", "", canvas(path), None], self.orig, belongs, **quiet)
+        self.orig.clear(lambda: ["", "", None, None], None, belongs, **quiet)
+
+        for event, question in (
+            (self.ask.click, self.question),
+            (self.question.submit, self.question),
+            *((button.click, button) for button in self.suggestions),
+        ):
+            event(
+                self.on_question,
+                [question, self.chat, *sent, *self.words],
+                [self.question, *seen],
+                **quiet,
+            ).success(self.on_drawing, None, figures, **quiet)
+        self.chat.clear(self.actions.forget, None, None, **quiet)
+
+        for slider in self.place:
+            slider.input(
+                self.on_place, self.place, self.attention, trigger_mode="always_last", **quiet
+            )
+        self.asking.select(self.on_click, self.asking, [self.attention, *self.place], **quiet)
+        self.make_report.click(self.on_report, None, self.report, **PRIVATE).success(
+            None, js="() => document.querySelector('#report').click()"
+        )
+
+    @sentences
+    async def on_look(self, request: gr.Request, *values: Any) -> list[Any]:
+        """Values of `sent`, to those of `seen`."""
+        visit, is_new = await self.actions.look(request, sent_of(*values))
+        return await self._shown(visit) if is_new else [gr.skip()] * len(self.seen)
+
+    @sentences
+    async def on_question(
+        self, request: gr.Request, question: str, history: list[dict], *values: Any
+    ) -> AsyncIterator[list[Any]]:
+        """Values of `sent` and of the sampling controls, to the question's and those of `seen`."""
+        self.actions.serving.limits.check_questions([question])
+        sent, decoding = values[: len(self.sent)], decoding_of(*values[len(self.sent) :])
+        visit, is_new = await self.actions.look(request, sent_of(*sent))
+        if is_new:
+            # At once: nothing that fails later may leave the page behind its visit.
+            yield [gr.skip(), *await self._shown(visit)]
+        updates = [gr.skip()] * len(self.seen)
+        turns = [*([] if is_new else history), {"role": "user", "content": escape(question)}]
+        async for text, confidence in self.actions.ask(request, question, decoding):
+            turn = {"role": "assistant", "content": show.said(text, confidence)}
+            updates[self.seen.index(self.chat)] = [*turns, turn]
+            yield ["", *updates]
+
+    @sentences
+    async def on_drawing(self, request: gr.Request) -> list[Any]:
+        """The figures of a look, unless they are there."""
+        visit = self.actions.visit(request)
+        if visit.drawn:
+            return [gr.skip(), gr.skip()]
+        visit.drawn = True
+        return [await self.actions.attention(request, None), await self.actions.inside(request)]
+
+    @sentences
+    async def on_place(self, request: gr.Request, across: float, down: float) -> str:
+        """What a place attends to, in percent of the original's sides."""
+        return await self.actions.attention(request, (across / 100, down / 100))
+
+    @sentences
+    async def on_click(self, request: gr.Request, picture: Any, event: gr.SelectData) -> list[Any]:
+        """What a clicked place attends to, and where it is in percent."""
+        place = [(i + 0.5) / n for i, n in zip(event.index, picture.size, strict=True)]
+        figure = await self.actions.attention(request, tuple(place))
+        return [figure, *(round(100 * part) for part in place)]
+
+    @sentences
+    async def on_report(self, request: gr.Request) -> str:
+        """The path of a report."""
+        return str(await self.actions.report(request))
+
+    async def _shown(self, visit: Any) -> list[Any]:
+        """What a look changes on the page, in the order of `seen`."""
+        result, original = visit.result, visit.scene.original
+        if result.completed is None:
+            compare, file = show.placeholder("This run does not paint."), None
+        else:
+            compare = show.compare(original, result.completed)
+            file = str(await self.actions.completed(visit))
+        return [
+            compare,
+            show.facts(result),
+            gr.DownloadButton(value=file, interactive=file is not None),
+            gr.Button(interactive=True),
+            gr.Column(visible=True),
+            show.enlarged(original),
+            [],
+            show.placeholder("Drawing ..."),
+            show.placeholder("Drawing ..."),
+        ]
+
+
+def sent_of(*values: Any) -> Sent:
+    """The values of the page's inputs, put together. Raises ConfigError."""
+    *places, marks, drawing, known, temperature, passes, seed, paste_back = values
+    painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
+    mask = drawn_mask(drawing)
+    if mask is None and known is not None:
+        marks, mask = COVER, PackedPicture("the example's mask", Path(known).read_bytes())
+    return Sent(*places, marks, mask, painting)
+
+
+def decoding_of(most, temperature, top_k, top_p, penalty, seed) -> Decoding:
+    """The values of the sampling controls, put together. Raises ConfigError."""
+    return Decoding(int(most), temperature, int(top_k), top_p, penalty, seed=int(seed or 0))
+
+
+def example_values(record: Record) -> list[Any]:
+    """What an example puts into the page's inputs."""
+    boxes = [", ".join(f"{v:g}" for v in box) for box in (record.bbox_orig, record.bbox_recon)]
+    return [
+        str(record.image_orig), str(record.image_recon), *boxes, COVER,
+        canvas(str(record.image_orig)), str(record.occluder_mask),
+    ]  # fmt: skip
+
+
+def canvas(path: str) -> dict[str, Any]:
+    """A picture to draw on."""
+    return {"background": path, "layers": [], "composite": None}
+
+
+def _header(model: str, step: int) -> str:
+    return (
+        f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
+        "hides, and at a reconstruction of the object if there is one; it paints the object "
+        f"whole and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}."
+        "</p></header>"
+    )

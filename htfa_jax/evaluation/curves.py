@@ -1,0 +1,66 @@
+"""A run's numbers over its steps, from the lines that it wrote: for where no TensorBoard is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from htfa_jax.errors import DataError
+
+Curves = dict[str, list[tuple[int, float]]]
+
+# Told apart without colour vision, and by their marks.
+COLORS = ("#00618a", "#b04a00", "#5b8c2a", "#7b4ea3", "#8a7a00")
+
+
+def read_curves(workdir: str | Path) -> Curves:
+    """{name: [(step, value), ...]} of a run's `logs/metrics.jsonl`; a later line of a step counts.
+
+    Raises DataError if there are no such lines.
+    """
+    path = Path(workdir) / "logs" / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError(f"no {path}: expected the workdir of a run")
+    steps: dict[str, dict[int, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        values = json.loads(line)
+        for name, value in values.items():
+            if name not in ("step", "time"):
+                steps.setdefault(name, {})[values["step"]] = value
+    return {name: sorted(found.items()) for name, found in steps.items()}
+
+
+def curves_figure(workdir: str | Path) -> Figure:
+    """Losses in training and validation, and what share of the questions is answered right."""
+    curves = read_curves(workdir)
+    losses = {
+        "loss": "train/loss",
+        "words": "train/text_loss",
+        "codes": "train/code_loss",
+        "loss, validation": "validation/loss",
+    }
+    start = "validation/accuracy/"
+    answers = {n[len(start) :].replace("_", " "): n for n in curves if n.startswith(start)}
+    shown = [("loss in nats", losses)] + ([("answers right", answers)] if answers else [])
+    figure = Figure(figsize=(4.6 * len(shown), 3.1), layout="constrained")
+    FigureCanvasAgg(figure)
+    for ax, (title, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
+                                  strict=True):  # fmt: skip
+        drawn = [(label, curves[name]) for label, name in names.items() if name in curves]
+        for color, (label, points) in zip(COLORS * len(drawn), drawn, strict=False):
+            mark = "o" if "validation" in names[label] else ""
+            ax.plot(*zip(*points, strict=True), color=color, marker=mark, ms=4, lw=1.6, label=label)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.set_xlabel("step", fontsize=9)
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(axis="y", color="0.9")
+        ax.tick_params(labelsize=8)
+        if title == "answers right":
+            ax.set_ylim(0, 1.02)
+        ax.legend(fontsize=8, frameon=False)
+    return figure

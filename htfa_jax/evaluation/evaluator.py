@@ -1,0 +1,294 @@
+"""Evaluation of a run: answers by decoding, completed pictures against four references."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from htfa_jax.checkpoints.loading import load_run
+from htfa_jax.common.logs import progress
+from htfa_jax.common.param_paths import Flat
+from htfa_jax.config import Config
+from htfa_jax.data.batch import Batch
+from htfa_jax.data.pipeline import Loaded, evaluation_batches
+from htfa_jax.data.records import Dataset, Record, Split, Turn
+from htfa_jax.data.splits import open_split
+from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.evaluation.image_metrics import flat_fill, picture_scores, picture_sums
+from htfa_jax.evaluation.metrics import Answer, score_answers
+from htfa_jax.evaluation.panel import PanelRow
+from htfa_jax.inference.generate import paint, read_pictures
+from htfa_jax.inference.options import Decoding
+from htfa_jax.inference.sampler import Answerer, Said
+from htfa_jax.models.decoding import Cache
+from htfa_jax.models.factory import Model, build_model
+from htfa_jax.models.level2_spatial_attention import attention_entropy
+from htfa_jax.models.losses import Counts, count, loss_and_metrics
+from htfa_jax.models.registration import SOURCES, denormalize, normalize
+from htfa_jax.sharding.layout import Layout, to_host
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Report:
+    """Result of an evaluation.
+
+    Attributes:
+      scores: numbers, as written to JSON: losses, answers by kind and bucket, pictures by
+        region and candidate, how samples were aligned.
+      answers: every single answer.
+      panel: the first scenes, to look at.
+    """
+
+    scores: dict[str, Any]
+    answers: list[Answer]
+    panel: list[PanelRow]
+
+
+class Evaluator:
+    """Compiled functions that evaluate one model with any weights.
+
+    Args:
+      config: of the run.
+      model: its structure.
+      tokenizer: of the run.
+      layout: where its weights are.
+    """
+
+    def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer, layout: Layout):
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.layout = layout
+        if config.level3.generation and not config.vq.has_decoder:
+            log.warning("this VQ tokenizer has no decoder: codes are scored, pictures are not")
+        everywhere = layout.replicated
+        self._losses = jax.jit(layout.inside(self._loss_sums), out_shardings=everywhere)
+        # Each device keeps the keys and values of its own samples.
+        outputs = (layout.stacked_batch, everywhere, everywhere)
+        self._look = jax.jit(layout.inside(self._look_at), out_shardings=outputs)
+        self._answerer = Answerer(
+            config, tokenizer, lambda params: model.merge(params).decoder, layout
+        )
+
+    def __call__(self, params: Flat, records: Dataset, max_samples: int | None = None) -> Report:
+        """Evaluates weights on a dataset.
+
+        Args:
+          params: all weights.
+          records: the split.
+          max_samples: only so many of it, None for all.
+        """
+        totals: collections.Counter[str] = collections.Counter()
+        answers: list[Answer] = []
+        panel: list[PanelRow] = []
+        num = len(records) if max_samples is None else min(max_samples, len(records))
+        with progress(num, "evaluation", unit="scene") as bar:
+            for loaded in self._batches(records, max_samples):
+                for error in loaded.errors:
+                    log.warning("skipped: %s", error)
+                batch = self.layout.put(loaded.batch)
+                index_B = to_host(batch.index)  # over all processes
+                found = [records[i] if i >= 0 else None for i in index_B]
+                cache, sums, seen = self._look(params, batch)
+                said = [self._ask(params, cache, prompts) for prompts in self._prompts(found)]
+                shares = jax.device_get(seen.pop("hidden_share"))
+                rows = _answers(found, said, index_B, shares)
+                answers += [answer for row in rows for answer in row]
+                totals.update(jax.device_get(self._losses(params, batch)))
+                totals.update(jax.device_get(sums))
+                if wanted := self.config.eval.panel_samples - len(panel):
+                    panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
+                bar.update(sum(record is not None for record in found))
+        return Report(_scores(totals, answers, self.config), answers, panel)
+
+    def _batches(self, records: Dataset, max_samples: int | None) -> Iterator[Loaded]:
+        layout = self.layout
+        shards, share = layout.num_shards, layout.process_share
+        return evaluation_batches(self.config, records, self.tokenizer, max_samples, shards, share)
+
+    def _loss_sums(self, params: Flat, batch: Batch) -> dict[str, jax.Array]:
+        """Sums of the losses over tokens, and the tokens' number."""
+        counts = count(batch, self.config)
+        ones = Counts(*[jnp.float32(1)] * 3)
+        _, sums = loss_and_metrics(self.model.merge(params), batch, ones, None)
+        return {**sums, "text_count": counts.text, "code_count": counts.codes}
+
+    def _look_at(
+        self, params: Flat, batch: Batch
+    ) -> tuple[Cache, dict[str, jax.Array], dict[str, jax.Array]]:
+        """The decoder's cache, sums of what pictures tell, pictures to look at."""
+        model, weight_B = self.model.merge(params), batch.weight
+        prefix = read_pictures(model, batch, with_weights=True)
+        pair = prefix.fusion.pair
+        rgb = functools.partial(denormalize, config=self.config.data)
+        seen = {
+            "original": rgb(pair.orig_BHWC),
+            "reconstruction": rgb(pair.recon_BHWC),
+            "target": rgb(normalize(batch.image_target, batch.region_orig, self.config.data)),
+            "hidden_share": hidden_share(batch),
+        }
+        source_BX = jax.nn.one_hot(pair.source_B, len(SOURCES))
+        aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
+        sums = {f"aligned/{name}": aligned_X[i] for i, name in enumerate(SOURCES)}
+        sums["samples"] = weight_B.sum()
+        if prefix.fusion.alpha_BHW is not None:
+            seen["fused"] = rgb(prefix.fusion.fused_BHWC)
+            seen["alpha"] = prefix.fusion.alpha_BHW
+            entropy_B = attention_entropy(prefix.fusion.attention_BNTS)
+            sums["attention_entropy"] = jnp.sum(entropy_B * weight_B)
+        if prefix.code_logits_BMC is not None:
+            codes_BM = model.target_codes(batch, pair)
+            sums["code_usage"] = (
+                jnp.zeros(self.config.vq.codebook_size).at[codes_BM].add(weight_B[:, None])
+            )
+        if prefix.code_logits_BMC is not None and self.config.vq.has_decoder:
+            seen["completion"] = rgb(paint(model, prefix.code_logits_BMC))
+            candidates = {
+                "completed": seen["completion"],
+                "original": seen["original"],
+                "aligned_reconstruction": rgb(pair.aligned_BHWC),
+                "flat_fill": flat_fill(seen["original"], batch),
+                "vq_round_trip": rgb(model.vq.decode(codes_BM)),
+            }
+            sums |= picture_sums(candidates, seen["target"], batch)
+        return prefix.cache, sums, seen
+
+    def _prompts(self, found: Sequence[Record | None]) -> list[list[np.ndarray]]:
+        """Question k of every scene, for each k; a scene with fewer gets padding."""
+        if self.config.loss.text_weight == 0:
+            return []
+        per_scene = [
+            [self.tokenizer.encode_prompt([*rules(r), q]) for q, _ in questions(r)] if r else []
+            for r in found
+        ]
+        nothing = np.array([self.tokenizer.pad_id], np.int32)
+        return [
+            [prompts[k] if k < len(prompts) else nothing for prompts in per_scene]
+            for k in range(max(map(len, per_scene), default=0))
+        ]
+
+    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[Said]:
+        decoding = Decoding(max_new_tokens=self.config.eval.max_new_tokens)
+        return self._answerer.answers(params, cache, prompts, decoding)
+
+
+def questions(record: Record) -> list[tuple[Turn, Turn]]:
+    """Every user turn that an assistant turn answers, with it.
+
+    Each is asked by itself: with earlier answers in view one could be read off another.
+    """
+    pairs = zip(record.turns, record.turns[1:], strict=False)
+    return [(a, b) for a, b in pairs if a.role == "user" and b.role == "assistant"]
+
+
+def rules(record: Record) -> list[Turn]:
+    """The system turns that a conversation begins with; they stand before every question."""
+    return list(itertools.takewhile(lambda turn: turn.role == "system", record.turns))
+
+
+def hidden_share(batch: Batch) -> jax.Array:
+    """Covered part of the object [B], from the masks; not a number where one is missing."""
+    object_B = batch.object_mask.sum(axis=(1, 2))
+    hidden_B = (batch.object_mask & batch.occluder_mask).sum(axis=(1, 2))
+    known_B = batch.has_object_mask & batch.has_occluder_mask & (object_B > 0)
+    return jnp.where(known_B, hidden_B / jnp.maximum(object_B, 1), jnp.nan)
+
+
+def stated_share(record: Record) -> float | None:
+    """Hidden part of the object, as the record states it, if it does."""
+    stated = record.meta.get("occlusion")
+    return float(stated) if isinstance(stated, int | float) else None
+
+
+def _answers(
+    found: Sequence[Record | None],
+    said: list[list[Said]],
+    index_B: np.ndarray,
+    share_B: np.ndarray,
+) -> list[list[Answer]]:
+    rows: list[list[Answer]] = []
+    for i, record in enumerate(found):
+        if record is None or not said:
+            rows.append([])
+            continue
+        rows.append(
+            [
+                Answer(
+                    scene=int(index_B[i]),
+                    kind=question.kind or "answer",
+                    question=question.text,
+                    answer=said[k][i].text,
+                    truth=truth.text,
+                    hidden=stated_share(record) if np.isnan(share_B[i]) else float(share_B[i]),
+                    confidence=said[k][i].confidence,
+                )
+                for k, (question, truth) in enumerate(questions(record))
+            ]
+        )
+    return rows
+
+
+def _panel_rows(
+    seen: dict[str, np.ndarray], found: Sequence[Record | None], rows: list[list[Answer]]
+) -> list[PanelRow]:
+    return [
+        PanelRow(record.id, {name: value[i] for name, value in seen.items()}, rows[i])
+        for i, record in enumerate(found)
+        if record is not None
+    ]
+
+
+def _scores(totals: Mapping[str, Any], answers: list[Answer], config: Config) -> dict[str, Any]:
+    scores: dict[str, Any] = {"samples": int(totals["samples"])}
+    samples = max(totals["samples"], 1)
+    losses = {}
+    for name, tokens in (("text_loss", "text"), ("code_loss", "code"), ("code_accuracy", "code")):
+        if name in totals:
+            losses[name] = float(totals[name] / max(totals[f"{tokens}_count"], 1))
+    losses["loss"] = config.loss.text_weight * losses.get(
+        "text_loss", 0.0
+    ) + config.loss.code_weight * losses.get("code_loss", 0.0)
+    scores["losses"] = losses
+    if answers:
+        scores["answers"] = score_answers(answers)
+    pictures = picture_scores(totals)
+    if pictures:
+        scores["pictures"] = pictures
+    if "code_usage" in totals:
+        scores["target_codes_used"] = int((totals["code_usage"] > 0).sum())
+    scores["alignment"] = {s: int(totals[f"aligned/{s}"]) for s in SOURCES}
+    scores["fusion"] = {
+        name: float(totals[name] / samples)
+        for name in ("alpha_mean", "alpha_std", "attention_entropy")
+        if name in totals
+    }
+    return scores
+
+
+def evaluate_run(config: Config, checkpoint: str | Path, split: Split) -> tuple[Report, Path]:
+    """Evaluates stored weights on a split. Returns what was found, and the folder of the run.
+
+    Args:
+      config: the run's, or that with other data.
+      checkpoint: as in `runs.load_run`.
+      split: of the configuration's data.
+
+    Raises CheckpointError if there is no such run, DataError if there is no such data.
+    """
+    model, layout = build_model(config), Layout(config)
+    _, params, step, folder = load_run(checkpoint, lambda c: build_model(c).shapes)
+    log.info("%s, step %d, on split %s", folder, step, split)
+    evaluator = Evaluator(config, model, ChatTokenizer(folder / "tokenizer"), layout)
+    result = evaluator(layout.put_parameters(params), open_split(config, split))
+    result.scores["step"] = step
+    return result, folder

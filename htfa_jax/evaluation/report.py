@@ -1,0 +1,112 @@
+"""An evaluation as text, as files, and as numbers for a log."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from htfa_jax.evaluation.image_metrics import REGIONS
+from htfa_jax.evaluation.panel import panel_png
+
+if TYPE_CHECKING:
+    from htfa_jax.evaluation.evaluator import Report
+
+
+def table(scores: dict[str, Any]) -> str:
+    """The scores as text tables."""
+    blocks = [_losses(scores)]
+    if "answers" in scores:
+        blocks.append(_answers(scores["answers"]))
+    if "pictures" in scores:
+        blocks.append(_pictures(scores["pictures"]))
+    aligned = {name: n for name, n in scores["alignment"].items() if n}
+    blocks.append("aligned by " + ", ".join(f"{name}: {n}" for name, n in aligned.items()))
+    alpha = scores["fusion"].get("alpha_mean")
+    if alpha is not None:
+        blocks[-1] += f"; alpha {alpha:.3f} on average (1: the fused picture is the original)"
+    return "\n\n".join(blocks)
+
+
+def _losses(scores: dict[str, Any]) -> str:
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in scores["losses"].items())
+    return f"{scores['samples']} scenes  {losses}"
+
+
+def _answers(kinds: dict[str, dict[str, dict[str, float]]]) -> str:
+    buckets = list(dict.fromkeys(bucket for rows in kinds.values() for bucket in rows))
+    lines = [["answers right, by hidden share", *buckets]]
+    for kind, rows in kinds.items():
+        lines.append([kind, *(_cell(rows, b, "accuracy") for b in buckets)])
+        if "mean_absolute_error" in rows["all"]:
+            lines.append(
+                ["  within 10 points", *(_cell(rows, b, "within_10_points") for b in buckets)]
+            )
+            lines.append(
+                [
+                    "  mean absolute error (points)",
+                    *(_cell(rows, b, "mean_absolute_error", ".1f") for b in buckets),
+                ]
+            )
+    first = next(iter(kinds.values()))
+    lines.append(["scenes", *(_cell(first, b, "count", ".0f") for b in buckets)])
+    return columns(lines)
+
+
+def _cell(rows: dict[str, dict[str, float]], bucket: str, name: str, form: str = ".3f") -> str:
+    return format(rows[bucket][name], form) if bucket in rows else "-"
+
+
+def _pictures(regions: dict[str, dict[str, dict[str, float]]]) -> str:
+    present = [region for region in REGIONS if region in regions]
+    titles = {"all": "all pixels", "covered": "covered by the hand", "hidden": "hidden object"}
+    lines = [["PSNR in dB (SSIM)", *(titles[r] for r in present)]]
+    for name in regions[present[0]]:
+        cells = (regions[r][name] for r in present)
+        lines.append(
+            [name.replace("_", " "), *(f"{c['psnr']:.2f} ({c['ssim']:.3f})" for c in cells)]
+        )
+    return columns(lines)
+
+
+def columns(lines: list[list[str]]) -> str:
+    """Cells as text; the first column is left-aligned, the others right-aligned."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def scalars(scores: dict[str, Any]) -> dict[str, float]:
+    """The main numbers by short names, such as `loss`, `accuracy/color`, `psnr/hidden`."""
+    flat = dict(scores["losses"]) | scores["fusion"]
+    for kind, rows in scores.get("answers", {}).items():
+        flat[f"accuracy/{kind}"] = rows["all"]["accuracy"]
+    for region, candidates in scores.get("pictures", {}).items():
+        flat[f"psnr/{region}"] = candidates["completed"]["psnr"]
+        flat[f"ssim/{region}"] = candidates["completed"]["ssim"]
+    return flat
+
+
+def write(result: Report, folder: Path) -> None:
+    """Writes metrics.json, table.txt, predictions.jsonl and panel.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(
+        json.dumps(result.scores, indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "table.txt").write_text(table(result.scores) + "\n", encoding="utf-8")
+    _write_lines(folder / "predictions.jsonl", map(dataclasses.asdict, result.answers))
+    if result.panel:
+        (folder / "panel.png").write_bytes(panel_png(result.panel))
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,0 +1,232 @@
+"""Picture pairs that a caller brings: checked, as a batch, and back in their own frame."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from htfa_jax.config import Config
+from htfa_jax.data.batch import Array, Batch
+from htfa_jax.data.decode import decode_field, decode_original, load_mask
+from htfa_jax.data.preprocess import Placement, load_pictures, place
+from htfa_jax.data.records import ROLES, Record, checked_box, parse_record
+from htfa_jax.errors import DataError
+
+# What a pair may have; names and meaning as in a dataset's records.
+FIELDS = (
+    "image_orig",
+    "image_recon",
+    "object_mask",
+    "occluder_mask",
+    "bbox_orig",
+    "bbox_recon",
+)
+Pair = Record | Mapping[str, Any] | Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """A pair, read.
+
+    Attributes:
+      sample: `Batch` fields of the pictures.
+      original: upright RGB, in its own size.
+      occluder: its occluder mask, in the mask's own size, if there is one.
+      placement: of the original in the model's square.
+    """
+
+    sample: dict[str, Any]
+    original: Image.Image
+    occluder: Image.Image | None
+    placement: Placement
+
+
+def as_record(pair: Pair, where: str) -> Record:
+    """A pair as a record without conversation. Raises DataError that names `where`.
+
+    Args:
+      pair: (original, reconstruction or None), a mapping with names of `FIELDS`, or a record;
+        pictures are paths, PIL pictures or uint8 arrays.
+      where: for messages.
+    """
+    if isinstance(pair, Record):
+        return pair
+    if not isinstance(pair, Mapping):
+        if isinstance(pair, str | Path) or len(pair) != 2:
+            raise DataError(f"{where}: a pair is (original, reconstruction or None) or a mapping")
+        pair = dict(zip(FIELDS, pair, strict=False))
+    name = str(pair.get("id", "none"))
+
+    def fail(reason: str) -> DataError:
+        return DataError(f"{where} (id {name}): {reason}")
+
+    for key in set(pair) - {"id", *FIELDS}:
+        near = difflib.get_close_matches(key, FIELDS, n=1)
+        raise fail(f"unknown field {key}; " + (f"did you mean {near[0]}?" if near else "valid are "
+                   + ", ".join(FIELDS)))  # fmt: skip
+
+    def picture(field: str) -> Any:
+        value = pair.get(field)
+        if isinstance(value, str):
+            return Path(value).expanduser()
+        if value is None or isinstance(value, Path | Image.Image | np.ndarray):
+            return value
+        raise fail(
+            f"{field} must be a path, a PIL picture or an array, it is {type(value).__name__}"
+        )
+
+    if pair.get("image_orig") is None:
+        raise fail("image_orig is missing")
+    fields: dict[str, Any] = {field: picture(field) for field in FIELDS[:4]}
+    fields |= {field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]}
+    return Record(where=where, id=name, image_target=None, turns=(), **fields)
+
+
+def read_scene(record: Record, config: Config) -> Scene:
+    """Decodes a pair's pictures. Raises DataError naming the field and the file."""
+    original = decode_original(record)
+    record = dataclasses.replace(record, image_orig=original, image_target=None)
+    sample = load_pictures(record, config.image_size, config.data.resize)
+    return Scene(
+        sample=sample,
+        original=original,
+        occluder=decode_field(record, "occluder_mask", load_mask),
+        placement=place(original.size, config.image_size, config.data.resize),
+    )
+
+
+def stack(scenes: Sequence[Scene], rows: int) -> Batch:
+    """Scenes as a batch without text; rows that are too many repeat the last one."""
+    scenes = [*scenes, *[scenes[-1]] * (rows - len(scenes))]
+    nothing = np.zeros((rows, 0), np.int32)
+    seen: dict[str, Any] = {n: np.stack([s.sample[n] for s in scenes]) for n in scenes[0].sample}
+    return Batch(
+        **seen,
+        tokens=nothing,
+        labels=nothing,
+        loss_mask=nothing.astype(np.float32),
+        weight=np.ones(rows, np.float32),
+        index=np.arange(rows, dtype=np.int32),
+    )
+
+
+def with_own_completion(batch: Batch, missing_B: np.ndarray, painted_BHWC: np.ndarray) -> Batch:
+    """The batch with completed pictures as reconstructions where there is none.
+
+    They show the original's frame: the same box in both pictures moves nothing.
+
+    Args:
+      batch: of `stack`.
+      missing_B: rows to fill.
+      painted_BHWC: uint8.
+    """
+
+    def fill(old: Array, new: Any) -> np.ndarray:
+        return np.where(missing_B.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    region = batch.region_orig
+    return dataclasses.replace(
+        batch,
+        image_recon=fill(batch.image_recon, painted_BHWC),
+        region_recon=fill(batch.region_recon, region),
+        bbox_orig=fill(batch.bbox_orig, region),
+        bbox_recon=fill(batch.bbox_recon, region),
+        has_bbox_orig=batch.has_bbox_orig | missing_B,
+        has_bbox_recon=batch.has_bbox_recon | missing_B,
+        has_recon=batch.has_recon | missing_B,
+    )
+
+
+def in_own_frame(painted_HWC: np.ndarray, scene: Scene, paste_back: bool) -> Image.Image:
+    """A picture of the model's square in the original's frame and size.
+
+    Args:
+      painted_HWC: uint8.
+      scene: what it completes.
+      paste_back: take only what the occluder mask covers from it: every other pixel stays the
+        original's own. Raises DataError without such a mask.
+    """
+    x, y, w, h = scene.placement.region
+    square = Image.fromarray(painted_HWC).crop((x, y, x + w, y + h))
+    completed = square.resize(scene.placement.size, Image.Resampling.BICUBIC)
+    if not paste_back:
+        return completed
+    if scene.occluder is None:
+        raise DataError(
+            "paste_back needs occluder_mask, which says what is hidden; this pair has none"
+        )
+    mask = scene.occluder.resize(scene.original.size).point(lambda v: 255 * (v > 127))
+    return Image.composite(completed, scene.original, mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A pair to look at, and what to ask.
+
+    Attributes:
+      number: of its line.
+      id: its name in the predictions.
+      record: the pair, or why it cannot be one.
+      queries: questions; None for the default.
+    """
+
+    number: int
+    id: str
+    record: Record | DataError
+    queries: tuple[str, ...] | None
+
+
+def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
+    """The lines of a file of pairs.
+
+    A line has the fields of a dataset's record. Its questions are `query` (a text or a list),
+    else the user turns of its `conversations`, else those of the command line.
+
+    Raises DataError if there is no file, or an id comes twice.
+    """
+    if not path.is_file():
+        raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
+    jobs: list[Job] = []
+    # Not splitlines(): it also cuts at characters that JSON may hold in a text, such as U+2028.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
+        if not line.strip():
+            continue
+        where, name = f"{path}, line {number + 1}", str(number)
+        try:
+            raw = json.loads(line)
+            if isinstance(raw, Mapping):
+                name = str(raw.get("id", number))
+            record = parse_record(raw, where, path.parent.joinpath, with_turns=False)
+            job = Job(number, name, record, _queries(raw, record) or queries or None)
+        except json.JSONDecodeError as error:
+            job = Job(number, name, DataError(f"{where}: not valid JSON: {error}"), None)
+        except DataError as error:
+            job = Job(number, name, error, None)
+        jobs.append(job)
+    first: dict[str, int] = {}
+    for job in jobs:
+        if first.setdefault(job.id, job.number) != job.number:
+            raise DataError(
+                f"{path}: lines {first[job.id] + 1} and {job.number + 1} have the same id "
+                f"{job.id}; a restart could not tell them apart"
+            )
+    return jobs
+
+
+def _queries(raw: Mapping[str, Any], record: Record) -> tuple[str, ...]:
+    query = raw.get("query")
+    if isinstance(query, str):
+        query = [query]
+    if query is None:
+        turns = raw.get("conversations") or []
+        query = [t.get("value") for t in turns if ROLES.get(t.get("from")) == "user"]
+    if not isinstance(query, list) or not all(isinstance(q, str) and q.strip() for q in query):
+        raise record.error(f"query must be a text or a list of texts, it is {query!r}")
+    return tuple(q.replace("<image>", "").strip() for q in query)

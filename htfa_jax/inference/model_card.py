@@ -1,0 +1,164 @@
+"""The model card of an exported run, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from htfa_jax.config import Config
+
+CARD = """\
+---
+{front}
+---
+
+# {name}
+
+HTFA (Hierarchical Trinity Fusion Architecture) looks at two pictures of a scene: the original,
+where something hides part of an object, and a reconstruction of the object.
+It {abilities}.
+
+| | |
+| --- | --- |
+{facts}
+
+## Use it
+
+With the package `htfa_jax`:
+
+```python
+from htfa_jax import HTFAInference
+
+engine = HTFAInference.from_pretrained("FOLDER")  # this folder, or its hub id
+result = engine.infer("orig.jpg", "recon.png", {query!r})
+result.answer, result.confidence, result.completed
+```
+
+The reconstruction may be left out, boxes and masks of the object may be given; the weights are read
+as arrays and nothing in this folder is run. `python -m htfa_jax.infer --checkpoint FOLDER` does the
+same from the command line.
+
+## Training data
+
+{data}
+
+## Results
+
+{results}
+
+## Intended use
+
+Research on pictures in which a hand or another thing hides part of an object. For pictures unlike
+those of the training data, measure first:
+`python -m htfa_jax.evaluate --checkpoint FOLDER --config.data.test=FILE`.
+
+## Limits
+
+- What it paints or says about hidden parts is a likely guess, not a measurement: nothing in the
+  pictures shows them. It can be wrong and sure; `confidence` is the model's own probability of its
+  words and is not calibrated.
+- It knows the objects, questions and wording of its training data, and their biases.
+- Answers and completions should not decide anything about the safety or the rights of people.
+
+## Licence
+
+{licence}
+"""
+
+
+def model_card(
+    name: str,
+    config: Config,
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    table: str | None,
+    license: str | None,
+) -> str:
+    """README.md of an exported run.
+
+    Args:
+      name: of the model.
+      config: of the run, without places on its machine.
+      step: of the weights.
+      shapes: `{path: shape}` of all parameters.
+      dtype: that they are stored in.
+      table: of the scores on the test split, as text; None if there are none.
+      license: as the hub names it, or None.
+    """
+    answers = config.loss.text_weight > 0
+    paints = config.loss.code_weight > 0 and config.vq.has_decoder
+    abilities = ["answers questions about the object"] * answers + ["paints it whole"] * paints
+    front = [
+        "library_name: htfa_jax",
+        *([f"license: {license}"] if license else []),
+        f"pipeline_tag: {'visual-question-answering' if answers else 'image-to-image'}",
+        "tags:",
+        *(f"- {tag}" for tag in ("htfa", "jax", "flax", "amodal-completion")),
+    ]
+    return CARD.format(
+        front="\n".join(front),
+        name=name,
+        abilities=" and ".join(abilities) or "predicts the codes of the whole object",
+        facts="\n".join(f"| {k} | {v} |" for k, v in _facts(config, step, shapes, dtype).items()),
+        query=config.data.default_query,
+        data=_data(config),
+        results=_results(table),
+        licence=_licence(config, license),
+    )
+
+
+def _facts(
+    config: Config, step: int, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> dict[str, str]:
+    def sizes(part: Any) -> str:
+        return f"{part.embed_dim} wide, {part.num_layers} layers, {part.num_heads} heads"
+
+    facts = {
+        "parameters": f"{sum(map(math.prod, shapes.values())):,}, stored in {dtype}",
+        "training steps": f"{step:,}",
+        "pictures": f"{config.image_size} x {config.image_size} pixels",
+        "SigLIP": sizes(config.siglip),
+        "decoder (InternLM2)": sizes(config.decoder),
+    }
+    if config.level3.generation:
+        vq = config.vq
+        facts["VQ tokenizer"] = f"{vq.codebook_size:,} codes of {vq.codebook_dim} dimensions"
+    return facts
+
+
+def _data(config: Config) -> str:
+    if config.data.train == "held_objects":
+        held = config.held_objects
+        text = (
+            f"HeldObjects, which htfa_jax draws by itself: {held.num_train:,} rendered scenes of "
+            f"hands that hold objects (seed {held.seed})."
+        )
+    else:
+        text = f"`{config.data.train}`, picture pairs with conversations."
+    if given := _started_from(config):
+        text += f" It started from other weights: {', '.join(given)}."
+    return text
+
+
+def _started_from(config: Config) -> list[str]:
+    given = config.pretrained
+    parts = ("run", "siglip", "vq", "decoder", "htfa")
+    return [f"{part} (`{name}`)" for part in parts if (name := getattr(given, part)) is not None]
+
+
+def _results(table: str | None) -> str:
+    if table is None:
+        return "These weights were not evaluated on a test split."
+    return (
+        "On the test split, answers by decoding and scored by exact match; all numbers are in "
+        f"`evaluation/test/metrics.json`.\n\n```\n{table.rstrip()}\n```"
+    )
+
+
+def _licence(config: Config, license: str | None) -> str:
+    text = f"`{license}`." if license else "Not stated: ask whoever made this model."
+    if _started_from(config):
+        text += " Weights that it started from and data have licences of their own."
+    return text

@@ -1,0 +1,93 @@
+"""What a caller may ask of the engine: how to decode, how to complete, where to look."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from htfa_jax.config import Config
+from htfa_jax.errors import ConfigError
+
+ExportDType = Literal["bfloat16", "float32"]
+
+# How the engine may keep the decoder's weights.
+Quantize = Literal["int8"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How an answer is decoded. Raises ConfigError for values that cannot work."""
+
+    max_new_tokens: int | None = None  # longest answer (None: the run's eval.max_new_tokens)
+    temperature: float = 0.0  # 0: always the most probable word
+    top_k: int = 0  # choose among so many words only (0: all)
+    top_p: float = 1.0  # choose among the likeliest words that together are this probable
+    repetition_penalty: float = 1.0  # above 1: words of the conversation become less likely
+    stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
+    seed: int = 0  # of the sampling
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            problems.append(f"temperature={self.temperature} must be 0 or above")
+        if self.top_k < 0:
+            problems.append(f"top_k={self.top_k} must be 0 (all words) or above")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p} must be in (0, 1]")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            problems.append(f"repetition_penalty={self.repetition_penalty} must be above 0")
+        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+            problems.append(f"stop={self.stop!r} must be a tuple of texts that are not empty")
+        if not 0 <= self.seed < 2**32:
+            problems.append(f"seed={self.seed} must be in [0, 2^32)")
+        if problems:
+            raise ConfigError("this decoding cannot work: " + "; ".join(problems))
+
+    def for_run(self, config: Config) -> Decoding:
+        """The options with what the run decides where they do not."""
+        if self.max_new_tokens is not None:
+            return self
+        return dataclasses.replace(self, max_new_tokens=config.eval.max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """How a picture is completed."""
+
+    temperature: float = 0.0  # of drawn codes (0: none is drawn, each cell gets the expected one)
+    passes: int = 1  # more: the surest codes stay, the others are predicted again
+    paste_back: bool = False  # replace only what the occluder mask covers
+    seed: int = 0  # of the sampling
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.passes < 1 or not 0 <= self.seed < 2**32:
+            raise ConfigError(
+                f"{self} cannot work: temperature must be 0 or above, passes at least 1, seed in "
+                "[0, 2^32)"
+            )
+
+
+# The expected code of every cell.
+ONE_PASS = Completion()
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Which of the decoder's attention to look at; the mean over all of it by default."""
+
+    layer: int | None = None  # of the decoder, counted from 0
+    head: int | None = None  # of that layer, or of every layer
+    rollout: bool = False  # follow the attention through all layers (Abnar and Zuidema, 2020)
+
+    def __post_init__(self) -> None:
+        if self.rollout and (self.layer is not None or self.head is not None):
+            raise ConfigError(f"{self} cannot be: a rollout goes through all layers and heads")
+
+    def __str__(self) -> str:
+        if self.rollout:
+            return "rollout"
+        layer = "all layers" if self.layer is None else f"layer {self.layer}"
+        return layer + (", all heads" if self.head is None else f", head {self.head}")

@@ -1,0 +1,56 @@
+"""A pair of a run's data beside its weights, and a script that asks the run about it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from htfa_jax.config import Config
+from htfa_jax.data.records import Dataset, Record
+from htfa_jax.data.storage import StoredPicture
+from htfa_jax.errors import DataError
+from htfa_jax.inference.inputs import FIELDS
+
+SCRIPT, EXAMPLE = "infer.sh", "example"
+
+
+def write_example(workdir: Path, config: Config, records: Dataset) -> None:
+    """Puts a pair of the data and `infer.sh`, which looks at it, into a run's workdir."""
+    record = next((r for r in _readable(records)), None)
+    if record is None:
+        return
+    folder = workdir / EXAMPLE
+    folder.mkdir(exist_ok=True)
+    words = ["--checkpoint", ".", "--output_dir", f"{EXAMPLE}/out"]
+    for field in FIELDS:
+        value = getattr(record, field)
+        if isinstance(value, Path | StoredPicture):
+            name = f"{EXAMPLE}/{field}{value.suffix}"
+            (workdir / name).write_bytes(value.read_bytes())
+            words += [f"--{field}", name]
+        elif value is not None:
+            words += [f"--{field}", *map(str, value)]
+    questions = [turn.text for turn in record.turns if turn.role == "user"]
+    words += ["--query", *dict.fromkeys(questions or [config.data.default_query])]
+    script = workdir / SCRIPT
+    script.write_text(
+        "#!/bin/sh\n"
+        "# Asks this run about a pair of its data; more options behind it are passed on.\n"
+        'cd "$(dirname "$0")" || exit\n'
+        f'exec "${{PYTHON:-{sys.executable}}}" -m htfa_jax.infer {shlex.join(words)} "$@"\n',
+        encoding="utf-8",
+    )
+    script.chmod(0o755)
+
+
+def _readable(records: Dataset) -> Iterator[Record]:
+    for i in range(len(records)):
+        try:
+            record = records[i]
+        except DataError:
+            continue
+        paths = [getattr(record, field) for field in FIELDS[:4]]
+        if all(path is None or path.is_file() for path in paths):
+            yield record

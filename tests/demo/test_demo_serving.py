@@ -1,0 +1,258 @@
+"""The queue before the engine: batches, turns, limits, callers that leave, work that fails."""
+
+import asyncio
+import threading
+from dataclasses import dataclass
+
+import pytest
+
+from htfa_jax.demo.options import Limits
+from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import Busy, Closed, ConfigError, DataError
+from htfa_jax.inference.options import ONE_PASS, Completion, Decoding
+from htfa_jax.inference.results import Result
+
+
+@dataclass
+class Talk:
+    """A conversation whose answer has as many words as its question says."""
+
+    engine: "Engine"
+    confidence: float | None = None
+
+    def stream(self, query, decoding):
+        try:
+            for i in range(int(query)):
+                self.engine.log.append(f"word {i}")
+                yield f"{i} "
+            self.confidence = 0.5
+        finally:
+            self.engine.log.append("closed")
+
+
+class Engine:
+    """Stands in for the model: it waits until `go` is set, and keeps a log of what it does."""
+
+    def __init__(self):
+        self.go, self.entered, self.log = threading.Event(), threading.Event(), []
+
+    def batch_infer(self, scenes, queries, **options):
+        self.entered.set()
+        assert self.go.wait(10)
+        self.log.append(f"batch of {len(scenes)}")
+        if "bad" in scenes:
+            raise ValueError("broken")
+        return [
+            [Result(answer=f"{s}: {q}") for q in qs] for s, qs in zip(scenes, queries, strict=True)
+        ]
+
+    def chat(self):
+        return Talk(self)
+
+
+def serve(test, chores=(), **limits):
+    """Runs a coroutine function with a serving engine; chores are made of that engine."""
+
+    async def run():
+        engine = Engine()
+        with Serving(engine, Limits(**limits), [chore(engine) for chore in chores]) as serving:
+            try:
+                await asyncio.wait_for(test(serving, engine), 20)
+            finally:
+                engine.go.set()
+
+    asyncio.run(run())
+
+
+def look(serving, scene, client="a", completion=None):
+    options = {"decoding": Decoding(), "completion": completion}
+    return asyncio.create_task(serving.look(client, scene, ["q"], **options))
+
+
+async def until(condition):
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+async def blocked(serving, engine):
+    """A look that the engine works on, so that all others wait."""
+    first = look(serving, "first")
+    await until(engine.entered.is_set)
+    return first
+
+
+def test_chores_are_done_while_nobody_waits():
+    def chore(name):
+        return lambda engine: lambda: engine.go.wait(10) and engine.log.append(name)
+
+    async def test(serving, engine):
+        # The first chore is being done when a caller comes: the second one has to wait.
+        task = look(serving, "s")
+        await until(lambda: serving.waiting == 1)
+        engine.go.set()
+        await task
+        await until(lambda: len(engine.log) == 3)
+        assert engine.log == ["chore 1", "batch of 1", "chore 2"]
+
+    def failing(engine):
+        return lambda: 1 / 0
+
+    serve(test, [chore("chore 1"), failing, chore("chore 2")])
+
+
+def test_what_waits_goes_together():
+    async def test(serving, engine):
+        tasks = [await blocked(serving, engine)]
+        tasks += [look(serving, f"s{i}") for i in range(5)]
+        tasks.append(look(serving, "other", completion=ONE_PASS))
+        await until(lambda: serving.waiting == 6)
+        engine.go.set()
+        answers = [rows[0].answer for rows in await asyncio.gather(*tasks)]
+        assert answers == ["first: q", *(f"s{i}: q" for i in range(5)), "other: q"]
+        assert engine.log == ["batch of 1", "batch of 4", "batch of 1", "batch of 1"]
+
+    serve(test, batch=4)
+
+
+def test_the_oldest_goes_first_whatever_its_options():
+    async def test(serving, engine):
+        await blocked(serving, engine)
+        kinds = [None, ONE_PASS, None, Completion(passes=2), ONE_PASS]
+        order = []
+
+        async def note(i, task):
+            await task
+            order.append(i)
+
+        notes = [
+            asyncio.create_task(note(i, look(serving, f"s{i}", completion=kind)))
+            for i, kind in enumerate(kinds)
+        ]
+        await until(lambda: serving.waiting == 5)
+        engine.go.set()
+        await asyncio.gather(*notes)
+        assert order == [0, 2, 1, 4, 3]
+
+    serve(test)
+
+
+def test_a_long_answer_holds_up_nobody():
+    async def test(serving, engine):
+        engine.go.set()
+        long = serving.stream("a", engine.chat, "1000000", Decoding())
+        assert await anext(long) == "0 "
+        (result,) = await look(serving, "s")
+        short = [piece async for piece in serving.stream("a", engine.chat, "3", Decoding())]
+        assert result.answer == "s: q" and short == ["0 ", "1 ", "2 ", 0.5]
+        await long.aclose()
+        # Who stopped listening costs nothing any more.
+        await until(lambda: serving.streaming == 0)
+        assert engine.log[-1] == "closed"
+
+    serve(test)
+
+
+def test_more_answers_than_there_is_room_for_wait():
+    async def test(serving, engine):
+        streams = [serving.stream("a", engine.chat, "1000000", Decoding()) for _ in range(2)]
+        for stream in streams:
+            assert await anext(stream) == "0 "
+        third = asyncio.create_task(anext(serving.stream("a", engine.chat, "1", Decoding())))
+        await asyncio.sleep(0.05)
+        assert serving.waiting == 1 and not third.done()
+        await streams[0].aclose()
+        assert await third == "0 "
+        await streams[1].aclose()
+
+    serve(test, streams=2)
+
+
+def test_a_full_queue_says_when_to_come_again():
+    async def test(serving, engine):
+        await blocked(serving, engine)
+        waiting = [look(serving, "s", client=str(i)) for i in range(3)]
+        await until(lambda: serving.waiting == 3)
+        with pytest.raises(Busy, match="3 requests wait already: try again in") as refused:
+            await look(serving, "s", client="late")
+        assert refused.value.retry_after >= 1 and not refused.value.greedy
+        engine.go.set()
+        await asyncio.gather(*waiting)
+        assert (await look(serving, "s", client="late"))[0].answer
+
+    serve(test, queue=3)
+
+
+def test_one_client_does_not_fill_the_queue():
+    async def test(serving, engine):
+        await blocked(serving, engine)
+        for _ in range(2):
+            look(serving, "s")
+        await until(lambda: serving.waiting == 2)
+        with pytest.raises(Busy, match="2 of your requests") as refused:
+            await look(serving, "s")
+        assert refused.value.greedy
+        other = look(serving, "s", client="b")
+        engine.go.set()
+        assert (await other)[0].answer == "s: q"
+
+    serve(test, per_client=2)
+
+
+def test_who_left_is_not_worked_for():
+    async def test(serving, engine):
+        first = await blocked(serving, engine)
+        gone, stays = look(serving, "gone"), look(serving, "stays")
+        await until(lambda: serving.waiting == 2)
+        gone.cancel()
+        await asyncio.sleep(0)
+        engine.go.set()
+        assert (await stays)[0].answer == "stays: q"
+        await first
+        assert engine.log == ["batch of 1", "batch of 1"] and serving.waiting == 0
+
+    serve(test)
+
+
+def test_work_that_fails_fails_alone():
+    async def test(serving, engine):
+        engine.go.set()
+        with pytest.raises(ValueError, match="broken"):
+            await look(serving, "bad")
+        with pytest.raises(ValueError, match="invalid literal"):
+            await anext(serving.stream("a", engine.chat, "no number", Decoding()))
+        assert (await look(serving, "good"))[0].answer == "good: q"
+
+    serve(test)
+
+
+def test_who_waits_is_told_that_the_server_goes():
+    async def test(serving, engine):
+        first = await blocked(serving, engine)
+        waiting = look(serving, "s")
+        await until(lambda: serving.waiting == 1)
+        closing = asyncio.create_task(asyncio.to_thread(serving.__exit__))
+        await asyncio.sleep(0.05)
+        engine.go.set()
+        assert (await first)[0].answer == "first: q"
+        with pytest.raises(Closed, match="went down"):
+            await waiting
+        await closing
+        with pytest.raises(Closed, match="is going down"):
+            await look(serving, "s")
+
+    serve(test)
+
+
+def test_limits_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"--limits\.queue=0 must be at least 1"):
+        Limits(queue=0)
+    limits = Limits(question=5, questions=2)
+    limits.check_questions(["12345"])
+    for questions, said in (
+        (["123456"], "6 characters, more than 5"),
+        (["a", " "], "is empty"),
+        ([], "0 questions"),
+        (["a"] * 3, "3 questions: expected 1 to 2"),
+    ):
+        with pytest.raises(DataError, match=said):
+            limits.check_questions(questions)

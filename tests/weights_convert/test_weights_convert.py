@@ -1,0 +1,443 @@
+"""Checkpoints of every naming, as transformers writes them, through the command and back."""
+
+import json
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from support import tiny, write_dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from htfa_jax import train
+from htfa_jax.checkpoints import weights
+from htfa_jax.config import DecoderConfig, SigLIPConfig, load_config, override
+from htfa_jax.config.io import save_config
+from htfa_jax.errors import CheckpointError
+from htfa_jax.models.factory import build_model
+from weights_convert import internlm2, siglip
+from weights_convert.__main__ import main
+from weights_convert.convert import plan
+from weights_convert.folder import write_folder
+from weights_convert.source import Source
+
+VISION = {
+    "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "patch_size": 8, "image_size": 40,
+}  # fmt: skip
+LLAMA = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 68, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 600, "attn_implementation": "eager",
+}  # fmt: skip
+THETA = {"rope_type": "default", "rope_theta": 777.0}
+
+
+def random(model, seed=0):
+    """A model whose every weight counts."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p)
+            if p.ndim < 2:
+                p.copy_((1 if "norm" in name and "weight" in name else 0) + 0.2 * noise)
+            else:
+                p.copy_(1.5 * noise * p[0].numel() ** -0.5)
+    return model.eval()
+
+
+def run(*arguments):
+    main([str(a) for a in arguments])
+
+
+def to_internlm2(tensors, kv_heads=2):
+    """A Llama's tensors under the names that InternLM2 is published with."""
+    names = {
+        "embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
+        "mlp.up_proj": "feed_forward.w3", "lm_head": "output",
+    }  # fmt: skip
+    out = {}
+    for key, value in tensors.items():
+        if "q_proj" in key:
+            heads = [
+                tensors[key.replace("q_proj", f"{p}_proj")].reshape(kv_heads, -1, value.shape[1])
+                for p in "qkv"
+            ]
+            name = key.replace("self_attn.q_proj", "attention.wqkv")
+            out[name] = np.concatenate(heads, axis=1).reshape(-1, value.shape[1])
+        elif "k_proj" not in key and "v_proj" not in key:
+            for llama, theirs in names.items():
+                key = key.replace(llama, theirs)
+            out[key] = value
+    return {key: np.ascontiguousarray(value) for key, value in out.items()}
+
+
+def to_timm(tensors):
+    """A SiglipVisionModel's tensors under timm's names, as Janus has them."""
+    names = {
+        "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks",
+        "layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj",
+        "post_layernorm": "norm",
+    }  # fmt: skip
+    out = {}
+    for key, value in tensors.items():
+        key = key.removeprefix("vision_model.")
+        if key.startswith("head"):
+            out["attn_pool." + key] = value
+        elif "position_embedding" in key:
+            out["pos_embed"] = value[None]
+        elif "q_proj" in key:
+            parts_ = [tensors[k] for p in "qkv" for k in tensors
+                      if k.endswith(key.replace("q_proj", f"{p}_proj"))]  # fmt: skip
+            name = key.replace("encoder.layers", "blocks").replace("self_attn.q_proj", "attn.qkv")
+            out[name] = np.concatenate(parts_)
+        elif "k_proj" not in key and "v_proj" not in key:
+            for theirs, timm in names.items():
+                key = key.replace(theirs, timm)
+            out[key] = value
+    return {f"vision_model.vision_tower.{k}": np.ascontiguousarray(v) for k, v in out.items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A Llama of random weights, saved in shards."""
+    folder = tmp_path_factory.mktemp("llama")
+    model = random(LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=THETA)))
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def tensors_of(folder):
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def vision(tmp_path_factory):
+    """A SiglipVisionModel of random weights."""
+    folder = tmp_path_factory.mktemp("vision")
+    random(SiglipVisionModel(SiglipVisionConfig(**VISION))).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("grid,target", [(5, 5), (5, 8), (27, 32), (32, 27), (16, 28)])
+def test_positions_are_resized_as_torch_does(grid, target):
+    x = np.random.default_rng(0).standard_normal((grid * grid, 7)).astype(np.float32)
+    square = torch.from_numpy(x.T.reshape(1, 7, grid, grid))
+    expected = torch.nn.functional.interpolate(
+        square, (target, target), mode="bicubic", align_corners=False, antialias=False
+    )
+    got = siglip.resize_positions(target)(x[None])
+    np.testing.assert_allclose(got, expected.numpy().reshape(7, -1).T, atol=1e-4)
+
+
+def test_siglip_with_its_text_tower(tmp_path, capsys):
+    """The larger grid of positions too; `verify` runs transformers beside it."""
+    text = {"hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 1,
+            "num_attention_heads": 3, "vocab_size": 50}  # fmt: skip
+    model = random(SiglipModel(SiglipConfig(vision_config=VISION, text_config=text)))
+    model.save_pretrained(tmp_path / "hf")
+    run("siglip", tmp_path / "hf", tmp_path / "out", "--image_size", 64)
+    run("verify", tmp_path / "out", "--source", tmp_path / "hf")
+    assert "features: largest difference" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["image_size"] == 64 and config["num_heads"] == 4 and config["mlp_dim"] == 56
+    told = json.loads((tmp_path / "out/conversion.json").read_text())
+    assert told["ignored"]["the text tower; HTFA reads pictures"] > 10
+    assert told["files"][0]["sha256"] and told["revision"] is None
+    arrays = weights.read_weights(tmp_path / "out")
+    assert arrays["position_embed"].shape == (64, 48)
+
+
+def test_siglip_inside_janus(vision, tmp_path, capsys):
+    """timm's names and no sizes in the configuration; other parts beside it are left alone."""
+    tensors = to_timm(tensors_of(vision))
+    save_file(
+        tensors | {"gen_vision_model.x": np.zeros(2), "language_model.y": np.zeros(2)},
+        tmp_path / "model.safetensors",
+    )
+    source = Source(tmp_path)
+    layout = siglip.layout(source, 40)
+    assert layout.sizes.num_heads == 1  # 48 / 64, rounded: published widths are multiples of 64
+    real = SigLIPConfig(8, 48, 3, 4, 56)
+    direct = siglip.layout(Source(vision), 40)
+    assert direct.sizes == real
+    write_folder(source, layout, tmp_path / "janus")
+    write_folder(Source(vision), direct, tmp_path / "direct")
+    run("verify", tmp_path / "janus", "--source", tmp_path)
+    assert "features: largest difference" in capsys.readouterr().out
+    ours, expected = (weights.read_weights(tmp_path / n) for n in ("janus", "direct"))
+    assert ours.keys() == expected.keys()
+    for path, value in expected.items():
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def test_llama_names_through_shards(llama, tmp_path, capsys):
+    run("internlm2", llama, tmp_path / "out")
+    run("verify", tmp_path / "out", "--source", llama)
+    shown = capsys.readouterr().out
+    assert "KL divergence per token" in shown and "logits: largest difference" in shown
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_theta"] == 777 and config["max_positions"] == 600
+    assert "dropout" not in config
+
+
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_internlm2_names_alone_and_inside_internvl(llama, tmp_path, prefix, capsys):
+    tensors = {prefix + k: v for k, v in to_internlm2(tensors_of(llama)).items()}
+    config = {
+        "model_type": "internlm2", "num_attention_heads": 6, "rope_theta": 777.0,
+        "rms_norm_eps": 1e-3, "hidden_act": "silu", "max_position_embeddings": 600,
+        "rope_scaling": {"type": "dynamic", "factor": 2.0},
+    }  # fmt: skip
+    if prefix:
+        tensors["vision_model.embeddings.class_embedding"] = np.zeros((1, 1, 4), np.float32)
+        tensors["mlp1.0.weight"] = np.zeros(4, np.float32)
+        config = {"model_type": "internvl_chat", "llm_config": config, "vision_config": {}}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run("internlm2", tmp_path, tmp_path / "out", "--num_layers", 2)
+    run("verify", tmp_path / "out", "--source", tmp_path)
+    assert json.loads((tmp_path / "out/config.json").read_text())["num_layers"] == 2
+    if prefix:
+        with pytest.raises(CheckpointError, match="InternViT.*not a SigLIP. Take google/siglip"):
+            siglip.layout(Source(tmp_path))
+    run("info", tmp_path)
+    shown = capsys.readouterr().out
+    assert "internlm2: yes" in shown and "siglip: no" in shown and "vq: no" in shown
+
+
+def test_linear_rope_scaling_and_tied_heads(tmp_path):
+    """Positions are divided; the text head is the embedding."""
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 777.0}
+    model = random(
+        LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=rope, tie_word_embeddings=True))
+    )
+    model.save_pretrained(tmp_path / "hf")
+    run("internlm2", tmp_path / "hf", tmp_path / "out")
+    run("verify", tmp_path / "out", "--source", tmp_path / "hf")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["rope_factor"] == 3.0 and config["tie_head"] is True
+    assert "head.kernel" not in weights.read_weights(tmp_path / "out")
+    yarn = json.loads((tmp_path / "hf/config.json").read_text())
+    yarn["rope_parameters"]["rope_type"] = "yarn"
+    (tmp_path / "hf/config.json").write_text(json.dumps(yarn))
+    with pytest.raises(CheckpointError, match="rope scaling of type yarn"):
+        internlm2.layout(Source(tmp_path / "hf"))
+
+
+def test_longer_sequences_than_the_weights_can_read_are_refused():
+    from htfa_jax.config import override
+    from htfa_jax.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"up to 3920 tokens .* decoder.max_positions=3000"):
+        override(load_config("standard"), {"decoder.max_positions": 3000})
+
+
+def test_verify_notices_a_wrong_weight_and_another_source(llama, tmp_path):
+    run("internlm2", llama, tmp_path / "out")
+    arrays = dict(weights.read_weights(tmp_path / "out"))
+    arrays["norm.scale"] = arrays["norm.scale"] * 1.1
+    save_file(arrays, tmp_path / "out" / weights.WEIGHTS)
+    with pytest.raises(SystemExit):
+        run("verify", tmp_path / "out", "--source", llama)
+    other = tmp_path / "other"
+    random(LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=THETA)), 1).save_pretrained(
+        other, max_shard_size="60KB"
+    )
+    from weights_convert.verify import verify
+
+    with pytest.raises(CheckpointError, match="is not the file that .* was made from"):
+        verify(tmp_path / "out", Source(other))
+
+
+def test_failed_conversions_leave_nothing(vision, tmp_path, monkeypatch):
+    tensors = tensors_of(vision)
+    (key,) = [k for k in tensors if "post_layernorm.weight" in k]
+    out = tmp_path / "out"
+
+    def attempt(changed, match):
+        folder = tmp_path / "source"
+        folder.mkdir(exist_ok=True)
+        save_file(changed, folder / "model.safetensors")
+        (folder / "config.json").write_text((vision / "config.json").read_text())
+        source = Source(folder)
+        with pytest.raises(CheckpointError, match=match):
+            write_folder(source, siglip.layout(source, 40), out)
+        assert not out.exists() and not list(tmp_path.glob("out*"))
+
+    attempt({**tensors, key: np.full_like(tensors[key], np.nan)}, f"not finite.*{key}")
+    attempt({**tensors, "extra.weight": tensors[key]}, "tensor extra.weight is not used")
+    attempt({k: v for k, v in tensors.items() if k != key}, "no tensor .*post_layernorm.weight")
+    attempt({**tensors, key: tensors[key][:-1]}, r"post_norm.scale \(48,\) <- ")
+    layer = next(k for k in tensors if "layers.1.layer_norm1.weight" in k)
+    attempt({**tensors, layer: tensors[layer].astype(np.float16)}, "is float16, other layers")
+
+    def full(self, *args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights.WeightWriter, "write", full)
+        attempt(tensors, "out cannot be written: .*No space left")
+
+
+def test_safetensors_convert_without_torch(vision, tmp_path):
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
+        "from weights_convert.__main__ import main\n"
+        f"main(['siglip', {str(vision)!r}, {str(tmp_path / 'out')!r}, '--image_size', '40'])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out/weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "name,sizes,image_size",
+    [
+        ("so400m-patch14-384", SigLIPConfig(), 448),
+        ("base-patch16-224", SigLIPConfig(16, 768, 12, 12, 3072), 224),
+        ("large-patch16-384", SigLIPConfig(16, 1024, 24, 16, 4096), 384),
+    ],
+)
+def test_published_siglips_have_the_shapes_that_the_tables_expect(name, sizes, image_size):
+    with torch.device("meta"):
+        model = SiglipVisionModel(
+            SiglipVisionConfig(
+                hidden_size=sizes.embed_dim, intermediate_size=sizes.mlp_dim,
+                num_hidden_layers=sizes.num_layers, num_attention_heads=sizes.num_heads,
+                patch_size=sizes.patch_size, image_size=image_size,
+            )
+        )  # fmt: skip
+    check_shapes(model, siglip.shapes(sizes, image_size), siglip.RULES, {r"head\..*": "pooling"})
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        DecoderConfig(num_layers=24),  # InternLM2-1.8B
+        DecoderConfig(num_layers=24, vocab_size=92553),  # inside InternVL2-2B
+        DecoderConfig(92544, 4096, 32, 32, 8, 14336),  # InternLM2-7B
+        DecoderConfig(92544, 6144, 48, 48, 8, 16384),  # InternLM2-20B
+    ],
+)
+def test_published_internlm2s_have_the_shapes_that_the_tables_expect(sizes):
+    shapes = {"model.norm.weight": (sizes.embed_dim,)}
+    for name in ("model.tok_embeddings", "output"):
+        shapes[f"{name}.weight"] = (sizes.vocab_size, sizes.embed_dim)
+    head = sizes.embed_dim // sizes.num_heads
+    for i in range(sizes.num_layers):
+        layer = {
+            "attention.wqkv": ((sizes.num_heads + 2 * sizes.num_kv_heads) * head, sizes.embed_dim),
+            "attention.wo": (sizes.embed_dim, sizes.embed_dim),
+            "feed_forward.w1": (sizes.mlp_dim, sizes.embed_dim),
+            "feed_forward.w2": (sizes.embed_dim, sizes.mlp_dim),
+            "feed_forward.w3": (sizes.mlp_dim, sizes.embed_dim),
+            "attention_norm": (sizes.embed_dim,),
+            "ffn_norm": (sizes.embed_dim,),
+        }
+        shapes |= {f"model.layers.{i}.{k}.weight": v for k, v in layer.items()}
+    steps = plan(internlm2.shapes(sizes), ShapesOnly(shapes), internlm2.internlm2_rules(sizes), {})
+    assert len(steps) == 3 + 9 * sizes.num_layers
+
+
+class ShapesOnly:
+    """A checkpoint of which only the shapes are there."""
+
+    def __init__(self, shapes):
+        self.shapes = shapes
+
+    @property
+    def keys(self):
+        return list(self.shapes)
+
+    def shape(self, key):
+        return self.shapes[key]
+
+
+def check_shapes(model, expected, rules, ignored):
+    found = {k.removeprefix("vision_model."): tuple(v.shape) for k, v in model.state_dict().items()}
+    assert plan(expected, ShapesOnly(found), rules, ignored)
+
+
+def test_training_takes_sizes_from_the_folders_and_goes_back_bit_for_bit(llama, vision, tmp_path):
+    """Convert, train a step, write the run for PyTorch, convert that: the same weights."""
+    run("siglip", vision, tmp_path / "siglip", "--image_size", 48)
+    run("internlm2", llama, tmp_path / "internlm2")
+    records = write_dataset(tmp_path / "data", 3)
+    config = tiny(
+        data__train=str(records), data__validation=None, data__test=None,
+        data__cache_dir=str(tmp_path / "cache"), 
+        level3__generation=False, loss__code_weight=0.0, train__max_steps=1,
+    )  # fmt: skip
+    save_config(config, tmp_path / "config.json")
+    train.main([
+        "--config", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run"),
+        f"--config.pretrained.siglip={tmp_path / 'siglip'}",
+        f"--config.pretrained.decoder={tmp_path / 'internlm2'}",
+        f"--config.data.tokenizer={tokenizer_folder(tmp_path)}",
+    ])  # fmt: skip
+    used = load_config(tmp_path / "run")
+    assert used.siglip == SigLIPConfig(8, 48, 3, 4, 56)
+    assert used.decoder.embed_dim == 48 and used.decoder.num_layers == 3
+
+    run("to_hf", tmp_path / "run", tmp_path / "hf")
+    hf = tmp_path / "hf"
+    theirs = SiglipVisionModel.from_pretrained(hf / "siglip")
+    expected = SiglipVisionModel.from_pretrained(vision).state_dict()
+    for name, value in theirs.state_dict().items():
+        if "position" not in name:  # resized, and SigLIP is frozen: all else is what it was
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+    run("siglip", hf / "siglip", tmp_path / "siglip2", "--image_size", 48)
+    run("internlm2", hf / "internlm2", tmp_path / "internlm2b")
+    from htfa_jax.checkpoints.loading import load_run
+
+    _, params, _, _ = load_run(tmp_path / "run", lambda c: build_model(c).shapes)
+    for part, folder in (("siglip", "siglip2"), ("decoder", "internlm2b")):
+        again = weights.read_weights(tmp_path / folder)
+        for path, value in again.items():
+            np.testing.assert_array_equal(value, params[f"{part}.{path}"], err_msg=path)
+    before = weights.read_weights(tmp_path / "internlm2")["norm.scale"]
+    assert np.any(weights.read_weights(tmp_path / "internlm2b")["norm.scale"] != before)
+
+
+def tokenizer_folder(tmp_path):
+    from htfa_jax.data.tokenizer import train_tokenizer
+
+    # At most the decoder's 300 words.
+    train_tokenizer(["user assistant what color is it red blue"], 60, tmp_path / "tok")
+    return tmp_path / "tok"
+
+
+def test_flags_that_contradict_a_folder_are_refused(vision, tmp_path):
+    run("siglip", vision, tmp_path / "siglip", "--image_size", 48)
+    config = tiny()
+    base = weights.with_sizes(
+        override(config, {"pretrained.siglip": str(tmp_path / "siglip")}), config
+    )
+    assert base.siglip.embed_dim == 48 and base.siglip.num_layers == 3
+    flagged = override(base, {"siglip.num_layers": 2})
+    assert weights.with_sizes(flagged, config).siglip.num_layers == 3
+    flagged = override(
+        config, {"pretrained.siglip": str(tmp_path / "siglip"), "siglip.num_layers": 5}
+    )
+    assert weights.with_sizes(flagged, config).siglip.num_layers == 5
+    shapes = {"x": jnp.zeros(1)}
+    with pytest.raises(CheckpointError, match="num_layers: 3 in the folder, 5 in the conf"):
+        weights.load_part(
+            tmp_path / "siglip", "siglip", weights.with_sizes(flagged, config).siglip, shapes
+        )
+    with pytest.raises(CheckpointError, match="image_size: 48 in the folder, 56 in the conf"):
+        weights.load_part(tmp_path / "siglip", "siglip", base.siglip, shapes, image_size=56)

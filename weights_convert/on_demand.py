@@ -1,0 +1,100 @@
+"""Pretrained weights that a configuration names, brought into the form that a run reads.
+
+`config.pretrained.siglip`, `.vq` and `.decoder` may name a weight folder, or what `weights_convert`
+reads: a PyTorch checkpoint, a hub id, or "tiny" for the small parts that this package brings along.
+Those are converted once, into the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import htfa_jax
+from htfa_jax.checkpoints import weights
+from htfa_jax.config import Config, override
+from weights_convert.folder import RULES_VERSION, write_folder
+from weights_convert.source import Source, sha256
+
+TINY = "tiny"
+
+log = logging.getLogger("htfa_jax.weights_convert")
+
+
+def with_weights(config: Config, base: Config) -> Config:
+    """The configuration with weight folders for all parts that it names, and with their sizes.
+
+    Args:
+      config: names parts in `pretrained`.
+      base: what it was before the user's flags; see `parts.with_sizes`.
+
+    Raises:
+      CheckpointError: a name that is nothing, or a checkpoint of something else.
+    """
+    changes = {}
+    for part, family in weights.FAMILIES.items():
+        name = getattr(config.pretrained, part)
+        if name is None or (Path(name).expanduser() / weights.WEIGHTS).is_file():
+            continue
+        changes[f"pretrained.{part}"] = str(converted(family, name, config))
+    return weights.with_sizes(override(config, changes), base)
+
+
+def converted(family: str, name: str, config: Config) -> Path:
+    """The weight folder in the cache that a checkpoint becomes; made on first use.
+
+    Args:
+      family: "siglip", "vq" or "internlm2".
+      name: of the checkpoint.
+      config: tells the size of the pictures, and where the cache is.
+    """
+    # Only here: these load JAX, which `--help` of the commands does without.
+    from weights_convert import internlm2, siglip, vq
+    from weights_convert.tokenizer import tokenizer_of
+
+    source = Source(str(tiny(family)) if name == TINY else name)
+    described = [RULES_VERSION, family, identity(source, name)]
+    if family == "siglip":
+        described.append(config.image_size)
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    cache = Path(config.data.cache_dir).expanduser() / "converted"
+    folder = cache / f"{family}-{key}"
+    if (folder / weights.WEIGHTS).is_file():
+        return folder
+    if family == "siglip":
+        layout = siglip.layout(source, config.image_size)
+    else:
+        layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
+    # Under a name of this process's own first: others may want the same.
+    mine = cache / f"{family}-{key}-{os.getpid()}"
+    write_folder(source, layout, mine, beside=tokenizer_of(source, family))
+    try:
+        os.rename(mine, folder)
+    except OSError:
+        shutil.rmtree(mine)
+        if not (folder / weights.WEIGHTS).is_file():
+            raise
+    return folder
+
+
+def tiny(family: str) -> Path:
+    """The checkpoint of a small part that this package brings along."""
+    return Path(htfa_jax.__file__).parent / TINY / family
+
+
+def identity(source: Source, name: str) -> list[Any]:
+    """What tells a checkpoint from another of the same name, without reading all of a large one."""
+    if source.revision is not None:
+        return [source.name, source.revision]
+    found = [source.files.get(file) for file in source.files.names]
+    if name == TINY:  # the package may be installed anew, in another place
+        return [name, [[path.name, sha256(path)] for path in found]]
+    return [
+        source.name,
+        [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found],
+    ]
