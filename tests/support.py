@@ -18,6 +18,8 @@ from htfa_jax.data.batch import Batch
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.models.factory import Model, build_model
+from htfa_jax.sharding import mesh
+from htfa_jax.sharding.mesh import Backend
 from htfa_jax.training.optim import frozen_pattern
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -50,6 +52,11 @@ GOOD = {
         {"from": "gpt", "value": "A cup."},
     ],
 }
+
+
+def compile_as_for(monkeypatch, backend: Backend) -> None:
+    """Lets kernels choose their form as if the program were for another device."""
+    monkeypatch.setattr(mesh, "backend", lambda: backend)
 
 
 def tiny(**changes) -> Config:

@@ -18,7 +18,7 @@ from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import InternLM2
-from htfa_jax.models.layers import streams
+from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
 from weights_convert import htfa, internlm2, reference, siglip, vq
@@ -119,7 +119,7 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
         "siglip",
         layout,
         nnx.eval_shape(
-            lambda: SigLIP(layout.sizes, size, dtype=jnp.dtype("float32"), rngs=streams(SEED))
+            lambda: SigLIP(layout.sizes, size, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))
         ),
     )
     image = np.random.default_rng(SEED).uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
@@ -140,7 +140,7 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
         folder,
         "internlm2",
         layout,
-        nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=streams(SEED))),
+        nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))),
     )
     length = min(PROMPT, sizes.max_positions or PROMPT)
     ids = np.random.default_rng(SEED).integers(0, sizes.vocab_size, (1, length))
@@ -172,7 +172,7 @@ def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
         folder,
         "vq",
         layout,
-        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(SEED))),
+        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))),
     )
     rng = np.random.default_rng(SEED)
     image = rng.uniform(-1, 1, (1, VQ_SIDE, VQ_SIDE, 3)).astype(np.float32)

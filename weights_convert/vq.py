@@ -21,7 +21,7 @@ from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
-from htfa_jax.models.layers import streams
+from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.vq import VQ
 from weights_convert.convert import Layout, Rule, conv, plan, same
 from weights_convert.siglip import OTHER_PARTS, count_layers
@@ -128,7 +128,7 @@ IGNORED = ignored()
 @functools.cache
 def shapes(sizes: VQConfig) -> Flat:
     """`{path: shape}` of the tokenizer; allocates nothing."""
-    model = nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(0)))
+    model = nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(0)))
     return param_paths.flatten(nnx.split(model)[1])
 
 

@@ -36,8 +36,8 @@ from htfa_jax.sharding.layout import to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 
 FROZEN = "frozen"
-# What a training state holds besides its step; `loss_scale` is there in float16 only.
-STATE = ("params", "opt_state", "loss_scale")
+# What is saved of a training state besides its step; `loss_scale` is there in float16 only.
+SAVED = ("params", "opt_state", "loss_scale")
 
 
 class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
@@ -107,7 +107,7 @@ class Checkpoints:
                     **(best | ({"save_interval_steps": 0, "create": False} if read_only else {})),
                 ),
                 item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in STATE},
+                    **{name: ocp.StandardCheckpointHandler() for name in SAVED},
                     "meta": ocp.JsonCheckpointHandler(),
                 },
             )
@@ -140,7 +140,7 @@ class Checkpoints:
             found = {name: value for name, value in metrics.items() if name == self.metric}
             metrics = found or None
         items = ocp.args.Composite(
-            **{name: ocp.args.StandardSave(state[name]) for name in STATE if name in state},
+            **{name: ocp.args.StandardSave(state[name]) for name in SAVED if name in state},
             meta=ocp.args.JsonSave({**meta, "step": step}),
         )
         if step in self._manager.all_steps():
@@ -162,7 +162,7 @@ class Checkpoints:
 
         Args:
           step: of a complete checkpoint.
-          **like: some of `STATE`; shapes, types and shardings.
+          **like: some of `SAVED`; shapes, types and shardings.
 
         Raises:
           CheckpointError: no such checkpoint, one that is damaged or of another model.
@@ -219,7 +219,7 @@ class Checkpoints:
             )
         like = {name: state[name] for name in ("params", "opt_state")}
         found = self.restore(latest, **like)
-        return {"step": jnp.int32(latest), **{name: found[name] for name in like}}, meta
+        return state | {"step": jnp.int32(latest), **{name: found[name] for name in like}}, meta
 
     def _check(self, step: int) -> None:
         """Raises CheckpointError if a checkpoint's files are not what was written."""

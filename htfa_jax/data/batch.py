@@ -68,12 +68,12 @@ class Batch:
     features: Array | None = None
 
 
-def in_micro_batches(batch: Batch, steps: int) -> Batch:
-    """[samples, ...] -> [micro-steps, samples, ...], on the host."""
+def split_for_accumulation(batch: Batch, steps: int) -> Batch:
+    """[samples, ...] -> [accumulation steps, samples, ...], on the host."""
     return jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), batch)
 
 
-def kinds_of_a_record(config: Config) -> dict[str, Kind]:
+def cached_spec(config: Config) -> dict[str, Kind]:
     """Shapes and types of what a configuration keeps of a record, by field of `Batch`."""
     kinds: dict[str, Kind] = {}
     if config.data.cache_codes:

@@ -30,8 +30,8 @@ from htfa_jax.evaluation.panel import PanelRow
 from htfa_jax.inference.generate import paint, read_pictures
 from htfa_jax.inference.options import Decoding
 from htfa_jax.inference.sampler import Answerer, Said
-from htfa_jax.models.decoding import Cache
 from htfa_jax.models.factory import Model, build_model
+from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.losses import Counts, count, loss_and_metrics
 from htfa_jax.models.registration import SOURCES, denormalize, normalize

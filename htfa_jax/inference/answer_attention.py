@@ -10,8 +10,8 @@ import numpy as np
 
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.options import View
-from htfa_jax.models.decoding import Cache, num_slots, with_room
-from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.decoding import Decoder
+from htfa_jax.models.kv_cache import Cache, num_slots, with_room
 
 # Stands for the word that ends an answer.
 END = "(end)"
@@ -56,7 +56,7 @@ class AnswerAttention:
 
 
 def watch_text(
-    decoder: InternLM2,
+    decoder: Decoder,
     cache: Cache,
     attention: jax.Array,
     text_BT: jax.Array,
@@ -82,8 +82,10 @@ def watch_text(
         rows_B1R1 = rows_BR[:, None, :, None]
         return jnp.take_along_axis(weights_BNTS[..., :S], rows_B1R1, 2), weights_BNTS.mean(axis=1)
 
-    seen = decoder.watch(decoder.embed(text_BT), positions_BT, with_room(cache, S + T), keep)
-    weights, text_attention = seen.kept
+    seen = decoder.with_attention(
+        decoder.embed(text_BT), positions_BT, with_room(cache, S + T), keep
+    )
+    weights, text_attention = seen.attention
     return weights, rollout(attention, text_attention, rows_BR)
 
 

@@ -12,7 +12,7 @@ from htfa_jax.data.records import Turn
 from htfa_jax.errors import DataError
 from htfa_jax.inference.options import Decoding
 from htfa_jax.inference.sampler import Answerer
-from htfa_jax.models.decoding import Cache
+from htfa_jax.models.kv_cache import Cache
 
 
 class Chat:

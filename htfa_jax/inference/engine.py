@@ -42,6 +42,7 @@ from htfa_jax.inference.options import ONE_PASS, Completion, Decoding, Quantize
 from htfa_jax.inference.results import OWN_COMPLETION, Result, intermediates
 from htfa_jax.inference.sampler import Answerer, Said
 from htfa_jax.inference.weights import for_inference
+from htfa_jax.models.decoding import DecodingInternLM2
 from htfa_jax.models.factory import build_model
 from htfa_jax.models.registration import SOURCES, denormalize, to_8bit
 from htfa_jax.sharding.layout import Layout
@@ -94,7 +95,7 @@ class HTFAInference:
         self.config, self.step = config, step
         self.tokenizer = ChatTokenizer(workdir / "tokenizer")
         self.params = jax.device_put(for_inference(config, params, quantize), layout.replicated)
-        model = self._model = build_model(config, decoding=True)
+        model = self._model = build_model(config, DecodingInternLM2)
         self.can_paint = config.loss.code_weight > 0 and config.vq.has_decoder
         self.can_answer = config.loss.text_weight > 0
 

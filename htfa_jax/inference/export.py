@@ -20,7 +20,7 @@ from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.inference.model_card import model_card
 from htfa_jax.inference.options import ExportDType
-from htfa_jax.models.factory import ALPHA, CODEBOOK, build_model
+from htfa_jax.models.factory import FLOAT32_PARAMS, build_model
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def export_run(
 
 def stored_dtype(path: str, dtype: Any, wanted: ExportDType) -> np.dtype:
     """What a weight is stored as: `wanted`, unless the run's own type is narrower."""
-    if re.fullmatch(f"{CODEBOOK}|{ALPHA}", path):
+    if re.fullmatch(FLOAT32_PARAMS, path):
         return np.dtype(np.float32)
     return min(np.dtype(dtype), jnp.dtype(wanted), key=lambda kind: kind.itemsize)
 

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 
 from htfa_jax.data.batch import Batch
 from htfa_jax.inference.sampling import Sampling, choose
-from htfa_jax.models.decoding import Cache, with_room
+from htfa_jax.models.decoding import Decoder
 from htfa_jax.models.htfa import HTFA, Fusion
-from htfa_jax.models.internlm2 import InternLM2
-
-# For the compiler where words are decoded. A word is hundreds of short kernels: those that do not
-# need each other's results run at the same time, which is quicker than XLA's default order. That
-# also wrote other words on an H200 than every other order did (`RESULTS.md`).
-GPU_OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+from htfa_jax.models.kv_cache import Cache, with_room
 
 
 @jax.tree_util.register_dataclass
@@ -52,8 +47,10 @@ def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> P
     if with_weights:
         positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (B, length))
         # Of all heads they would be too many: thousands of tokens squared, for every layer.
-        seen = model.decoder.watch(prefix_BTD, positions_BT, cache, lambda w: w.mean(axis=1))
-        hidden_BTD, cache, attention = seen.hidden_BTD, seen.cache, seen.kept
+        seen = model.decoder.with_attention(
+            prefix_BTD, positions_BT, cache, lambda w: w.mean(axis=1)
+        )
+        hidden_BTD, cache, attention = seen.hidden_BTD, seen.cache, seen.attention
     else:
         hidden_BTD, cache = model.decode(prefix_BTD, 0, cache)
     # The cells of the picture that is completed stand last.
@@ -98,7 +95,7 @@ class State:
 
 
 def prefill(
-    decoder: InternLM2,
+    decoder: Decoder,
     cache: Cache,
     start: jax.Array,
     prompt_BT: jax.Array,
@@ -144,7 +141,7 @@ def prefill(
 
 
 def decode_until(
-    decoder: InternLM2, state: State, until: jax.Array, *, stop_ids: tuple[int, ...]
+    decoder: Decoder, state: State, until: jax.Array, *, stop_ids: tuple[int, ...]
 ) -> State:
     """Chooses words until every row has stopped or has `until` of them."""
 

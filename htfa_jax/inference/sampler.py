@@ -13,11 +13,13 @@ from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
 from htfa_jax.inference.answer_attention import END, AnswerAttention, watch_text
-from htfa_jax.inference.generate import GPU_OPTIONS, Prefix, State, decode_until, prefill
+from htfa_jax.inference.generate import Prefix, State, decode_until, prefill
 from htfa_jax.inference.options import Decoding
 from htfa_jax.inference.sampling import sampling_of
-from htfa_jax.models.decoding import Cache, num_slots
-from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
+from htfa_jax.kernels import compiler
+from htfa_jax.models.decoding import Decoder
+from htfa_jax.models.internlm2 import VOCAB_MULTIPLE
+from htfa_jax.models.kv_cache import Cache, num_slots
 from htfa_jax.sharding.layout import Layout, to_host
 
 # Prompts and rooms for answers are rounded up to multiples of these, so that few shapes compile:
@@ -63,7 +65,7 @@ class Answerer:
         self,
         config: Config,
         tokenizer: ChatTokenizer,
-        decoder_of: Callable[[Any], InternLM2],
+        decoder_of: Callable[[Any], Decoder],
         layout: Layout,
     ):
         self.config, self.tokenizer = config, tokenizer
@@ -91,7 +93,7 @@ class Answerer:
         self._decode = jax.jit(
             layout.inside(further),
             donate_argnums=1,
-            compiler_options=GPU_OPTIONS if layout.platform == "gpu" else None,
+            compiler_options=compiler.DECODING.get(layout.platform),
         )
         self._watch = jax.jit(layout.inside(watch))
 

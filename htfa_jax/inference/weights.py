@@ -10,11 +10,15 @@ from htfa_jax.common.param_paths import Flat, split
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.options import Quantize
-from htfa_jax.models.internlm2 import decoding_layout
+from htfa_jax.models.decoding import decoding_layout
+from htfa_jax.models.factory import FLOAT32_PARAMS
+
+# What matmuls read; norms and biases are small, and float32 in the computation.
+MATRICES = r".*\.(kernel|embedding)"
 
 
 def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
-    """A run's weights as `build_model(config, decoding=True)` takes them.
+    """A run's weights as `build_model(config, DecodingInternLM2)` takes them.
 
     The decoder is laid out for decoding, and matrices are cast to the computation's type once
     instead of at every use. Norms, alpha and the codebook stay in float32.
@@ -28,12 +32,12 @@ def for_inference(config: Config, params: Flat, quantize: Quantize | None = None
     inside = {path.removeprefix("decoder."): v for path, v in decoder.items()}
     dtype = jnp.dtype(config.train.dtype)
 
+    def is_cast(path: str) -> bool:
+        return bool(re.fullmatch(MATRICES, path)) and not re.fullmatch(FLOAT32_PARAMS, path)
+
     def cast_down(weights: Flat) -> Flat:
         # Arrays from a file are NumPy's and stay so: nothing has to be compiled for them.
-        return {
-            path: v.astype(dtype) if re.fullmatch(r".*\.(kernel|embedding)", path) else v
-            for path, v in weights.items()
-        }
+        return {path: v.astype(dtype) if is_cast(path) else v for path, v in weights.items()}
 
     # Cast before what is merged is copied.
     laid_out = decoding_layout(cast_down(inside))

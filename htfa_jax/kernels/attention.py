@@ -6,7 +6,7 @@
 - `plain`: XLA, for everything else; it holds the weights of a block of queries in memory, the
   kernels do not.
 
-All three compute the softmax in float32.
+All three compute the softmax in float32; `plain` on a CPU is what the others are tested against.
 """
 
 import functools
@@ -19,7 +19,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jax.sharding import PartitionSpec
 
 from htfa_jax.kernels.matmul import float32_einsum
-from htfa_jax.sharding.mesh import BATCH_AXES, target
+from htfa_jax.sharding import mesh
+from htfa_jax.sharding.mesh import BATCH_AXES, Backend
 
 Implementation = Literal["splash", "cudnn", "plain"]
 
@@ -33,18 +34,19 @@ class Kernel(NamedTuple):
     widest_head: int  # channels, one that hides keys among them
 
 
-# By target; a target that is not here has plain attention only. cuDNN's backward pass takes heads
-# of up to 128 channels, on Hopper 256; it needs Ampere.
+# A backend that is not here has plain attention only. cuDNN's backward pass takes heads of up to
+# 128 channels, on Hopper 256; it needs Ampere.
 KERNELS = {
-    "tpu": Kernel("splash", ("bfloat16",), 256, 256),
-    "gpu 8": Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
-    "gpu 9": Kernel("cudnn", ("bfloat16", "float16"), 256, 256),
-    "gpu 10": Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
+    Backend("tpu"): Kernel("splash", ("bfloat16",), 256, 256),
+    Backend("gpu", 8): Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
+    Backend("gpu", 9): Kernel("cudnn", ("bfloat16", "float16"), 256, 256),
+    Backend("gpu", 10): Kernel("cudnn", ("bfloat16", "float16"), 256, 128),
 }
-# Queries that plain attention looks at together: what a CPU's caches hold, or what is not much.
+# Queries that plain attention takes at a time: few enough for a CPU's caches, elsewhere few enough
+# that their weights are a small part of the memory.
 QUERIES = {"cpu": 256}
 MOST_QUERIES = 1024
-# Mesh axes that cut heads.
+# Mesh axes that heads are sharded over.
 HEAD_AXES = ("tensor",)
 SPLASH_BLOCKS = (512, 384, 256)
 # A logit's share of a hidden key: far below any other, and exact in float16 too.
@@ -78,7 +80,7 @@ def attention(
         (_, T, _, H), S = q_BTNH.shape, k_BSKH.shape[1]
         # A kernel hides keys by a channel of its own, those of its padding too.
         channels = H + (key_mask_BS is not None or not causal or T > S)
-        chosen = choose(target(), q_BTNH.dtype, min(T, S), channels)
+        chosen = implementation_for(mesh.backend(), q_BTNH.dtype, min(T, S), channels)
         if chosen != "plain":
             kernel = functools.partial({"splash": splash, "cudnn": cudnn}[chosen], causal=causal)
             return on_every_device(kernel, q_BTNH, k_BSKH, v_BSKH, key_mask_BS)
@@ -109,7 +111,7 @@ def plain(
         mask_B1TS = past_11TS if mask_B1TS is None else mask_B1TS & past_11TS
     if mask_B1TS is not None:
         mask_B1TS = jnp.broadcast_to(mask_B1TS, (len(mask_B1TS), 1, T, S))
-    block = QUERIES.get(target(), MOST_QUERIES)
+    block = QUERIES.get(mesh.backend().platform, MOST_QUERIES)
     attend = attend_block if block >= T else jax.checkpoint(attend_block)
     blocks = []
     for start in range(0, T, block):
@@ -126,9 +128,10 @@ def attend_block(
     q_BKGTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_B11TS: jax.Array | None
 ) -> jax.Array:
     """Attention [B, K, G, T, H] of queries in groups that share keys."""
-    dtype = v_BKSH.dtype
-    if target() == "cpu":
-        # Which would take the weights to 16 bits and back.
+    dtype, on_cpu = v_BKSH.dtype, mesh.backend().platform == "cpu"
+    if on_cpu:
+        # XLA's CPU matmuls of 16-bit inputs would round the weights to 16 bits, then convert them
+        # and the values back to float32: two passes more, and less exact.
         q_BKGTH, k_BKSH, v_BKSH = (x.astype(jnp.float32) for x in (q_BKGTH, k_BKSH, v_BKSH))
     logits_BKGTS = float32_einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH)
     logits_BKGTS *= q_BKGTH.shape[-1] ** -0.5
@@ -137,20 +140,24 @@ def attend_block(
     highest_BKGT1 = jax.lax.stop_gradient(logits_BKGTS.max(axis=-1, keepdims=True))
     weights_BKGTS = jnp.exp(logits_BKGTS - highest_BKGT1)
     sum_BKGT1 = weights_BKGTS.sum(axis=-1, keepdims=True)
-    if target() == "cpu":
-        # Where nothing is rounded the smaller one is divided.
+    if on_cpu:
+        # Nothing is rounded on the way, so the smaller array is divided: the output, not the
+        # weights.
         out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH) / sum_BKGT1
     else:
-        # Behind the product the gradients of product and sum, which are rounded apart, would not
-        # cancel, and float16 would overflow.
+        # The weights are divided before they are rounded. Divided behind the matmul, errors that
+        # all keys share would not cancel in the gradients of matmul and sum (0.06 instead of 0.01),
+        # and float16 would overflow.
         weights_BKGTS = (weights_BKGTS / sum_BKGT1).astype(dtype)
         out_BKGTH = float32_einsum("BKGTS,BKSH->BKGTH", weights_BKGTS, v_BKSH)
     return out_BKGTH.astype(dtype)
 
 
-def choose(target: str, dtype: jnp.dtype, length: int, head_dim: int) -> Implementation:
-    """The implementation for sequences of at least `length` on a target."""
-    kernel = KERNELS.get(target)
+def implementation_for(
+    backend: Backend, dtype: jnp.dtype, length: int, head_dim: int
+) -> Implementation:
+    """The implementation for sequences of at least `length`."""
+    kernel = KERNELS.get(backend)
     if kernel is None or jnp.dtype(dtype).name not in kernel.dtypes:
         return "plain"
     return kernel.name if length >= kernel.shortest and head_dim <= kernel.widest_head else "plain"
@@ -167,16 +174,16 @@ def on_every_device(
 
     The compiler does not divide kernels. What an axis does not divide is computed on all of it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+    around = jax.sharding.get_abstract_mesh()
+    axes = [name for name in around.axis_names if name not in around.manual_axes]
     if not axes:
         return kernel(q_BTNH, k_BSKH, v_BSKH, key_mask_BS)
 
     def dividing(names: tuple[str, ...], size: int) -> tuple[str, ...]:
         found = ()
         for name in names:
-            if name in axes and size % mesh.shape[name] == 0:
-                found, size = (*found, name), size // mesh.shape[name]
+            if name in axes and size % around.shape[name] == 0:
+                found, size = (*found, name), size // around.shape[name]
         return found
 
     batch = dividing(BATCH_AXES, q_BTNH.shape[0])

@@ -11,15 +11,16 @@ from flax import nnx
 from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
+from htfa_jax.models.decoding import Decoder
 from htfa_jax.models.htfa import HTFA
-from htfa_jax.models.layers import streams
+from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.layers import make_rngs
 
-# Parameters stored in float32 always: rounding the codebook would change which code is nearest.
-CODEBOOK = r"vq\.codebook"
+# Parameters that are float32 wherever they are stored or computed with: alpha moves by less than
+# bfloat16 can tell, and rounding the codebook would change which code is nearest.
+FLOAT32_PARAMS = r"level1\..*|vq\.codebook"
 # The generation head, which starts from the codes unless it is loaded.
 CODE_HEAD = "level3.head_generate.kernel"
-# Parameters whose copy stays float32: alpha moves by less than bfloat16 can tell.
-ALPHA = r"level1\..*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,16 +41,16 @@ class Model:
         return nnx.merge(self.graphdef, param_paths.unflatten(flat))
 
 
-def build_model(config: Config, decoding: bool = False) -> Model:
+def build_model(config: Config, decoder: type[Decoder] = InternLM2) -> Model:
     """The structure of the model that a configuration describes; allocates nothing.
 
     Args:
       config: of the run.
-      decoding: the layout of the decoder's weights (see `models.internlm2`).
+      decoder: the form of the decoder; see `HTFA`.
     """
 
     def make() -> HTFA:
-        return HTFA(config, decoding=decoding, rngs=streams(0))
+        return HTFA(config, decoder=decoder, rngs=make_rngs(0))
 
     graphdef, state = nnx.split(nnx.eval_shape(make))
     return Model(graphdef, param_paths.flatten(state))

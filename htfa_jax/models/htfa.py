@@ -9,8 +9,9 @@ from flax import nnx
 
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Batch
-from htfa_jax.models.decoding import Cache
+from htfa_jax.models.decoding import Decoder
 from htfa_jax.models.internlm2 import InternLM2
+from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.layers import split_key
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
@@ -76,10 +77,16 @@ class HTFA(nnx.Module):
 
     Args:
       config: of the run.
-      decoding: the layout of the decoder's weights (see `internlm2`).
+      decoder: the form of the decoder: the one that trains, or the one that decodes.
     """
 
-    def __init__(self, config: Config, *, decoding: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        decoder: type[Decoder] = InternLM2,
+        rngs: nnx.Rngs,
+    ):
         dtype, remat = jnp.dtype(config.train.dtype), config.train.remat
         self.config = config
         self.has_text = config.loss.text_weight > 0
@@ -109,10 +116,9 @@ class HTFA(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.decoder = InternLM2(
+        self.decoder = decoder(
             config.decoder,
             with_text=self.has_text,
-            decoding=decoding,
             dtype=dtype,
             remat=remat,
             rngs=rngs,

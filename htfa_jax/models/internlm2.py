@@ -1,37 +1,22 @@
 """InternLM2 decoder: RMSNorm, grouped-query attention, rotary positions, SwiGLU, no biases.
 
 Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the
-checkpoint layout differs.
-
-The weights come in two layouts. Training stacks the layers, for `lax.scan` compiles one block,
-and keeps kernels [in, out]. Decoding reads all weights for every word and should do nothing else:
-a scan would first copy each layer out of the stack, so there each layer stands by itself, its
-kernels are rows [out, in] (`rows.RowLinear`), and those that read the same inputs are one.
-`decoding_layout` turns the first into the second.
+checkpoint layout differs. This is the form that trains; `decoding` has the one that decodes.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DecoderConfig
 from htfa_jax.kernels.attention import attention
-from htfa_jax.kernels.matmul import float32_dot, row_product
-from htfa_jax.models.decoding import (
-    Cache,
-    KVCache,
-    RowLinear,
-    cached_attention,
-    cached_weights,
-    with_words,
-)
+from htfa_jax.kernels.cached_attention import cached_attention, cached_attention_weights
+from htfa_jax.kernels.matmul import float32_dot
+from htfa_jax.models.kv_cache import Cache, KVCache, with_tokens
 from htfa_jax.models.layers import (
     Remat,
     apply_rope,
@@ -44,95 +29,62 @@ from htfa_jax.models.layers import (
 
 VOCAB_MULTIPLE = 128
 
+Heads = tuple[jax.Array, jax.Array, jax.Array]
+
 
 @dataclasses.dataclass
-class Watched:
-    """What `InternLM2.watch` gives back.
+class AttentionOutput:
+    """What a decoder gives when attention weights are asked for.
 
     Attributes:
       hidden_BTD: hidden states after the final norm.
       cache: with the new positions in it.
-      kept: what was kept of every layer's weights, with a leading layer axis.
+      attention: what was kept of every layer's weights, with a leading layer axis.
     """
 
     hidden_BTD: jax.Array
-    cache: "Cache"
-    kept: Any
+    cache: Cache
+    attention: Any
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query attention, behind a norm."""
+    """Causal grouped-query attention."""
 
-    def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.head_dim, self.decoding = config.embed_dim // config.num_heads, decoding
-        self.rope = config.rope_theta, config.rope_factor
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config, self.head_dim = config, config.embed_dim // config.num_heads
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
-        if decoding:
-            self.qkv_proj = RowLinear(size, size + 2 * kv_size, dtype=dtype, rngs=rngs)
-        else:
-            self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
-            self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
-            self.v_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
-        self.o_proj = projection(size, size, decoding, dtype=dtype, rngs=rngs)
+        self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
+        self.o_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        norm: nnx.RMSNorm,
-        positions_BT: jax.Array,
-        cache: KVCache | None,
+        self, x_BTD: jax.Array, positions_BT: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
-        q_BTNH, k_BSKH, v_BSKH = self.project(x_BTD, norm, positions_BT)
-        if cache is None:
-            out_BTNH = attention(q_BTNH, k_BSKH, v_BSKH, causal=True)
-        else:
-            cache = with_words(cache, k_BSKH, v_BSKH, positions_BT)
-            out_BTNH = cached_attention(q_BTNH, cache.k, cache.v, positions_BT)
+        out_BTNH, cache = attend(*self.project(x_BTD, positions_BT), positions_BT, cache)
         return self.o_proj(out_BTNH.reshape(x_BTD.shape)), cache
 
-    def project(
-        self, x_BTD: jax.Array, norm: nnx.RMSNorm, positions_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Heads:
         """Queries [B, T, N, H], keys and values [B, T, K, H], the first two rotated."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        if self.decoding:
-            qkv_BTNH = self.qkv_proj(x_BTD, norm=norm).reshape(heads)
-            ends = self.num_heads, self.num_heads + self.num_kv_heads
-            q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, ends, axis=2)
-        else:
-            y_BTD = norm(x_BTD)
-            q_BTNH = self.q_proj(y_BTD).reshape(heads)
-            k_BTKH = self.k_proj(y_BTD).reshape(heads)
-            v_BTKH = self.v_proj(y_BTD).reshape(heads)
-        q_BTNH, k_BTKH = (apply_rope(x, positions_BT, *self.rope) for x in (q_BTNH, k_BTKH))
-        return q_BTNH, k_BTKH, v_BTKH
-
-    def weights(
-        self, x_BTD: jax.Array, norm: nnx.RMSNorm, positions_BT: jax.Array, k_BKSH: jax.Array
-    ) -> jax.Array:
-        """The weights [B, N, T, S] with which inputs attend to the slots of a filled cache."""
-        B, T, _ = x_BTD.shape
-        q_BTNH, _, _ = self.project(x_BTD, norm, positions_BT)
-        weights_BKTGS = cached_weights(q_BTNH, k_BKSH, positions_BT)
-        return weights_BKTGS.swapaxes(2, 3).reshape(B, self.num_heads, T, k_BKSH.shape[2])
+        q_BTNH = self.q_proj(x_BTD).reshape(heads)
+        k_BTKH = self.k_proj(x_BTD).reshape(heads)
+        v_BTKH = self.v_proj(x_BTD).reshape(heads)
+        return *rotated(self.config, q_BTNH, k_BTKH, positions_BT), v_BTKH
 
 
 class Block(nnx.Module):
     """Pre-norm block with a SwiGLU MLP."""
 
-    def __init__(self, config: DecoderConfig, *, decoding: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         size, hidden = config.embed_dim, config.mlp_dim
-        self.dropout, self.decoding = config.dropout, decoding
+        self.dropout = config.dropout
         self.norm1 = rms_norm(config, dtype=dtype, rngs=rngs)
-        self.attention = Attention(config, decoding=decoding, dtype=dtype, rngs=rngs)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.norm2 = rms_norm(config, dtype=dtype, rngs=rngs)
-        if decoding:
-            self.gate_up_proj = RowLinear(size, 2 * hidden, dtype=dtype, rngs=rngs)
-        else:
-            self.gate_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
-            self.up_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
-        self.down_proj = projection(hidden, size, decoding, dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.up_proj = linear(size, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.down_proj = linear(hidden, size, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -142,27 +94,30 @@ class Block(nnx.Module):
         key: jax.Array | None,
     ) -> tuple[jax.Array, KVCache | None]:
         attention_key, mlp_key = split_key(key, 2)
-        out_BTD, cache = self.attention(x_BTD, self.norm1, positions_BT, cache)
+        out_BTD, cache = self.attention(self.norm1(x_BTD), positions_BT, cache)
         x_BTD = x_BTD + dropout(out_BTD, self.dropout, attention_key)
-        if self.decoding:
-            gate_BTF, up_BTF = jnp.split(self.gate_up_proj(x_BTD, norm=self.norm2), 2, axis=-1)
-        else:
-            y_BTD = self.norm2(x_BTD)
-            gate_BTF, up_BTF = self.gate_proj(y_BTD), self.up_proj(y_BTD)
-        y_BTD = self.down_proj(jax.nn.silu(gate_BTF) * up_BTF)
+        y_BTD = self.norm2(x_BTD)
+        y_BTD = self.down_proj(jax.nn.silu(self.gate_proj(y_BTD)) * self.up_proj(y_BTD))
         return x_BTD + dropout(y_BTD, self.dropout, mlp_key), cache
+
+    def attention_weights(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, k_BKSH: jax.Array
+    ) -> jax.Array:
+        """The weights [B, N, T, S] with which this block's input attends to a filled cache."""
+        q_BTNH, _, _ = self.attention.project(self.norm1(x_BTD), positions_BT)
+        return weights_by_head(q_BTNH, k_BKSH, positions_BT)
 
 
 class InternLM2(nnx.Module):
-    """Token embedding, decoder blocks, final norm and text head, each usable by itself.
+    """Token embedding, decoder blocks, final norm and LM head, each usable by itself.
 
-    The vocabulary is padded to a multiple of 128; padded words have logits of minus infinity.
-    Without text there is neither embedding nor head.
+    The vocabulary is padded to a multiple of 128; the padding's logits are minus infinity.
+    Without text there is neither embedding nor head. The layers are stacked, so that `lax.scan`
+    compiles one block.
 
     Args:
       config: sizes.
       with_text: whether it has embedding and head.
-      decoding: the layout of the weights, see above.
       dtype: of the computation.
       remat: what the backward pass computes again.
     """
@@ -172,89 +127,60 @@ class InternLM2(nnx.Module):
         config: DecoderConfig,
         *,
         with_text: bool = True,
-        decoding: bool = False,
         dtype: jnp.dtype,
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ):
-        self.config, self.remat, self.dtype, self.decoding = config, remat, dtype, decoding
-        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.config, self.remat, self.dtype = config, remat, dtype
         if with_text:
-            self.embed = nnx.Embed(
-                padded,
-                config.embed_dim,
-                dtype=dtype,
-                param_dtype=jnp.float32,
-                embedding_init=nnx.initializers.normal(0.02),
-                rngs=rngs,
-            )
-
-        def block(rngs: nnx.Rngs) -> Block:
-            return Block(config, decoding=decoding, dtype=dtype, rngs=rngs)
-
-        if decoding:
-            self.layers = nnx.List(block(rngs) for _ in range(config.num_layers))
-        else:
-            self.layers = stack_layers(block, config.num_layers, rngs)
+            self.embed = embedding(config, dtype=dtype, rngs=rngs)
+        self.layers = stack_layers(
+            lambda rngs: Block(config, dtype=dtype, rngs=rngs), config.num_layers, rngs
+        )
         self.norm = rms_norm(config, dtype=dtype, rngs=rngs)
         if with_text and not config.tie_head:
-            self.head = projection(config.embed_dim, padded, decoding, dtype=dtype, rngs=rngs)
-
-    def empty_cache(self, batch: int, length: int) -> Cache:
-        """A cache for sequences of up to `length` positions."""
-        c = self.config
-        shape = (batch, c.num_kv_heads, length, c.embed_dim // c.num_heads)
-        if self.decoding:
-            return tuple(
-                KVCache(k=jnp.zeros(shape, self.dtype), v=jnp.zeros(shape, self.dtype))
-                for _ in range(c.num_layers)
-            )
-        stacked = (c.num_layers, *shape)
-        return KVCache(k=jnp.zeros(stacked, self.dtype), v=jnp.zeros(stacked, self.dtype))
+            size = padded_vocab_size(config)
+            self.head = linear(config.embed_dim, size, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: Cache | None = None,
+        cache: KVCache | None = None,
         key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cache | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """Embeddings to hidden states after the final norm.
 
         Args:
           x_BTD: embeddings.
           positions_BT: their positions; without a cache 0, 1, 2, ...
           cache: earlier keys and values; every position below these must be filled. Padding
-            goes behind a row's last word: nothing real attends to it, and the words that
+            goes behind a row's last token: nothing real attends to it, and the tokens that
             follow take its slots.
           key: dropout key, None in evaluation.
 
         Returns:
           Hidden states [B, T, D] and the cache with these positions in it (None without one).
         """
-        if self.decoding:
-            filled = []
-            for i, layer in enumerate(self.layers):
-                x_BTD, layer_cache = layer(x_BTD, positions_BT, cache and cache[i], None)
-                filled.append(layer_cache)
-            return self.norm(x_BTD), cache and tuple(filled)
         keys = None if key is None else jax.random.split(key, self.config.num_layers)
 
-        def apply(block, x_BTD, extra):
+        def apply(block: Block, x_BTD: jax.Array, extra: Any) -> tuple[jax.Array, Any]:
             cache, key = extra
             return block(x_BTD, positions_BT, cache, key)
 
         x_BTD, cache = run_layers(self.layers, x_BTD, apply, (cache, keys), self.remat)
         return self.norm(x_BTD), cache
 
-    def watch(
+    def with_attention(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        cache: Cache,
+        cache: KVCache,
         keep: Callable[[jax.Array], Any],
-    ) -> Watched:
-        """`__call__` with a cache, which also looks at the attention weights.
+    ) -> AttentionOutput:
+        """`__call__` with a cache, and the attention weights.
+
+        They are computed from the queries once more, so that a call without them costs nothing.
 
         Args:
           x_BTD, positions_BT, cache: as in `__call__`.
@@ -262,52 +188,87 @@ class InternLM2(nnx.Module):
             sequence would not fit.
         """
 
-        def apply(block, x_BTD, cache):
+        def apply(block: Block, x_BTD: jax.Array, cache: KVCache) -> tuple[jax.Array, Any]:
             out_BTD, cache = block(x_BTD, positions_BT, cache, None)
-            # From the queries once more: nothing on the way of an answer knows of the watching.
-            weights_BNTS = block.attention.weights(x_BTD, block.norm1, positions_BT, cache.k)
-            return out_BTD, (cache, keep(weights_BNTS))
+            return out_BTD, (cache, keep(block.attention_weights(x_BTD, positions_BT, cache.k)))
 
-        if not self.decoding:
-            x_BTD, (cache, kept) = run_layers(self.layers, x_BTD, apply, cache, self.remat)
-            return Watched(self.norm(x_BTD), cache, kept)
-        seen = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_BTD, one = apply(layer, x_BTD, layer_cache)
-            seen.append(one)
-        filled, kept = zip(*seen, strict=True)
-        return Watched(self.norm(x_BTD), filled, jax.tree.map(lambda *x: jnp.stack(x), *kept))
+        x_BTD, (cache, kept) = run_layers(self.layers, x_BTD, apply, cache, self.remat)
+        return AttentionOutput(self.norm(x_BTD), cache, kept)
+
+    def empty_cache(self, batch: int, length: int) -> KVCache:
+        """A cache for sequences of up to `length` positions."""
+        zeros = jnp.zeros((self.config.num_layers, *cache_shape(self.config, batch, length)))
+        return KVCache(k=zeros.astype(self.dtype), v=zeros.astype(self.dtype))
+
+    def head_kernel(self) -> jax.Array:
+        """The LM head's matrix [D, padded V]."""
+        return self.embed.embedding[...].T if self.config.tie_head else self.head.kernel[...]
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Text logits [B, T, padded V] in float32."""
-        hidden_BTD = hidden_BTD.astype(self.dtype)
-        if self.config.tie_head:
-            embedding_VD = self.embed.embedding[...].astype(self.dtype)
-            return self._real_words(row_product(embedding_VD, hidden_BTD, jnp.float32))
-        if self.decoding:
-            return self._real_words(self.head(hidden_BTD, jnp.float32))
-        return self.logits_by(self.head.kernel[...], hidden_BTD)
-
-    def head_kernel(self) -> jax.Array:
-        """The text head's matrix [D, padded V], in the training layout."""
-        return self.embed.embedding[...].T if self.config.tie_head else self.head.kernel[...]
+        return self.logits_by(self.head_kernel(), hidden_BTD)
 
     def logits_by(self, kernel_DV: jax.Array, hidden_BTD: jax.Array) -> jax.Array:
-        """Text logits [B, T, padded V] in float32 by a matrix [D, padded V]."""
-        return self._real_words(float32_dot(hidden_BTD.astype(self.dtype), kernel_DV))
-
-    def _real_words(self, logits_BTV: jax.Array) -> jax.Array:
-        real_V = jnp.arange(logits_BTV.shape[-1]) < self.config.vocab_size
-        return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
+        """`logits` by another matrix [D, padded V]."""
+        logits_BTV = float32_dot(hidden_BTD.astype(self.dtype), kernel_DV)
+        return without_padding(self.config, logits_BTV)
 
 
-def projection(
-    in_features: int, out_features: int, decoding: bool, *, dtype: jnp.dtype, rngs: nnx.Rngs
-) -> nnx.Linear | RowLinear:
-    """A linear layer without bias, its weights in one of the two layouts."""
-    if decoding:
-        return RowLinear(in_features, out_features, dtype=dtype, rngs=rngs)
-    return linear(in_features, out_features, bias=False, dtype=dtype, rngs=rngs)
+def attend(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    cache: KVCache | None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Causal attention [B, T, N, H] to these tokens and those in the cache, which then has both."""
+    if cache is None:
+        return attention(q_BTNH, k_BTKH, v_BTKH, causal=True), None
+    cache = with_tokens(cache, k_BTKH, v_BTKH, positions_BT)
+    return cached_attention(q_BTNH, cache.k, cache.v, positions_BT), cache
+
+
+def weights_by_head(q_BTNH: jax.Array, k_BKSH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """The attention weights [B, N, T, S] of queries to a filled cache."""
+    B, T, N, _ = q_BTNH.shape
+    weights_BKTGS = cached_attention_weights(q_BTNH, k_BKSH, positions_BT)
+    return weights_BKTGS.swapaxes(2, 3).reshape(B, N, T, k_BKSH.shape[2])
+
+
+def rotated(
+    config: DecoderConfig, q_BTNH: jax.Array, k_BTKH: jax.Array, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys with their rotary positions."""
+    theta, factor = config.rope_theta, config.rope_factor
+    return tuple(apply_rope(x, positions_BT, theta, factor) for x in (q_BTNH, k_BTKH))
+
+
+def padded_vocab_size(config: DecoderConfig) -> int:
+    """Rows of embedding and head."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def without_padding(config: DecoderConfig, logits_BTV: jax.Array) -> jax.Array:
+    """Logits of which those behind the vocabulary are minus infinity."""
+    real_V = jnp.arange(logits_BTV.shape[-1]) < config.vocab_size
+    return jnp.where(real_V[None, None], logits_BTV, -jnp.inf)
+
+
+def cache_shape(config: DecoderConfig, batch: int, length: int) -> tuple[int, int, int, int]:
+    """[B, K, S, H] of one layer's keys."""
+    return batch, config.num_kv_heads, length, config.embed_dim // config.num_heads
+
+
+def embedding(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Embed:
+    """The token embedding, [padded V, D]."""
+    return nnx.Embed(
+        padded_vocab_size(config),
+        config.embed_dim,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        embedding_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
 
 
 def rms_norm(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -319,32 +280,3 @@ def rms_norm(config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.
         param_dtype=jnp.float32,
         rngs=rngs,
     )
-
-
-# What the layout of decoding has as one, one below the other.
-MERGED = {
-    "attention.qkv_proj": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-
-
-def decoding_layout(params: Mapping[str, Any]) -> Flat:
-    """A decoder's weights, stacked and [in, out], as separate layers with rows [out, in].
-
-    Args:
-      params: `{path inside the decoder: array}`.
-    """
-    out: Flat = {}
-    for path, value in params.items():
-        layered = re.fullmatch(r"layers\.(.+)", path)
-        for i in range(len(value)) if layered else [None]:
-            array = value if i is None else value[i]
-            name = path if i is None else f"layers.{i}.{layered[1]}"
-            out[name] = array.T if name.endswith("kernel") else array
-    for i in range(len(params["layers.norm1.scale"])):
-        for whole, parts in MERGED.items():
-            rows = [out.pop(f"layers.{i}.{part}.kernel") for part in parts]
-            # Arrays from a file are NumPy's and stay so.
-            concatenate = np.concatenate if isinstance(rows[0], np.ndarray) else jnp.concatenate
-            out[f"layers.{i}.{whole}.kernel"] = concatenate(rows)
-    return out

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from htfa_jax.config import Level1Config
-from htfa_jax.kernels.conv import Conv
+from htfa_jax.models.feature_maps import Conv
 from htfa_jax.models.registration import resize
 
 # The head works on pictures shrunk by this factor: it needs to see a hand, not single pixels,

@@ -13,7 +13,7 @@ from flax import nnx
 from htfa_jax.config import Level2Config
 from htfa_jax.kernels.attention import attention
 from htfa_jax.kernels.matmul import float32_einsum
-from htfa_jax.models.layers import drop, kept, layer_norm, linear
+from htfa_jax.models.layers import drop, keep_mask, layer_norm, linear
 
 
 class SpatialAttention(nnx.Module):
@@ -60,7 +60,7 @@ class SpatialAttention(nnx.Module):
         k_BSNH = self.k_proj(recon_BPD).reshape(heads)
         v_BSNH = self.v_proj(values_BPD).reshape(heads)
         weights_BNTS = None
-        keep_BNTS = kept((B, self.num_heads, P, P), self.dropout, key)
+        keep_BNTS = keep_mask((B, self.num_heads, P, P), self.dropout, key)
         if with_weights or keep_BNTS is not None:
             out_BTNH, weights_BNTS = attention_and_weights(
                 q_BTNH, k_BSNH, v_BSNH, key_mask_BP, keep_BNTS, self.dropout
@@ -86,7 +86,7 @@ def attention_and_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention [B, T, N, H] with dropout on its weights, and the weights [B, N, T, S] before.
 
-    Dropout, at a rate, leaves the weights in `keep_BNTS`; see `layers.kept`.
+    Dropout, at a rate, leaves the weights in `keep_BNTS`; see `layers.keep_mask`.
     """
     logits_BNTS = float32_einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * (q_BTNH.shape[-1] ** -0.5)
     if key_mask_BS is not None:

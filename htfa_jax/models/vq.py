@@ -6,7 +6,6 @@ which Janus and LlamaGen use, or by Euclidean distance, as in Chameleon.
 """
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,9 @@ from flax import nnx
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.kernels.attention import attention
-from htfa_jax.kernels.conv import Conv, ConvIn, Downsample, GroupNorm
-from htfa_jax.kernels.matmul import BFLOAT16_GPUS, product_in_thirds
+from htfa_jax.kernels.matmul import exact_dot
+from htfa_jax.models.feature_maps import Conv, ConvIn, Downsample, GroupNorm
 from htfa_jax.models.siglip import patches
-from htfa_jax.sharding.mesh import target
 
 
 class ResBlock(nnx.Module):
@@ -199,12 +197,10 @@ class VQ(nnx.Module):
     def nearest(self, z_BME: jax.Array) -> jax.Array:
         """Index [B, M] of the code vector nearest to each continuous code."""
         vectors_CE = self.vectors()
-        # Full precision: a rounded product would pick another code wherever two are close.
-        if re.fullmatch(BFLOAT16_GPUS, target()):
-            product_BMC = product_in_thirds(z_BME, vectors_CE)
-        else:
-            product_BMC = jnp.einsum("BME,CE->BMC", z_BME, vectors_CE, precision="highest")
-        return jnp.argmin(jnp.sum(vectors_CE**2, axis=-1)[None, None] - 2 * product_BMC, axis=-1)
+        # |v|^2 - 2 z v: the distance without what all codes share. A rounded z v would pick another
+        # code wherever two are close.
+        norm_C = jnp.sum(vectors_CE**2, axis=-1)
+        return jnp.argmin(norm_C[None, None] - 2 * exact_dot(z_BME, vectors_CE), axis=-1)
 
     def straight_through(self, z_BME: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Code vectors whose gradient is that of `z_BME` itself, and their indices [B, M]."""

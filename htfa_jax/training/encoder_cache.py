@@ -28,7 +28,7 @@ from htfa_jax.common.files import made_once
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, override
-from htfa_jax.data.batch import Batch, Kind, kinds_of_a_record
+from htfa_jax.data.batch import Batch, Kind, cached_spec
 from htfa_jax.data.pipeline import evaluation_batches
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data
@@ -71,7 +71,7 @@ class EncoderCache:
 
 def check(config: Config, num_records: int) -> None:
     """Raises ConfigError if what is to be kept does not fit `data.cache_gb`, or is not possible."""
-    kinds = kinds_of_a_record(config)
+    kinds = cached_spec(config)
     sizes = {ENCODERS[name][1]: num_records * _num_bytes(k) / 1e9 for name, k in kinds.items()}
     if sizes and jax.process_count() > 1:
         raise ConfigError(
@@ -106,7 +106,7 @@ def open_or_make(
 
     Raises DataError if a record cannot be read, or if a file is not what was written.
     """
-    kinds, files = kinds_of_a_record(config), {}
+    kinds, files = cached_spec(config), {}
     for name, kind in kinds.items():
         folder = cache_folder(config) / "encoded" / cache_key(config, name, names)
         path = files[name] = folder / f"{name}.npy"

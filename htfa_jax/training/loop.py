@@ -18,10 +18,9 @@ from htfa_jax.common.logs import MetricWriter, progress
 from htfa_jax.common.signals import StopSignal
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import DataError, HTFAError
-from htfa_jax.training.loss_guard import LossGuard, resumed
-from htfa_jax.training.state import State
+from htfa_jax.training.loss_guard import LossGuard
+from htfa_jax.training.state import TrainState
 
-log = logging.getLogger(__name__)
 # Steps before the recorded ones: the first is compiled, the second still waits for its data.
 WARM = 2
 
@@ -29,7 +28,7 @@ log = logging.getLogger(__name__)
 Metrics = dict[str, jax.Array]
 
 
-class Pending(NamedTuple):
+class PendingStep(NamedTuple):
     """A step that was dispatched and not yet reported."""
 
     step: int
@@ -63,15 +62,15 @@ class Loop:
     """
 
     name: str
-    step_fn: Callable[[State, Any], tuple[State, Metrics]]
+    step_fn: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     put: Callable[[Any], Any]
     num_steps: int
     log_every: int
     writer: MetricWriter
     samples_per_step: int
     due: Callable[[int], bool]
-    after_step: Callable[[int, State], None]
-    save: Callable[[State], None]
+    after_step: Callable[[int, TrainState], None]
+    save: Callable[[TrainState], None]
     max_bad_records: int
     guard: LossGuard
     stop: StopSignal
@@ -79,7 +78,7 @@ class Loop:
     flops_per_sample: float = 0.0
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
-    def run(self, state: State, batches: Iterator[Loaded]) -> tuple[State, bool]:
+    def run(self, state: TrainState, batches: Iterator[Loaded]) -> tuple[TrainState, bool]:
         """Steps from `state` on. Returns the last state, and whether a signal cut it short."""
         self.state, self._pending, self._bad = state, None, set()
         self._timed, self._window_start = 0, time.perf_counter()
@@ -91,7 +90,7 @@ class Loop:
             try:
                 stopped = self._steps(batches, bar, watchdog)
             except HTFAError:
-                self.save(resumed(self.state))
+                self.save(self.state)
                 raise
             self.save(self.state)
         return self.state, stopped
@@ -103,7 +102,7 @@ class Loop:
             self.state, metrics = self.step_fn(self.state, self.put(loaded.batch))
             # The step before is read while this one runs.
             self._report(bar)
-            self._pending = Pending(step, metrics, loaded)
+            self._pending = PendingStep(step, metrics, loaded)
             watchdog.beat()
             if self.due(step):
                 self._report(bar)

@@ -1,10 +1,9 @@
-"""What a run does about updates that are not finite, and about losses that leap.
+"""What a run does about updates that are not finite, and about loss spikes.
 
 Inside the step nothing of an update that is not finite is applied. With
-`train.on_nonfinite="stop"` the state then halts: its step becomes negative, and a step that was
-already under way leaves it as it is. So the run stops before the update, wherever the host is,
-and the batch is dumped with all that `htfa_jax.reproduce` takes to run it again. With "skip" the
-run goes on without the update.
+`train.on_nonfinite="stop"` the state then halts, and a step that was already under way leaves it as
+it is. So the run stops before the update, wherever the host is, and the batch is dumped with all
+that `htfa_jax.reproduce` takes to run it again. With "skip" the run goes on without the update.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import json
 import logging
 import statistics
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,8 @@ import numpy as np
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.batch import Batch
 from htfa_jax.errors import DataError, TrainingError
+from htfa_jax.kernels.update import update_if
+from htfa_jax.training.state import TrainState
 
 if TYPE_CHECKING:
     from htfa_jax.data.pipeline import Loaded
@@ -31,40 +33,43 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DUMPS, FACTS = "nonfinite", "facts.json"
-# A loss leaps if it is more than so many median deviations above the median of the last steps.
+# A loss spike is more than so many median deviations above the median of the last steps.
 WINDOW, FEWEST, DEVIATIONS = 100, 20, 12.0
 
-State = dict[str, Any]
+
+def is_usable(state: TrainState, loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """Whether an update may be applied: loss and gradient are finite, and the state not halted."""
+    return jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~state["halted"]
 
 
-def is_halted(state: State) -> jax.Array:
-    """Whether a step before met an update that is not finite."""
-    return state["step"] < 0
-
-
-def halt(before: State, after: State, finite: jax.Array, train: TrainConfig) -> State:
-    """The state after a step, halted if it has to be; weights are for the step to keep.
+def guarded_update(
+    state: TrainState,
+    update: Callable[[Any, Any], tuple[Any, Any]],
+    usable: jax.Array,
+    train: TrainConfig,
+    harmless: jax.Array | None = None,
+) -> TrainState:
+    """The state after a step: updated if its update is usable, else as it was.
 
     Args:
-      before, after: the step.
-      finite: whether its update was.
-      train: of the configuration.
+      state: before the step; halted ones stay as they are.
+      update: (params, opt_state) -> (params, opt_state), the optimizer's update.
+      usable: as `is_usable` says.
+      train: of the configuration; `on_nonfinite="stop"` halts the state at the first update that is
+        not usable, "skip" counts its step and goes on.
+      harmless: whether this update may be left out without halting, as when a smaller loss scale
+        helps; `usable` by default.
+
+    Returns:
+      "step", "halted", "params", "opt_state".
     """
-    if train.on_nonfinite == "skip":
-        return after
-    step = before["step"]
-    halted = is_halted(before)
-    after = after | {"step": jnp.where(halted, step, jnp.where(finite, after["step"], -1 - step))}
-    if "loss_scale" in before:
-        kept = before["loss_scale"], after["loss_scale"]
-        after |= {"loss_scale": jax.tree.map(lambda a, b: jnp.where(halted, a, b), *kept)}
-    return after
-
-
-def resumed(state: State) -> State:
-    """A state whose step says how many updates it has seen, halted or not."""
-    step = state["step"]
-    return state | {"step": -1 - step} if step < 0 else state
+    old = state["params"], state["opt_state"]
+    halted = state["halted"]
+    params, opt_state = update_if(usable, lambda old: update(*old), old)
+    if train.on_nonfinite == "stop":
+        halted |= ~(usable if harmless is None else harmless)
+    step = jnp.where(halted, state["step"], state["step"] + 1)
+    return {"step": step, "halted": halted, "params": params, "opt_state": opt_state}
 
 
 class LossGuard:
@@ -95,7 +100,7 @@ class LossGuard:
         """
         if metrics["finite"] and np.isfinite(metrics["loss"]):
             self._skipped = 0
-            self._mark_leap(name, step, metrics["loss"], loaded.ids)
+            self._mark_spike(name, step, metrics["loss"], loaded.ids)
             return True
         self._skipped += 1
         rate = (
@@ -130,13 +135,13 @@ class LossGuard:
             return f"\nIts batch could not be written: {error}"
         return f"\nTo see it again: python -m htfa_jax.reproduce {folder}"
 
-    def _mark_leap(self, name: str, step: int, loss: float, ids: list[str]) -> None:
+    def _mark_spike(self, name: str, step: int, loss: float, ids: list[str]) -> None:
         if len(self._losses) >= FEWEST:
             median = statistics.median(self._losses)
             deviation = statistics.median(abs(x - median) for x in self._losses)
             if loss > median + DEVIATIONS * max(deviation, 1e-3 * abs(median)):
                 log.warning(
-                    "%s: the loss leaps to %.4g at step %d (median of the last %d: %.4g); records "
+                    "%s: loss spike, %.4g at step %d (median of the last %d: %.4g); records "
                     "of its batch: %s",
                     name,
                     loss,

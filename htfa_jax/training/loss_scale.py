@@ -27,25 +27,26 @@ def scale(state: dict[str, Any]) -> jax.Array | float:
     return state["loss_scale"]["scale"] if "loss_scale" in state else 1.0
 
 
-def after_step(
-    before: dict[str, Any], after: dict[str, Any], metrics: dict[str, jax.Array]
-) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """The state with its new scale, and metrics that tell of it.
+def next_scale(
+    state: dict[str, Any], metrics: dict[str, jax.Array]
+) -> tuple[dict[str, LossScale], dict[str, jax.Array]]:
+    """The part of the state that holds the new scale, and metrics that tell of it.
 
     `finite` stays false only where a smaller scale cannot help: the loss itself is not finite,
     or the scale is the least.
     """
-    if "loss_scale" not in before:
-        return after, metrics
-    old, steps = before["loss_scale"]["scale"], before["loss_scale"]["steps"]
+    if "loss_scale" not in state:
+        return {}, metrics
+    old, steps = state["loss_scale"]["scale"], state["loss_scale"]["steps"]
     fits = metrics["finite"]
     grows = fits & (steps + 1 >= PATIENCE)
     new = jnp.where(fits, jnp.where(grows, old * 2, old), old / 2).clip(LEAST, MOST)
-    kept = {"scale": new, "steps": jnp.where(fits & ~grows, steps + 1, 0)}
-    can_shrink = ~fits & jnp.isfinite(metrics["loss"]) & (old > LEAST)
+    can_shrink = ~fits & ~state["halted"] & jnp.isfinite(metrics["loss"]) & (old > LEAST)
     metrics = metrics | {
         "loss_scale": old,
         "grad_norm": jnp.where(can_shrink, 0.0, metrics["grad_norm"]),
         "finite": fits | can_shrink,
     }
-    return after | {"loss_scale": kept}, metrics
+    changed = {"scale": new, "steps": jnp.where(fits & ~grows, steps + 1, 0)}
+    kept = jax.tree.map(lambda a, b: jnp.where(state["halted"], a, b), state["loss_scale"], changed)
+    return {"loss_scale": kept}, metrics

@@ -17,15 +17,15 @@ import optax
 from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, load_config, override
-from htfa_jax.data.batch import Batch, kinds_of_a_record
+from htfa_jax.data.batch import Batch, cached_spec
 from htfa_jax.errors import TrainingError
 from htfa_jax.evaluation.report import columns
 from htfa_jax.models import flops
 from htfa_jax.models.factory import build_model
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training.optim import frozen_pattern, learning_rate, make_optimizer
-from htfa_jax.training.state import State, frozen_dtype, new_state
-from htfa_jax.training.step import compile_train_step, copy_dtype
+from htfa_jax.training.state import TrainState, frozen_dtype, new_state
+from htfa_jax.training.step import compile_train_step, params_dtype
 from htfa_jax.training.topologies import Target, collectives
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def abstract_batch(config: Config, samples: int, text_length: int) -> Batch:
         "weight": ((samples,), jnp.float32),
         "index": ((samples,), jnp.int32),
     }
-    for name, (shape, dtype) in kinds_of_a_record(config).items():
+    for name, (shape, dtype) in cached_spec(config).items():
         kinds[name] = (samples, *shape), dtype
     return Batch(**{name: jax.ShapeDtypeStruct(*kind) for name, kind in kinds.items()})
 
@@ -83,7 +83,7 @@ class Abstract:
     """
 
     step: jax.stages.Wrapped
-    state: State
+    state: TrainState
     frozen: Flat
     batch: Batch
     optimizer: optax.GradientTransformation
@@ -119,7 +119,7 @@ class Abstract:
         def shard(path: str, place: Any) -> int:
             return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
 
-        width = copy_dtype(config).itemsize
+        width = params_dtype(config).itemsize
         copy = 0
         if layout.mesh.size > 1 or width < 4:
             copy = width * sum(shard(path, layout.used) for path in params)

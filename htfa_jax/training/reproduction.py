@@ -16,10 +16,11 @@ from htfa_jax.data.batch import Batch
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.factory import build_model
 from htfa_jax.sharding.layout import Layout
-from htfa_jax.training.loss_guard import load_dump, resumed
+from htfa_jax.training.loss_guard import load_dump
 from htfa_jax.training.optim import learning_rate, make_optimizer
+from htfa_jax.training.restore import restore_state
+from htfa_jax.training.state import progress
 from htfa_jax.training.step import compile_train_step, put_update
-from htfa_jax.training.trainer import resume
 
 Metrics = dict[str, float]
 
@@ -53,14 +54,13 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
     optimizer = make_optimizer(config.optim, schedule)
     with open_checkpoints(workdir, config, read_only=True) as checkpoints:
         meta = checkpoints.restore(facts["step"] - 1)["meta"]
-        state, frozen = resume(config, workdir, model, optimizer, layout, checkpoints, meta)
+        state, frozen = restore_state(config, workdir, model, optimizer, layout, checkpoints, meta)
     step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
 
     def run(batch: Batch) -> Metrics:
-        nonlocal state
-        step = jax.device_put(jnp.int32(facts["step"] - 1), layout.replicated)
-        state, metrics = step_fn(state | {"step": step}, frozen, put_update(config, layout, batch))
-        state = resumed(state)
+        # A copy: the step takes the memory of its state, and every record is tried on the same one.
+        fresh = jax.tree.map(jnp.copy, state) | progress(facts["step"] - 1, layout.replicated)
+        _, metrics = step_fn(fresh, frozen, put_update(config, layout, batch))
         return {name: float(value) for name, value in metrics.items()}
 
     again, alone = run(batch), {}

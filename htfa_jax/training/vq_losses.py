@@ -15,7 +15,7 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Batch
 from htfa_jax.models.factory import Model
-from htfa_jax.models.layers import streams
+from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.level1_adaptive_fusion import blend
 from htfa_jax.models.registration import Pair, normalize, register, resize
 from htfa_jax.models.siglip import SigLIP
@@ -69,7 +69,7 @@ def perceptual_encoder(config: Config) -> tuple[Model, Flat]:
     dtype = jnp.dtype(config.train.dtype)
     graphdef, state = nnx.split(
         nnx.eval_shape(
-            lambda: SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=streams(0))
+            lambda: SigLIP(config.siglip, config.image_size, dtype=dtype, rngs=make_rngs(0))
         )
     )
     model = Model(graphdef, param_paths.flatten(state))

@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,17 @@ from htfa_jax.data.records import Dataset
 from htfa_jax.data.splits import cache_folder, describe_training_data, open_split
 from htfa_jax.errors import ConfigError
 from htfa_jax.evaluation.metrics import psnr, squared_error
+from htfa_jax.kernels.compiler import jit_light
 from htfa_jax.models.factory import Model
-from htfa_jax.models.layers import streams
+from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.registration import box_mask, denormalize, normalize, to_8bit
 from htfa_jax.models.vq import VQ
 from htfa_jax.sharding.layout import Layout, to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
-from htfa_jax.training import loss_guard
 from htfa_jax.training.loop import Loop, duration
-from htfa_jax.training.loss_guard import LossGuard
+from htfa_jax.training.loss_guard import LossGuard, guarded_update, is_usable
 from htfa_jax.training.plan import out_of_memory_explained
-from htfa_jax.training.state import State, compiled_lightly
+from htfa_jax.training.state import TrainState
 from htfa_jax.training.vq_losses import losses, perceptual_encoder, revive, training_pictures
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,9 @@ log = logging.getLogger(__name__)
 def build_vq(config: Config) -> Model:
     """The structure of the tokenizer alone."""
     dtype = jnp.dtype(config.train.dtype)
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: VQ(config.vq, dtype=dtype, rngs=streams(0))))
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: VQ(config.vq, dtype=dtype, rngs=make_rngs(0)))
+    )
     return Model(graphdef, param_paths.flatten(state))
 
 
@@ -63,9 +66,9 @@ def random_params(config: Config) -> Flat:
     dtype = jnp.dtype(config.train.dtype)
 
     def random(key: jax.Array) -> Flat:
-        return param_paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=streams(key)))[1])
+        return param_paths.flatten(nnx.split(VQ(config.vq, dtype=dtype, rngs=make_rngs(key)))[1])
 
-    return compiled_lightly(random)(jax.random.key(config.seed))
+    return jit_light(random)(jax.random.key(config.seed))
 
 
 def make_step(
@@ -94,7 +97,9 @@ def make_step(
         out_shardings=everywhere,
     )
     @layout.inside
-    def step(state: State, batch: Batch, eye_params: Flat) -> tuple[State, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Batch, eye_params: Flat
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         see = eye and eye.merge(eye_params)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         picture_key, revive_key = jax.random.split(key)
@@ -104,23 +109,24 @@ def make_step(
             has_aux=True,
         )
         (loss, aux), grads = grad(state["params"])
-        opt_state = state["opt_state"]
-        updates, tx_state = optimizer.update(grads, opt_state["tx"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        codebook_CE, unused_C = revive(
-            params["codebook"],
-            opt_state["unused"],
-            aux["codes"],
-            jax.lax.stop_gradient(aux["z"]),
-            config.vq_train.revive_after,
-            revive_key,
-        )
-        new = ({**params, "codebook": codebook_CE}, {"tx": tx_state, "unused": unused_C})
+
+        def update(params: Flat, opt_state: Any) -> tuple[Flat, Any]:
+            updates, tx_state = optimizer.update(grads, opt_state["tx"], params)
+            params = optax.apply_updates(params, updates)
+            codebook_CE, unused_C = revive(
+                params["codebook"],
+                opt_state["unused"],
+                aux["codes"],
+                jax.lax.stop_gradient(aux["z"]),
+                config.vq_train.revive_after,
+                revive_key,
+            )
+            return {**params, "codebook": codebook_CE}, {"tx": tx_state, "unused": unused_C}
+
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm) & ~loss_guard.is_halted(state)
-        params, opt_state = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b), new, (state["params"], opt_state)
-        )
+        usable = is_usable(state, loss, norm)
+        new = guarded_update(state, update, usable, config.train)
+        unused_C = new["opt_state"]["unused"]
         metrics = {
             "loss": loss,
             "l1": aux["l1"],
@@ -129,10 +135,9 @@ def make_step(
             **({"perceptual": aux["perceptual"]} if see else {}),
             "grad_norm": norm,
             "codes_used": jnp.sum(unused_C < config.vq_train.revive_after // 2),
-            "finite": finite,
+            "finite": usable,
         }
-        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        return loss_guard.halt(state, after, finite, config.train), metrics
+        return new, metrics
 
     eye_params = jax.tree.map(
         lambda x: layout.put_parameter(x, x.dtype, everywhere), dict(eye_params)
@@ -198,7 +203,8 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     encoder = perceptual_encoder(config) if settings.perceptual_weight else None
     params = random_params(config)
     state = {
-        "step": jnp.zeros((), jnp.int32),
+        "step": jnp.int32(0),
+        "halted": jnp.bool_(False),
         "params": params,
         "opt_state": {
             "tx": optimizer.init(params),
@@ -213,7 +219,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
         # Fresh and restored arrays alike, so that both run the same compiled step.
         state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 
-        def save(state: State) -> None:
+        def save(state: TrainState) -> None:
             checkpoints.save(state, {"key": key, "window": loop.window})
 
         loop = Loop(

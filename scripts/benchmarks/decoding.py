@@ -37,10 +37,12 @@ from transformers import LlamaForCausalLM
 
 from htfa_jax.common.param_paths import flatten, unflatten
 from htfa_jax.config import DecoderConfig, load_config
-from htfa_jax.inference.generate import GPU_OPTIONS, decode_until, prefill
+from htfa_jax.inference.generate import decode_until, prefill
 from htfa_jax.inference.options import Decoding
 from htfa_jax.inference.sampling import sampling_of
-from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2, decoding_layout
+from htfa_jax.kernels import compiler
+from htfa_jax.models.decoding import Decoder, DecodingInternLM2, decoding_layout
+from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
 from weights_convert.reference import llama_config
@@ -66,19 +68,15 @@ def ours(
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The structure of our decoder, and the same weights."""
 
-    def split(decoding: bool) -> tuple[Any, Any]:
+    def split(form: type[Decoder]) -> tuple[Any, Any]:
         return nnx.split(
-            nnx.eval_shape(
-                lambda: InternLM2(
-                    sizes, decoding=decoding, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)
-                )
-            )
+            nnx.eval_shape(lambda: form(sizes, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
         )
 
     tensors = {name: value.cpu().numpy() for name, value in theirs.state_dict().items()}
-    stacked = convert(flatten(split(False)[1]), tensors, table.llama_rules(), table.IGNORED)
+    stacked = convert(flatten(split(InternLM2)[1]), tensors, table.llama_rules(), table.IGNORED)
     weights = {k: jnp.array(v, dtype) for k, v in decoding_layout(stacked).items()}
-    return split(True)[0], weights
+    return split(DecodingInternLM2)[0], weights
 
 
 def words(rows: int, length: int, sizes: DecoderConfig) -> np.ndarray:
@@ -159,7 +157,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     further = jax.jit(
         lambda w, state, until: decode_until(decoder(w), state, until, stop_ids=(-1,)),
         donate_argnums=1,
-        compiler_options=GPU_OPTIONS if backend == "gpu" else None,
+        compiler_options=compiler.DECODING.get(backend),
     )
     probe = jnp.ones(PROBE_BYTES[backend] // 4, jnp.float32)
     read = jax.jit(jnp.sum)

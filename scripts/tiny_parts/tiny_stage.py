@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -18,9 +17,9 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import StopSignal
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.pipeline import Loaded
-from htfa_jax.training import loss_guard
 from htfa_jax.training.loop import Loop
-from htfa_jax.training.loss_guard import LossGuard
+from htfa_jax.training.loss_guard import LossGuard, guarded_update, is_usable
+from htfa_jax.training.state import progress
 
 Loss = Callable[[Flat, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 SAVE_EVERY, LOG_EVERY, WARMUP = 250, 25, 100
@@ -79,22 +78,18 @@ def train(
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(
             state["params"], batch, random
         )
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["params"])
-        norm = optax.tree.norm(grads)
-        metrics |= {
-            "loss": value,
-            "grad_norm": norm,
-            "finite": jnp.isfinite(value) & jnp.isfinite(norm),
-        }
-        new = optax.apply_updates(state["params"], updates), opt_state
-        applies = metrics["finite"] & ~loss_guard.is_halted(state)
-        params, opt_state = jax.tree.map(
-            lambda a, b: jnp.where(applies, a, b), new, (state["params"], state["opt_state"])
-        )
-        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        return loss_guard.halt(state, after, applies, TrainConfig()), metrics
 
-    state = {"step": jnp.int32(0), "params": params, "opt_state": optimizer.init(params)}
+        def update(params: Flat, opt_state: Any) -> tuple[Flat, Any]:
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        norm = optax.tree.norm(grads)
+        usable = is_usable(state, value, norm)
+        metrics |= {"loss": value, "grad_norm": norm, "finite": usable}
+        return guarded_update(state, update, usable, TrainConfig()), metrics
+
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    state = {**progress(0, here), "params": params, "opt_state": optimizer.init(params)}
     with Checkpoints(workdir, keep=1) as checkpoints:
         state, _ = checkpoints.resume(state, key, "training")
         state = jax.device_put(state, jax.local_devices()[0])

@@ -26,7 +26,7 @@ from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingErr
 from htfa_jax.evaluation import report
 from htfa_jax.evaluation.metrics import Answer
 from htfa_jax.evaluation.panel import PanelRow, panel_png, read_png
-from htfa_jax.models.layers import stack_layers, streams
+from htfa_jax.models.layers import make_rngs, stack_layers
 from htfa_jax.training.loop import Loop, duration
 from htfa_jax.training.loss_guard import LossGuard
 
@@ -49,7 +49,7 @@ def test_streams_give_the_keys_of_nnx():
         stacked = stack_layers(lambda rngs: nnx.Linear(2, 3, rngs=rngs), 2, rngs)
         return [param_paths.flatten(nnx.state(m)) for m in (stacked, nnx.Linear(3, 4, rngs=rngs))]
 
-    for a, b in zip(made(nnx.Rngs(7)), made(streams(7)), strict=True):
+    for a, b in zip(made(nnx.Rngs(7)), made(make_rngs(7)), strict=True):
         np.testing.assert_array_equal(a["kernel"], b["kernel"])
 
 

@@ -14,7 +14,7 @@ from support import random_batch, tiny, write_dataset
 from htfa_jax.checkpoints.manager import open_checkpoints
 from htfa_jax.common.param_paths import split
 from htfa_jax.config import Config, leaves, override
-from htfa_jax.data.batch import in_micro_batches
+from htfa_jax.data.batch import split_for_accumulation
 from htfa_jax.data.held_objects import builder
 from htfa_jax.data.pipeline import (
     Loaded,
@@ -128,7 +128,7 @@ def step(config):
     state = jax.eval_shape(lambda p: new_state(config, p, tx, layout), trainable)
     rest = {path: s for path, s in model.shapes.items() if path not in trainable}
     batch = random_batch(config, size=samples_per_step(config, 1))
-    batch = in_micro_batches(batch, config.train.accumulation_steps)
+    batch = split_for_accumulation(batch, config.train.accumulation_steps)
     return program(make_train_step(config, model, tx, schedule, layout), state, rest, batch)
 
 

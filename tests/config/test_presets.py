@@ -13,7 +13,7 @@ from support import random_batch, random_weights
 from htfa_jax import configs
 from htfa_jax.config import Config, leaves, load_config, override
 from htfa_jax.config.io import SIZES, preset_names, tiny
-from htfa_jax.data.batch import in_micro_batches
+from htfa_jax.data.batch import split_for_accumulation
 from htfa_jax.models import flops
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.training.plan import abstract_step
@@ -127,7 +127,7 @@ def test_two_steps_at_test_size(name, tiny_steps):
     compiled, steps = lowered.compile(), config.train.accumulation_steps
     samples = config.train.batch_size * steps
     for seed in range(2):
-        batch = in_micro_batches(random_batch(config, samples, length=70, seed=seed), steps)
+        batch = split_for_accumulation(random_batch(config, samples, length=70, seed=seed), steps)
         state, metrics = compiled(state, frozen, jax.tree.map(jnp.asarray, batch))
         assert bool(metrics["finite"]) and float(metrics["loss"]) > 0
     assert int(state["step"]) == 2

@@ -29,7 +29,7 @@ from htfa_jax.evaluation.report_html import write_report
 from htfa_jax.inference.answer_attention import END, AnswerAttention, rollout
 from htfa_jax.inference.options import View
 from htfa_jax.inference.results import Intermediates, Result
-from htfa_jax.models.decoding import with_room
+from htfa_jax.models.kv_cache import with_room
 
 P, M, SIZE = 16, 36, 48
 
@@ -106,7 +106,9 @@ def test_the_attention_of_an_answer_is_at_the_positions_that_chose_its_words(run
         decoder = engine._model.merge(params).decoder
         positions = P + M + jnp.arange(length)[None]
         inputs = decoder.embed(text_T[None])
-        return decoder.watch(inputs, positions, with_room(cache, P + M + length), lambda w: w).kept
+        return decoder.with_attention(
+            inputs, positions, with_room(cache, P + M + length), lambda w: w
+        ).attention
 
     weights = np.asarray(whole(engine.params, cache))[:, 0]
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)

@@ -11,10 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from support import product_types
+from support import compile_as_for, product_types
 
 from htfa_jax.kernels import attention as module
-from htfa_jax.kernels.attention import attention, choose, target
+from htfa_jax.kernels.attention import attention, implementation_for
+from htfa_jax.sharding.mesh import Backend, backend
+
+TPU, HOPPER = Backend("tpu"), Backend("gpu", 9)
 
 
 def random(B=2, T=9, S=9, N=6, K=2, H=5, dtype=jnp.float32):
@@ -98,7 +101,7 @@ def test_a_block_does_without_the_keys_behind_it_and_keeps_no_weights(monkeypatc
 
 
 def test_all_products_of_plain_attention_are_in_the_type_of_the_computation(monkeypatch):
-    monkeypatch.setattr(module, "target", lambda: "gpu 9")
+    compile_as_for(monkeypatch, HOPPER)
     q, k, v, cotangent = random(H=264, dtype=jnp.bfloat16)
     # What all keys share falls out of the gradients, and errors that they share would stay.
     inputs = [q, k + 1, v + 5]
@@ -165,11 +168,11 @@ def test_kernels_are_the_formula(kernel, T, S, causal, masked, request):
     agrees(run, inputs, allowed(2, T, S, causal, key_mask_BS), 1e-5)
 
 
-@pytest.mark.parametrize(("kernel", "device"), [("interpreted", "tpu"), ("imitated", "gpu 9")])
+@pytest.mark.parametrize(("kernel", "device"), [("interpreted", TPU), ("imitated", HOPPER)])
 def test_kernels_in_bfloat16_through_the_table(kernel, device, request, monkeypatch):
     run = request.getfixturevalue(kernel)
     used = []
-    monkeypatch.setattr(module, "target", lambda: device)
+    compile_as_for(monkeypatch, device)
     monkeypatch.setattr(module, run.__name__, lambda *x, **y: (used.append(1), run(*x, **y))[1])
     inputs = random(T=257, S=257, N=2, K=1, H=72, dtype=jnp.bfloat16)
     key_mask_BS = mask_keys(2, 257)
@@ -180,7 +183,7 @@ def test_kernels_in_bfloat16_through_the_table(kernel, device, request, monkeypa
 
 def test_a_mask_of_pairs_never_meets_a_kernel(monkeypatch):
     q, k, v, _ = random(T=256, S=256, dtype=jnp.bfloat16)
-    monkeypatch.setattr(module, "target", lambda: "gpu 9")
+    compile_as_for(monkeypatch, HOPPER)
     attention(q, k, v, mask_B1TS=jnp.ones((2, 1, 256, 256), bool))
     with pytest.raises(RuntimeError, match="cuDNN is not detected"):
         attention(q, k, v)
@@ -188,7 +191,7 @@ def test_a_mask_of_pairs_never_meets_a_kernel(monkeypatch):
 
 def test_in_float16_neither_sums_nor_their_gradients_leave_its_range(monkeypatch):
     """Of 1024 equal weights; heads that are too wide for a kernel."""
-    monkeypatch.setattr(module, "target", lambda: "gpu 9")
+    compile_as_for(monkeypatch, HOPPER)
     q, k, v, cotangent = random(T=8, S=1024, N=1, K=1, H=264, dtype=jnp.float16)
     v = jnp.full_like(v, 100.0)
     out, pull = jax.vjp(attention, 0 * q, k, v)
@@ -210,28 +213,28 @@ def test_a_row_without_keys_is_finite(kernel, request):
 @pytest.mark.parametrize(
     ("device", "dtype", "length", "channels", "expected"),
     [
-        ("tpu", "bfloat16", 1024, 73, "splash"),  # SigLIP
-        ("tpu", "bfloat16", 1904, 128, "splash"),  # decoder
-        ("tpu", "bfloat16", 1024, 145, "splash"),  # Level 2
-        ("tpu", "bfloat16", 784, 513, "plain"),  # tokenizer
-        ("tpu", "bfloat16", 1, 128, "plain"),  # decoding
-        ("tpu", "float32", 1024, 73, "plain"),
-        ("tpu", "float16", 1024, 73, "plain"),
-        ("gpu 9", "bfloat16", 1024, 145, "cudnn"),
-        ("gpu 9", "float16", 1904, 128, "cudnn"),
-        ("gpu 9", "float32", 1904, 128, "plain"),
-        ("gpu 9", "bfloat16", 255, 128, "plain"),
-        ("gpu 9", "bfloat16", 784, 513, "plain"),
-        ("gpu 8", "bfloat16", 1024, 73, "cudnn"),
-        ("gpu 8", "bfloat16", 1024, 145, "plain"),
-        ("gpu 10", "bfloat16", 1024, 145, "plain"),
-        ("gpu 7", "float16", 1024, 73, "plain"),  # T4: older than cuDNN's kernels
-        ("gpu gfx90a", "bfloat16", 1024, 73, "plain"),  # AMD
-        ("cpu", "bfloat16", 1024, 73, "plain"),
+        (Backend("tpu"), "bfloat16", 1024, 73, "splash"),  # SigLIP
+        (Backend("tpu"), "bfloat16", 1904, 128, "splash"),  # decoder
+        (Backend("tpu"), "bfloat16", 1024, 145, "splash"),  # Level 2
+        (Backend("tpu"), "bfloat16", 784, 513, "plain"),  # tokenizer
+        (Backend("tpu"), "bfloat16", 1, 128, "plain"),  # decoding
+        (Backend("tpu"), "float32", 1024, 73, "plain"),
+        (Backend("tpu"), "float16", 1024, 73, "plain"),
+        (Backend("gpu", 9), "bfloat16", 1024, 145, "cudnn"),
+        (Backend("gpu", 9), "float16", 1904, 128, "cudnn"),
+        (Backend("gpu", 9), "float32", 1904, 128, "plain"),
+        (Backend("gpu", 9), "bfloat16", 255, 128, "plain"),
+        (Backend("gpu", 9), "bfloat16", 784, 513, "plain"),
+        (Backend("gpu", 8), "bfloat16", 1024, 73, "cudnn"),
+        (Backend("gpu", 8), "bfloat16", 1024, 145, "plain"),
+        (Backend("gpu", 10), "bfloat16", 1024, 145, "plain"),
+        (Backend("gpu", 7), "float16", 1024, 73, "plain"),  # T4: older than cuDNN's kernels
+        (Backend("gpu", 0), "bfloat16", 1024, 73, "plain"),  # AMD
+        (Backend("cpu"), "bfloat16", 1024, 73, "plain"),
     ],
 )
 def test_choice(device, dtype, length, channels, expected):
-    assert choose(device, jnp.dtype(dtype), length, channels) == expected
+    assert implementation_for(device, jnp.dtype(dtype), length, channels) == expected
 
 
 def test_the_mesh_says_what_the_code_will_run_on(monkeypatch):
@@ -241,23 +244,21 @@ def test_the_mesh_says_what_the_code_will_run_on(monkeypatch):
 
     @jax.jit
     def traced(x):
-        seen.append(target())
+        seen.append(backend())
         return x
 
     traced(1.0)
     with jax.set_mesh(mesh):
         traced(1.0)
-    assert seen == ["tpu", "cpu"]
+    assert seen == [TPU, Backend("cpu")]
 
 
-@pytest.mark.parametrize(
-    ("here", "expected"), [("9.0", "gpu 9"), ("7.5", "gpu 7"), (None, "gpu 8")]
-)
+@pytest.mark.parametrize(("here", "expected"), [("9.0", 9), ("7.5", 7), ("gfx90a", 0), (None, 8)])
 def test_a_gpu_is_told_by_its_generation(here, expected, monkeypatch):
     gpu = SimpleNamespace(platform="gpu", compute_capability=here)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [gpu] if here else [])
-    assert target() == expected
+    assert backend() == Backend("gpu", expected)
 
 
 ON_A_MESH = """
@@ -271,7 +272,7 @@ kernel, seen = module.splash, set()
 def splash(q, k, v, mask, *, causal):
     seen.add((q.shape, k.shape))
     return kernel(q, k, v, mask, causal=causal)
-module.splash, module.target = splash, lambda: "tpu"
+module.splash, module.mesh.backend = splash, lambda: module.Backend("tpu")
 make = module.splash_attention.make_splash_mha_single_device
 module.splash_attention.make_splash_mha_single_device = functools.partial(make, interpret=True)
 

@@ -8,7 +8,8 @@ from support import taken_apart
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
-from htfa_jax.models.internlm2 import InternLM2, decoding_layout
+from htfa_jax.models.decoding import DecodingInternLM2, decoding_layout
+from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.models.layers import run_layers
 from weights_convert import internlm2 as table
 from weights_convert.convert import convert
@@ -26,8 +27,8 @@ CONFIG = DecoderConfig(
 LENGTH = 512
 
 
-def structure_of(config=CONFIG, **options):
-    return taken_apart(InternLM2(config, dtype=jnp.float32, rngs=nnx.Rngs(0), **options))[0]
+def structure_of(form=InternLM2, config=CONFIG, **options):
+    return taken_apart(form(config, dtype=jnp.float32, rngs=nnx.Rngs(0), **options))[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +93,20 @@ def test_every_layer_agrees_with_transformers_on_a_long_prompt(pair):
     assert np.all(logits[..., CONFIG.vocab_size :] == -np.inf)
 
 
-@pytest.mark.parametrize("decoding", [False, True])
-def test_watched_attention_is_that_of_transformers(pair, decoding):
-    """Of words that follow others in a cache, in both layouts of the weights."""
+@pytest.mark.parametrize("form", [InternLM2, DecodingInternLM2])
+def test_attention_weights_are_those_of_transformers(pair, form):
+    """Of tokens that follow others in a cache, in both forms of the decoder."""
     _, weights, theirs = pair
     start, ids = 50, tokens(length=90)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids), output_attentions=True)
-    decoder = structure_of(decoding=decoding).merge(
-        decoding_layout(weights) if decoding else weights
-    )
+    decoder = structure_of(form).merge(weights if form is InternLM2 else decoding_layout(weights))
     x = decoder.embed(ids)
     _, cache = decoder(x[:, :start], positions(2, start), decoder.empty_cache(2, 100))
     rest = positions(2, 40, start)
-    seen = decoder.watch(x[:, start:], rest, cache, lambda weights_BNTS: weights_BNTS)
-    assert seen.kept.shape == (3, 2, 6, 40, 100)
-    for ours, target in zip(seen.kept, expected.attentions, strict=True):
+    seen = decoder.with_attention(x[:, start:], rest, cache, lambda weights_BNTS: weights_BNTS)
+    assert seen.attention.shape == (3, 2, 6, 40, 100)
+    for ours, target in zip(seen.attention, expected.attentions, strict=True):
         np.testing.assert_allclose(ours[..., :90], target.numpy()[:, :, start:], atol=1e-4)
         np.testing.assert_allclose(ours.sum(axis=-1), 1, rtol=1e-5)
     hidden, after = decoder(x[:, start:], rest, cache)
@@ -187,7 +186,7 @@ def test_cached_equals_uncached_for_rows_of_different_lengths(pair):
 
 def test_tied_head_is_the_embedding_and_nothing_else():
     config = DecoderConfig(**{**CONFIG.__dict__, "tie_head": True})
-    structure = structure_of(config)
+    structure = structure_of(config=config)
     assert not [path for path in structure.shapes if path.startswith("head")]
     module = structure.merge({p: jnp.ones(s.shape) for p, s in structure.shapes.items()})
     logits = module.logits(jnp.ones((1, 1, CONFIG.embed_dim)))
@@ -201,7 +200,7 @@ def test_without_text_there_is_neither_embedding_nor_head():
 
 def test_dropout_needs_a_key_and_differs_between_layers(pair):
     _, weights, _ = pair
-    structure = structure_of(DecoderConfig(**{**CONFIG.__dict__, "dropout": 0.3}))
+    structure = structure_of(config=DecoderConfig(**{**CONFIG.__dict__, "dropout": 0.3}))
     x = jax.random.normal(jax.random.key(0), (1, 20, CONFIG.embed_dim))
 
     def run(key):

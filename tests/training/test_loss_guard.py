@@ -11,14 +11,15 @@ from htfa_jax import reproduce
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.common.param_paths import split
 from htfa_jax.config import TrainConfig, override
-from htfa_jax.data.batch import in_micro_batches
+from htfa_jax.data.batch import split_for_accumulation
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import DataError, TrainingError
 from htfa_jax.models.factory import build_model
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training import loss_guard
 from htfa_jax.training import trainer as train_module
-from htfa_jax.training.loss_guard import LossGuard, resumed
+from htfa_jax.training.loss_guard import LossGuard, guarded_update, is_usable
+from htfa_jax.training.loss_scale import next_scale
 from htfa_jax.training.optim import frozen_pattern, learning_rate, make_optimizer
 from htfa_jax.training.state import new_state
 from htfa_jax.training.step import compile_train_step
@@ -33,14 +34,14 @@ def loaded(config=None, ids=("r0", "r1")):
 
 
 def test_a_halted_state_keeps_its_loss_scale():
-    scale = {"scale": jnp.float32(8), "steps": jnp.int32(3)}
-    other = {"scale": jnp.float32(4), "steps": jnp.int32(0)}
-    before = {"step": jnp.int32(-6), "loss_scale": scale}
-    after = loss_guard.halt(
-        before, {"step": jnp.int32(-5), "loss_scale": other}, jnp.bool_(True), TrainConfig()
-    )
-    assert int(after["step"]) == -6 and float(after["loss_scale"]["scale"]) == 8
-    assert int(resumed(after)["step"]) == 5
+    state = {"halted": jnp.bool_(True), "step": jnp.int32(5), "params": 1.0, "opt_state": 2.0}
+    state["loss_scale"] = {"scale": jnp.float32(8), "steps": jnp.int32(3)}
+    usable = is_usable(state, jnp.float32(0), jnp.float32(0))
+    metrics = {"loss": jnp.float32(0), "grad_norm": jnp.float32(0), "finite": usable}
+    after, told = next_scale(state, metrics)
+    assert after == {"loss_scale": state["loss_scale"]} and not told["finite"]
+    new = guarded_update(state, lambda p, o: (p + 1, o + 1), usable, TrainConfig())
+    assert new == {k: v for k, v in state.items() if k != "loss_scale"}
 
 
 def test_skipping_is_bounded_in_a_row(caplog):
@@ -56,7 +57,7 @@ def test_skipping_is_bounded_in_a_row(caplog):
         guard.passes("train", 6, BAD, loaded())
 
 
-def test_leaps_of_the_loss_are_marked(caplog):
+def test_loss_spikes_are_marked(caplog):
     rng, guard = np.random.default_rng(0), LossGuard(TrainConfig())
 
     def see(step, loss):
@@ -64,10 +65,10 @@ def test_leaps_of_the_loss_are_marked(caplog):
 
     for step in range(300):
         see(step, 5.0 - 0.01 * step + 0.1 * rng.standard_normal())
-    assert "leaps" not in caplog.text
+    assert "spike" not in caplog.text
     see(300, 6.0)
-    assert "train: the loss leaps to 6 at step 300 (median of the last 100: 2." in caplog.text
-    assert caplog.text.count("leaps") == 1 and "r0, r1" in caplog.text
+    assert "train: loss spike, 6 at step 300 (median of the last 100: 2." in caplog.text
+    assert caplog.text.count("spike") == 1 and "r0, r1" in caplog.text
 
 
 def test_a_batch_comes_back_from_its_dump_as_it_was(tmp_path):
@@ -153,7 +154,7 @@ def test_a_run_stops_before_the_update_and_one_command_shows_it_again(
 
 def test_the_step_that_was_under_way_is_not_applied_either(config):
     structure, layout = build_model(config), Layout(config)
-    batch = in_micro_batches(random_batch(config, size=2, length=70), 1)
+    batch = split_for_accumulation(random_batch(config, size=2, length=70), 1)
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule)
@@ -171,12 +172,13 @@ def test_the_step_that_was_under_way_is_not_applied_either(config):
         second := step(first[0], poisoned),
         step(second[0], batch),
     )
-    assert [int(s["step"]) for s in (good, halted, after)] == [1, -2, -2]
+    assert [int(s["step"]) for s in (good, halted, after)] == [1, 1, 1]
+    assert [bool(s["halted"]) for s in (good, halted, after)] == [False, True, True]
     assert [a, b, c] == [True, False, False]
     for held in (halted, after):
-        jax.tree.map(np.testing.assert_array_equal, held | {"step": 1}, good | {"step": 1})
+        jax.tree.map(np.testing.assert_array_equal, held | {"halted": False}, good)
     # What goes on from there is what would have come of the good batch.
-    expected, got = step(good, batch), step(resumed(after), batch)
+    expected, got = step(good, batch), step(after | {"halted": jnp.bool_(False)}, batch)
     assert int(got[0]["step"]) == 2 and got[1]
     jax.tree.map(np.testing.assert_array_equal, got[0], expected[0])
 

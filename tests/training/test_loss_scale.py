@@ -7,7 +7,7 @@ import pytest
 from support import random_batch, random_weights, tiny
 
 from htfa_jax.common.param_paths import split
-from htfa_jax.data.batch import in_micro_batches
+from htfa_jax.data.batch import split_for_accumulation
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.factory import build_model
 from htfa_jax.sharding.layout import Layout
@@ -21,10 +21,11 @@ from htfa_jax.training.step import make_train_step
 def after(scale, steps, *, finite, loss=1.0):
     """(scale, steps, finite) after a step."""
     state = {"loss_scale": {"scale": jnp.float32(scale), "steps": jnp.int32(steps)}}
+    state["halted"] = jnp.bool_(False)
     metrics = {
         "finite": jnp.bool_(finite), "loss": jnp.float32(loss), "grad_norm": jnp.float32(jnp.inf),
     }  # fmt: skip
-    new, told = loss_scale.after_step(state, {}, metrics)
+    new, told = loss_scale.next_scale(state, metrics)
     kept = new["loss_scale"]
     return float(kept["scale"]), int(kept["steps"]), bool(told["finite"])
 
@@ -47,7 +48,7 @@ def test_the_scale_has_bounds():
 
 def test_other_types_have_no_scale():
     state, metrics = {"params": 1}, {"finite": True}
-    assert loss_scale.after_step(state, state, metrics) == (state, metrics)
+    assert loss_scale.next_scale(state, metrics) == ({}, metrics)
     assert loss_scale.scale(state) == 1
 
 
@@ -61,7 +62,7 @@ def scaled():
     optimizer = make_optimizer(config.optim, schedule)
     state = new_state(config, trainable, optimizer, layout)
     step = jax.jit(make_train_step(config, model, optimizer, schedule, layout))
-    batch = in_micro_batches(random_batch(config, size=2), 1)
+    batch = split_for_accumulation(random_batch(config, size=2), 1)
     return step, state, frozen, batch
 
 

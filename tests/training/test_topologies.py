@@ -10,8 +10,7 @@ import jax
 import pytest
 
 from htfa_jax.errors import ConfigError
-from htfa_jax.inference import generate
-from htfa_jax.training import step
+from htfa_jax.kernels import compiler
 from htfa_jax.training.topologies import collectives, find
 
 ROOT = Path(__file__).parents[2]
@@ -62,10 +61,10 @@ print(describe(config, target))
 """
 
 
-@pytest.mark.parametrize("module", [step, generate])
-def test_options_for_gpus_are_some_that_xla_has(module):
+@pytest.mark.parametrize("options", [compiler.TRAINING, compiler.DECODING])
+def test_options_for_gpus_are_some_that_xla_has(options):
     """Which it looks at wherever it compiles."""
-    assert jax.jit(lambda x: x + 1, compiler_options=module.GPU_OPTIONS)(1) == 2
+    assert jax.jit(lambda x: x + 1, compiler_options=options["gpu"])(1) == 2
 
 
 needs_libtpu = pytest.mark.skipif(

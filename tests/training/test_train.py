@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,16 @@ from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.checkpoints.manager import open_checkpoints
 from htfa_jax.common.param_paths import split
 from htfa_jax.config import load_config, override
-from htfa_jax.data.batch import in_micro_batches
+from htfa_jax.data.batch import split_for_accumulation
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
+from htfa_jax.kernels import update
+from htfa_jax.kernels.compiler import jit_light
 from htfa_jax.models.factory import build_model
 from htfa_jax.sharding.layout import Layout
-from htfa_jax.training import step as step_module
+from htfa_jax.sharding.mesh import Backend
 from htfa_jax.training import trainer as train_module
 from htfa_jax.training.optim import frozen_pattern, learning_rate, make_optimizer
-from htfa_jax.training.state import compiled_lightly, new_params, new_state
+from htfa_jax.training.state import new_params, new_state
 from htfa_jax.training.step import make_train_step
 from htfa_jax.training.trainer import due, train
 
@@ -52,7 +55,7 @@ def steady():
 
 def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones(steady):
     config, before, frozen, step = steady
-    after, metrics = step(before, frozen, in_micro_batches(random_batch(config, size=2), 1))
+    after, metrics = step(before, frozen, split_for_accumulation(random_batch(config, size=2), 1))
     assert int(after["step"]) == 1 and bool(metrics["finite"])
     still = [p for p, v in after["params"].items() if np.array_equal(v, before["params"][p])]
     assert still == [KEYS_BIAS]
@@ -77,7 +80,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
     results = []
     for config in (whole, parts):
         state, frozen, step = steps_of(config, optax.sgd(1.0))
-        micro_batches = in_micro_batches(batch, config.train.accumulation_steps)
+        micro_batches = split_for_accumulation(batch, config.train.accumulation_steps)
         results.append(step(state, frozen, micro_batches))
     (expected, expected_metrics), (got, metrics) = results
     for name in ("loss", "text_loss", "code_loss", "code_accuracy", "grad_norm", "alpha_mean"):
@@ -86,14 +89,15 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
         np.testing.assert_allclose(got["params"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("target", ["cpu", "gpu 9"])
-def test_a_step_that_is_not_finite_changes_nothing(steady, target, monkeypatch):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_step_that_is_not_finite_changes_nothing(steady, platform, monkeypatch):
     """And one that is gives the same update in the form for GPUs."""
     config, before, frozen, step = steady
-    if target != "cpu":
-        good = in_micro_batches(random_batch(config, size=2), 1)
+    if platform == "gpu":
+        good = split_for_accumulation(random_batch(config, size=2), 1)
         expected, _ = step(before, frozen, good)
-        monkeypatch.setattr(step_module, "target", lambda: target)
+        gpu = SimpleNamespace(backend=lambda: Backend("gpu", 9))
+        monkeypatch.setattr(update, "mesh", gpu)
         for_gpus = steps_of(config)
         assert "cond[" in str(step.trace(before, frozen, good).jaxpr)
         before, frozen, step = for_gpus
@@ -104,7 +108,7 @@ def test_a_step_that_is_not_finite_changes_nothing(steady, target, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     batch = random_batch(config, size=2)
     batch.loss_mask[0, 3] = np.nan
-    after, metrics = step(before, frozen, in_micro_batches(batch, 1))
+    after, metrics = step(before, frozen, split_for_accumulation(batch, 1))
     assert not bool(metrics["finite"])
     for name in ("params", "opt_state"):
         assert_equal(after[name], before[name])
@@ -112,7 +116,7 @@ def test_a_step_that_is_not_finite_changes_nothing(steady, target, monkeypatch):
 
 def test_the_loss_falls_on_one_batch(steady):
     config, state, frozen, step = steady
-    batch, losses = in_micro_batches(random_batch(config, size=2), 1), []
+    batch, losses = split_for_accumulation(random_batch(config, size=2), 1), []
     for _ in range(25):
         state, metrics = step(state, frozen, batch)
         losses.append(float(metrics["loss"]))
@@ -339,7 +343,7 @@ def test_light_compilation_changes_no_bit_of_what_is_drawn():
 
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        expected, found = (jit(draw)(jax.random.key(1)) for jit in (jax.jit, compiled_lightly))
+        expected, found = (jit(draw)(jax.random.key(1)) for jit in (jax.jit, jit_light))
     finally:
         jax.config.update("jax_disable_most_optimizations", True)
     for a, b in zip(expected, found, strict=True):

@@ -99,6 +99,7 @@ def test_a_step_revives_and_counts():
         "step": jnp.int32(0),
         "params": {path: jnp.array(v) for path, v in params.items()},
         "opt_state": {"tx": optimizer.init(params), "unused": jnp.zeros(300, jnp.int32)},
+        "halted": jnp.bool_(False),
     }
     step, batch = make_step(config, model, optimizer, Layout(config)), random_batch(config, size=2)
     before = np.asarray(params["codebook"])

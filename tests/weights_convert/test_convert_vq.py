@@ -27,7 +27,7 @@ from htfa_jax.common.param_paths import flatten
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.factory import Model
-from htfa_jax.models.layers import streams
+from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.vq import VQ
 from weights_convert import vq
 from weights_convert.convert import plan
@@ -204,7 +204,7 @@ def randomized(theirs, seed):
 def program(sizes):
     """weights, pictures -> continuous codes, codes, painted pictures; compiled once."""
     graphdef, state = nnx.split(
-        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=streams(0)))
+        nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(0)))
     )
     structure = Model(graphdef, flatten(state))
 
@@ -458,7 +458,7 @@ def test_published_sizes(kind):
 
 def test_a_tokenizer_without_decoder_does_not_paint():
     module = nnx.eval_shape(
-        lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=streams(0))
+        lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=make_rngs(0))
     )
     with pytest.raises(CheckpointError, match="cannot paint"):
         module.paint(np.zeros((1, 16, 256), np.float32))

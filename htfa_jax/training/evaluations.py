@@ -1,0 +1,86 @@
+"""What a run does about evaluation: during training, and at its end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from htfa_jax.common.logs import MetricWriter
+from htfa_jax.common.param_paths import Flat
+from htfa_jax.config import Config
+from htfa_jax.data.records import Split
+from htfa_jax.data.splits import open_split
+from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import ConfigError
+from htfa_jax.evaluation import report
+from htfa_jax.evaluation.evaluator import Evaluator
+from htfa_jax.evaluation.panel import panel_png, read_png
+from htfa_jax.models.factory import Model
+from htfa_jax.sharding.layout import Layout
+from htfa_jax.sharding.processes import is_first
+from htfa_jax.training.loop import duration
+
+log = logging.getLogger(__name__)
+
+
+class Evaluations:
+    """Evaluates during and after training, and writes what comes out."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        model: Model,
+        tokenizer: ChatTokenizer,
+        layout: Layout,
+        writer: MetricWriter,
+    ):
+        self.config, self.workdir, self.writer = config, workdir, writer
+        self.evaluator = Evaluator(config, model, tokenizer, layout)
+
+    def during(self, step: int, params: Flat) -> dict[str, float] | None:
+        """Scores on the validation split by short names; None if there is none."""
+        if self.config.data.validation is None:
+            return None
+        started = time.time()
+        records = open_split(self.config, "validation")
+        result = self.evaluator(params, records, self.config.eval.max_samples)
+        scalars = report.scalars(result.scores)
+        if (best := self.config.train.best_metric) not in scalars:
+            raise ConfigError(
+                f"train.best_metric={best} is not a validation metric of this run; it has "
+                f"{', '.join(scalars)}"
+            )
+        self.writer.write_scalars(step, {f"validation/{k}": v for k, v in scalars.items()})
+        if result.panel and is_first():
+            path = self.workdir / "logs" / "panels" / f"step_{step:07d}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(panel_png(result.panel))
+            self.writer.write_images(step, {"panel": read_png(path)[None]})
+        shown = ("loss", "accuracy/", "psnr/hidden")
+        log.info(
+            "validation at step %d (%s): %s",
+            step,
+            duration(time.time() - started),
+            "  ".join(f"{k} {v:.3f}" for k, v in scalars.items() if k.startswith(shown)),
+        )
+        return scalars
+
+    def final(self, step: int, params: Flat) -> dict[str, Any]:
+        """Scores on the test split, else on the validation split; written and logged."""
+        data = self.config.data
+        name: Split = "test" if data.test is not None else "validation"
+        if getattr(data, name) is None:
+            log.info("no test or validation data: nothing to evaluate on")
+            return {}
+        result = self.evaluator(params, open_split(self.config, name))
+        result.scores["step"] = step
+        folder = self.workdir / "evaluation" / name
+        if is_first():
+            report.write(result, folder)
+        log.info("step %d on split %s (%s):", step, name, folder / "panel.png")
+        for line in report.table(result.scores).splitlines():
+            log.info("%s", line)
+        return result.scores
