@@ -279,3 +279,45 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
             assert np.abs(np.asarray(picture, int) - shade).max() <= 3
     ids = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert [a[1:] for a in addresses if a.startswith("#")] == ids
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "<script>alert(1)</script>",
+        """"><img src=x onerror="alert(1)">""",
+        "' onload='alert(1)",
+        "javascript:alert(1)",
+        "</style></title></table><!-- ]]> {{ title }} {% raw %} &lt;b&gt;",
+    ],
+)
+def test_what_a_prediction_says_is_text_wherever_it_stands(bad, tmp_path):
+    file = bad.replace("/", "_") + ".png"  # names of files may hold all of this
+    Image.new("RGB", (32, 24)).save(tmp_path / file)
+    facts = {
+        "answers": [{"query": bad, "answer": bad, "confidence": 0.5}],
+        "alignment": bad,
+        "reconstruction": bad,
+    }
+    entries = [
+        {"id": bad, **facts, "figures": {"level2": file, "codes": f"gone {bad}"}},
+        {"id": bad, **facts, "completed": file},
+        {"id": bad, "error": bad},
+    ]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (tmp_path / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    page = Page(write_report(tmp_path, bad).read_text(encoding="utf-8"))
+    # Twice the title; the list of all; the headings; two pairs; a file that is gone; an error.
+    assert page.text.count(bad) == 2 + 5 + 3 + 2 * 4 + 1 + 1
+    attributes = {(tag, name) for tag, attrs in page.tags for name in attrs}
+    assert attributes == {
+        ("html", "lang"), ("meta", "charset"), ("meta", "name"), ("meta", "content"),
+        ("div", "class"), ("span", "class"), ("p", "class"), ("th", "scope"), ("a", "href"),
+        ("section", "id"), ("img", "loading"), ("img", "alt"), ("img", "src"),
+    }  # fmt: skip
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "b"})
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert [a["alt"] for a in images] == [f"level2, {bad}", f"completed, {bad}"]
+    assert all(a["src"].startswith("data:image/webp;base64,") for a in images)
+    links = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
+    assert links == [f"#pair-{i}" for i in range(len(entries))]
