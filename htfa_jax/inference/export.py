@@ -88,9 +88,9 @@ def export_run(
             for name, text in files.items():
                 (partial / "evaluation" / split / name).write_text(text, encoding="utf-8")
         shapes = {path: shape for path, (shape, _) in kinds.items()}
-        card = model_card(
-            out.name, config, step, shapes, dtype, scores.get("test", {}).get(TABLE), license
-        )
+        test = scores.get("test", {})
+        measured = json.loads(test[METRICS]) if test else None
+        card = model_card(out.name, config, step, shapes, dtype, measured, test.get(TABLE), license)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from htfa_jax.config import Config
+from htfa_jax.data.records import EMBEDDED
+
+# Tasks, as the hub names them.
+VQA, IMAGE_TO_IMAGE = "visual-question-answering", "image-to-image"
 
 CARD = """\
 ---
@@ -73,6 +80,7 @@ def model_card(
     step: int,
     shapes: Mapping[str, tuple[int, ...]],
     dtype: str,
+    scores: Mapping[str, Any] | None,
     table: str | None,
     license: str | None,
 ) -> str:
@@ -84,21 +92,24 @@ def model_card(
       step: of the weights.
       shapes: `{path: shape}` of all parameters.
       dtype: that they are stored in.
-      table: of the scores on the test split, as text; None if there are none.
+      scores: on the test split, as metrics.json has them; None if there are none.
+      table: of the same, as text; None if there is none.
       license: as the hub names it, or None.
     """
     answers = config.loss.text_weight > 0
     paints = config.loss.code_weight > 0 and config.vq.has_decoder
     abilities = ["answers questions about the object"] * answers + ["paints it whole"] * paints
-    front = [
-        "library_name: htfa_jax",
-        *([f"license: {license}"] if license else []),
-        f"pipeline_tag: {'visual-question-answering' if answers else 'image-to-image'}",
-        "tags:",
-        *(f"- {tag}" for tag in ("htfa", "jax", "flax", "amodal-completion")),
-    ]
+    results = _eval_results(config, scores or {})
+    front = ModelCardData(
+        library_name="htfa_jax",
+        license=license or None,
+        pipeline_tag=VQA if answers else IMAGE_TO_IMAGE,
+        tags=["htfa", "jax", "flax", "amodal-completion"],
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
     return CARD.format(
-        front="\n".join(front),
+        front=front.to_yaml(),
         name=name,
         abilities=" and ".join(abilities) or "predicts the codes of the whole object",
         facts="\n".join(f"| {k} | {v} |" for k, v in _facts(config, step, shapes, dtype).items()),
@@ -107,6 +118,37 @@ def model_card(
         results=_results(table),
         licence=_licence(config, license),
     )
+
+
+def _eval_results(config: Config, scores: Mapping[str, Any]) -> list[EvalResult]:
+    """The main scores as the hub shows them beside the card; all stand in metrics.json."""
+    data = config.data.test or "test"
+    scored = functools.partial(
+        EvalResult,
+        dataset_type=data,
+        dataset_name="HeldObjects" if data == EMBEDDED else data,
+        dataset_split="test",
+    )
+    found = [
+        scored(
+            task_type=VQA,
+            metric_type="accuracy",
+            metric_name=f"accuracy of {kind}",
+            metric_value=round(rows["all"]["accuracy"], 4),
+        )
+        for kind, rows in scores.get("answers", {}).items()
+    ]
+    # Evaluations that are kept may have the older name.
+    if images := scores.get("images", scores.get("pictures")):
+        found.append(
+            scored(
+                task_type=IMAGE_TO_IMAGE,
+                metric_type="psnr",
+                metric_name="PSNR of the completed image, dB",
+                metric_value=round(images["all"]["completed"]["psnr"], 2),
+            )
+        )
+    return found
 
 
 def _facts(

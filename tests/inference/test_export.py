@@ -2,12 +2,13 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import yaml
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -16,7 +17,7 @@ from support import write_run
 from htfa_jax import HTFAInference, evaluate, export
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
-from htfa_jax.checkpoints.runs import MODEL, find_run
+from htfa_jax.checkpoints.runs import DEMO, MODEL, find_run
 from htfa_jax.config import load_config, override
 from htfa_jax.config.io import save_config
 from htfa_jax.data.sources.json_lines import RecordFile
@@ -24,6 +25,7 @@ from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.evaluation import evaluator
 from htfa_jax.evaluation.report import table as score_table
 from htfa_jax.inference.export import export_run, stored_dtype
+from htfa_jax.inference.model_card import model_card
 from htfa_jax.inference.options import Decoding
 from htfa_jax.models.factory import build_model
 
@@ -165,12 +167,63 @@ def test_no_place_on_the_machine_is_written(exported, tmp_path_factory):
 
 
 def test_the_card_is_what_the_hub_reads(exported):
-    _, front, text = (exported / "README.md").read_text().split("---\n", 2)
-    front = yaml.safe_load(front)
-    assert front["library_name"] == "htfa_jax" and front["license"] == "mit"
-    assert front["pipeline_tag"] == "visual-question-answering" and "htfa" in front["tags"]
-    assert "3 scenes  loss 1.2346" in text and "`data.jsonl`" in text
-    assert "siglip (`siglip-x`)" in text and "answers questions" in text
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.library_name == "htfa_jax" and card.data.license == "mit"
+    assert card.data.pipeline_tag == "visual-question-answering" and "htfa" in card.data.tags
+    assert "3 scenes  loss 1.2346" in card.text and "`data.jsonl`" in card.text
+    assert "siglip (`siglip-x`)" in card.text and "answers questions" in card.text
+    assert "model_name" not in card.data.to_dict() and not card.data.eval_results
+
+
+def test_the_hub_shows_the_scores_of_the_test_split(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    scores = json.loads((DEMO / "evaluation/test/metrics.json").read_text())
+    weights.write_json(copy / "evaluation/test/metrics.json", {**scores, "step": 7})
+    for place in (socket.socket, "connect"), (socket, "getaddrinfo"):
+        monkeypatch.setattr(*place, None)  # nothing is asked of the hub
+    card = ModelCard.load(export_run(copy, tmp_path / "name: of # it") / "README.md")
+    assert card.data.model_name == "name: of # it"
+    found = card.data.eval_results
+    assert {(r.dataset_type, r.dataset_name, r.dataset_split) for r in found} == {
+        ("data.jsonl", "data.jsonl", "test")
+    }
+    values = {r.metric_name: r.metric_value for r in found}
+    assert values["accuracy of category"] == 0.97 and values["accuracy of color"] == 0.954
+    assert values["PSNR of the completed image, dB"] == 21.74
+    assert len(values) == len(scores["answers"]) + 1
+    tasks = {r.metric_type: r.task_type for r in found}
+    assert tasks == {"accuracy": "visual-question-answering", "psnr": "image-to-image"}
+    (model,) = card.data.to_dict()["model-index"]
+    assert [len(result["metrics"]) for result in model["results"]] == [len(values) - 1, 1]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "no",
+        "1.0",
+        "null",
+        "a: b",
+        "# x",
+        "'\"",
+        "x\n---\ntags: y",
+        "{a}",
+        "- a",
+        "\u00e9\u2028\u00df",
+        "!x &y *z",
+    ],
+)
+def test_any_name_and_licence_come_back(odd, tmp_path):
+    config = override(load_config("debug"), {"data.test": odd})
+    scores = {"answers": {odd: {"all": {"accuracy": 0.5}}}}
+    text = model_card(odd, config, 7, {}, "float32", scores, None, odd)
+    (tmp_path / "README.md").write_text(text, encoding="utf-8", newline="")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.license == card.data.model_name == odd
+    (found,) = card.data.eval_results
+    assert found.dataset_type == found.dataset_name == odd
+    assert found.metric_name == f"accuracy of {odd}" and found.metric_value == 0.5
+    assert card.text.startswith(f"\n# {odd}\n")
 
 
 def test_metrics_of_another_step_are_left_out(run, tmp_path, caplog):
