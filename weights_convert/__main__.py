@@ -12,56 +12,109 @@ Nothing that a checkpoint brings along is run. `COMMAND --help` shows the option
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
-from htfa_jax.common.cli import command, program
+import tyro
+
+from htfa_jax.common.cli import command, parse
 
 SOURCE = "folder, .safetensors, .bin, .pt, .pth or .ckpt file, or hub id such as google/siglip-..."
+SourceArg = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE", help=SOURCE)]
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands and their options."""
-    top = argparse.ArgumentParser(
-        prog=program(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What every conversion takes."""
 
-    def add(name: str, help_: str, out: bool = True) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=help_, description=help_)
-        one.add_argument("source", help=SOURCE)
-        if out:
-            one.add_argument("out", type=Path, help="weight folder to write; replaced if there")
-        one.add_argument("--revision", help="branch, tag or commit of a hub repository")
-        return one
+    command: ClassVar[str]
+    source: SourceArg
+    # Weight folder to write; replaced if there.
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    revision: str | None = None  # branch, tag or commit of a hub repository
 
-    one = add("siglip", "Converts the SigLIP vision encoder of a checkpoint.")
-    one.add_argument("--image_size", type=int, default=448, help="pixels of a side (448)")
-    one = add("vq", "Converts a VQGAN-family tokenizer.")
-    one.add_argument("--decoder_from", help="checkpoint whose decoder completes an encoder")
-    one = add("internlm2", "Converts an InternLM2 (or Llama) decoder and its tokenizer.")
-    one.add_argument("--num_layers", type=int, help="only the first so many layers (all)")
-    add("htfa", "Converts what carries over from a checkpoint of the PyTorch original.")
-    add("info", "Shows what a checkpoint holds and what of it can be converted.", out=False)
-    one = commands.add_parser("verify", help="Runs source and conversion on the same inputs.")
-    one.add_argument("folder", type=Path, help="weight folder to check")
-    one.add_argument("--source", required=True, help=SOURCE)
-    one.add_argument("--revision", help="branch, tag or commit of a hub repository")
-    one.add_argument("--decoder_from", help="as in the conversion")
-    one = commands.add_parser("to_hf", help="Writes a run's SigLIP and decoder for PyTorch.")
-    one.add_argument("run", help="run, or RUN/checkpoints/STEP")
-    one.add_argument("out", type=Path, help="folder to write")
-    return top
+
+@dataclasses.dataclass(frozen=True)
+class SigLIP(Conversion):
+    """Converts the SigLIP vision encoder of a checkpoint."""
+
+    command = "siglip"
+    image_size: int = 448  # pixels of a side
+
+
+@dataclasses.dataclass(frozen=True)
+class VQ(Conversion):
+    """Converts a VQGAN-family tokenizer."""
+
+    command = "vq"
+    decoder_from: str | None = None  # checkpoint whose decoder completes an encoder
+
+
+@dataclasses.dataclass(frozen=True)
+class InternLM2(Conversion):
+    """Converts an InternLM2 (or Llama) decoder and its tokenizer."""
+
+    command = "internlm2"
+    num_layers: int | None = None  # only the first so many layers (default: all)
+
+
+@dataclasses.dataclass(frozen=True)
+class HTFA(Conversion):
+    """Converts what carries over from a checkpoint of the PyTorch original."""
+
+    command = "htfa"
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """Shows what a checkpoint holds and what of it can be converted."""
+
+    command: ClassVar[str] = "info"
+    source: SourceArg
+    revision: str | None = None  # branch, tag or commit of a hub repository
+
+
+@dataclasses.dataclass(frozen=True)
+class Verify:
+    """Runs source and conversion on the same inputs."""
+
+    command: ClassVar[str] = "verify"
+    # Weight folder to check.
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    source: Annotated[str, tyro.conf.arg(help=SOURCE)]
+    revision: str | None = None  # branch, tag or commit of a hub repository
+    decoder_from: str | None = None  # as in the conversion
+
+
+@dataclasses.dataclass(frozen=True)
+class ToHF:
+    """Writes a run's SigLIP and decoder for PyTorch."""
+
+    command: ClassVar[str] = "to_hf"
+    # Run, or RUN/checkpoints/STEP.
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+    # Folder to write.
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+
+
+COMMANDS = (SigLIP, VQ, InternLM2, HTFA, Info, Verify, ToHF)
+
+
+def options(argv: Sequence[str] | None) -> Any:
+    """The command of a command line with its options, one of `COMMANDS`."""
+    named = (Annotated[cls, tyro.conf.subcommand(cls.command)] for cls in COMMANDS)
+    either: Any = functools.reduce(operator.or_, named)
+    return parse(either, argv, __doc__)
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parser().parse_args(argv)
+    args = options(argv)
     # What follows loads JAX, which --help does without.
     from weights_convert import htfa, internlm2, siglip, vq
     from weights_convert.folder import write_folder

@@ -8,7 +8,6 @@ from a command line.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import importlib.machinery
@@ -231,12 +230,21 @@ def save_config(config: Config, path: Path) -> None:
 
 def source_name(argv: Sequence[str]) -> str:
     """A short name for the `--config` of a command line, for the folder of its run."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="standard")
-    source = first.parse_known_args(list(argv))[0].config
+    given, _ = _taken_out(argv, "config")
+    source = "standard" if given is None else given
     path = Path(source.removesuffix(TINY))
     name = path.parent.name if path.name == "config.json" else path.stem
     return f"{name}_tiny" if source.endswith(TINY) else name
+
+
+def _taken_out(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
+    """The last value of `--NAME` in a command line (None without one), and the other arguments."""
+    if argv and argv[0].startswith("--tyro-"):
+        return None, list(argv)  # shell completion, of the whole command
+    values = tyro.conf.UseAppendAction[tuple[str, ...]]
+    option: Any = dataclasses.make_dataclass("Option", [(name, values, ())])
+    found, rest = parse(option, argv, add_help=False, return_unknown_args=True)
+    return next(reversed(getattr(found, name)), None), rest
 
 
 def parse_args(
@@ -264,11 +272,10 @@ def parse_args(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument(f"--{source}", dest="source", default=None)
-    known, rest = first.parse_known_args(argv)
-    if known.source is not None:
-        base = read(known.source)
+    # The configuration comes first: its values are the defaults of the flags.
+    given, rest = _taken_out(argv, source)
+    if given is not None:
+        base = read(given)
     elif own_field and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"--{source} is missing (--help shows all options)")
     else:

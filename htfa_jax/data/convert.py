@@ -11,7 +11,6 @@ parallel, each appears whole or not at all, and the same command goes on where a
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -23,14 +22,16 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
-from htfa_jax.common.cli import available_processors, command, program
+import tyro
+
+from htfa_jax.common.cli import available_processors, command, parse
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.data.encode import read_files
-from htfa_jax.data.records import SPLITS, Dataset
+from htfa_jax.data.records import Dataset, Split
 from htfa_jax.data.sources.array_records import (
     MANIFEST,
     SUFFIX,
@@ -40,11 +41,11 @@ from htfa_jax.data.sources.array_records import (
     read_manifest,
 )
 from htfa_jax.data.splits import open_named
-from htfa_jax.errors import DataError
+from htfa_jax.errors import ConfigError, DataError
 
 log = logging.getLogger("htfa_jax.data.convert")  # by name: this module is run as __main__ too
 
-FORMATS = ("array_record",)
+Format = Literal["array_record"]
 LOG_SECONDS = 10
 
 
@@ -112,7 +113,7 @@ def convert(
     folder = Path(folder).expanduser()
     job = Job(records, folder, shard_size, image_size, on_error == "skip")
     settings = {
-        "format": FORMATS[0],
+        "format": get_args(Format)[0],
         "source": source,
         "identity": json.loads(json.dumps(records.identity)),
         "image_root": config.data.image_root,
@@ -260,28 +261,32 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class ConvertArgs:
+    """Options of the command."""
+
+    # As data.train: a file, a URL, tfds:NAME, ...
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="IN")]
+    # Folder to write to.
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    format: Format = "array_record"  # of the shards
+    split: Split = "train"  # of a source with splits
+    shard_size: int = 1000  # records of a shard
+    image_size: int | None = None  # reduce larger pictures so (default: files as they are)
+    on_error: Literal["raise", "skip"] = "raise"  # stop at a bad record, or leave it out
+    workers: int | None = None  # processes (default: one per processor)
+    image_root: str | None = None  # as data.image_root
+    recon_template: str | None = None  # as data.recon_template
+    cache_dir: str | None = None  # as data.cache_dir
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog=program(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("source", metavar="IN", help="as data.train: a file, a URL, tfds:NAME, ...")
-    parser.add_argument("folder", metavar="OUT", help="folder to write to")
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
-    parser.add_argument("--split", choices=SPLITS, default="train", help="of a source with splits")
-    parser.add_argument("--shard_size", type=_count, default=1000, help="records of a shard")
-    parser.add_argument(
-        "--image_size", type=_count, help="reduce larger pictures so (default: files as they are)"
-    )
-    parser.add_argument("--on_error", choices=("raise", "skip"), default="raise",
-                        help="stop at a bad record, or leave it out")  # fmt: skip
-    parser.add_argument("--workers", type=_count, help="processes (default: one per processor)")
-    for name in ("image_root", "recon_template", "cache_dir"):
-        parser.add_argument(f"--{name}", help=f"as data.{name}")
-    args = parser.parse_args(argv)
+    args = parse(ConvertArgs, argv, __doc__)
+    for name in ("shard_size", "image_size", "workers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value} must be at least 1")
     given = {f"data.{n}": getattr(args, n) for n in ("image_root", "recon_template", "cache_dir")}
     config = override(Config(), {name: value for name, value in given.items() if value is not None})
     manifest = convert(
@@ -303,12 +308,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{content['records']} records in {len(content['shards'])} shards, {size / 1e6:.1f} MB, "
         f"{content['skipped']} left out: {manifest}"
     )
-
-
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return value
 
 
 if __name__ == "__main__":

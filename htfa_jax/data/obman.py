@@ -19,25 +19,27 @@ on as it is.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+import tyro
 from PIL import Image
 
-from htfa_jax.common.cli import command, program
+from htfa_jax.common.cli import command, parse
 from htfa_jax.common.files import whole_file
 from htfa_jax.common.logs import progress
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
-from htfa_jax.errors import DataError
+from htfa_jax.errors import ConfigError, DataError
 
-SPLITS = ("train", "val", "test")
+Split = Literal["train", "val", "test"]
+SPLITS = get_args(Split)
 # Where MOHO's script puts its views, and how OCC-MLLM names them.
 RECON_TEMPLATE = "{id}_0_obman_{split}_rgb_{id}.jpg.png"
 # ShapeNet's class of an object: its word in ObMan's and OCC-MLLM's papers.
@@ -52,6 +54,9 @@ CATEGORIES = {
     "04074963": "remote control",
 }
 OBJECT = 100  # in `segm`
+# ObMan says no colours.
+Question = tyro.extras.literal_type_from_choices(kind for kind in QUESTIONS if kind != "color")
+Answers = tyro.extras.literal_type_from_choices(ANSWERS)
 
 
 def write_records(
@@ -196,26 +201,28 @@ def _copy(source: Path, target: Path) -> None:
     os.replace(partial, target)
 
 
+@dataclasses.dataclass(frozen=True)
+class ObManArgs:
+    """Options of the command."""
+
+    # Folder with train, val, test.
+    obman: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OBMAN")]
+    # Folder to write to.
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    views: Path  # folder of MOHO's views
+    split: Split = "train"  # which of the three
+    recon_template: str = RECON_TEMPLATE  # the views' names
+    questions: tuple[Question, ...] = ("category", "clear")  # kinds that are asked
+    answers: Answers = "sentence"  # one word each, or a sentence
+    limit: int | None = None  # only so many samples
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog=program(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("obman", metavar="OBMAN", type=Path, help="folder with train, val, test")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--views", type=Path, required=True, help="folder of MOHO's views")
-    parser.add_argument(
-        "--recon_template", default=RECON_TEMPLATE, help="their names (default: %(default)s)"
-    )
-    kinds = [kind for kind in QUESTIONS if kind != "color"]
-    parser.add_argument("--questions", nargs="+", choices=kinds, default=["category", "clear"])
-    parser.add_argument("--answers", choices=ANSWERS, default="sentence")
-    parser.add_argument("--limit", type=int, help="only so many samples")
-    args = parser.parse_args(argv)
+    args = parse(ObManArgs, argv, __doc__)
+    if not args.questions:
+        raise ConfigError("--questions names none")
     records, left_out = write_records(
         args.obman.expanduser(),
         args.out.expanduser(),

@@ -12,7 +12,7 @@ import pytest
 
 from htfa_jax.checkpoints.runs import DEMO
 from htfa_jax.data.held_objects import __main__ as held_objects
-from weights_convert.__main__ import parser
+from weights_convert.__main__ import options
 
 MODULES = [
     "htfa_jax.data.held_objects.__main__",
@@ -119,7 +119,7 @@ def test_examples_work(module, workspace, monkeypatch):
     assert 1 <= len(shown) <= 6
     for name, argv in shown:
         if name == "weights_convert":
-            assert parser().parse_args(argv).command == argv[0]
+            assert options(argv).command == argv[0]
             continue
         package = name in ("htfa_jax.data.held_objects", "htfa_jax.demo")
         with contextlib.suppress(Begun):

@@ -7,6 +7,7 @@ from support import tiny
 from htfa_jax.config import Config, get, leaves
 from htfa_jax.config.io import (
     ConfigFlags,
+    _taken_out,
     from_dict,
     load_config,
     override,
@@ -187,6 +188,25 @@ def test_names_of_runs():
     assert source_name(["--config", "configs/debug.py"]) == "debug"
     assert source_name(["--config=runs/old_run/config.json"]) == "old_run"
     assert source_name([]) == "standard"
+
+
+def test_the_configuration_is_taken_out_of_any_command_line():
+    others = ["pos", "--dry_run", "-x", "--other-flag=c d", "--configuration", "b", "--help", ""]
+    for at in range(6):
+        for given in (["--config", "None"], ["--config=None"], ["--config=a", "--config", "None"]):
+            argv = [*others[:at], *given, *others[at:]]
+            assert _taken_out(argv, "config") == ("None", others)
+    more = ["--config.train.max_steps", "7", "--config.train.batch_size=4"]
+    assert _taken_out(more, "config") == (None, more)
+    with pytest.raises(SystemExit) as ended:
+        _taken_out(["--config"], "config")
+    assert ended.value.code == 2
+
+
+def test_shell_completion_is_of_the_whole_command(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Args, ["--tyro-print-completion", "bash"])
+    assert "--workdir" in capsys.readouterr().out
 
 
 def test_leaves_are_all_fields():

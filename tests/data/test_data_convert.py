@@ -220,6 +220,14 @@ def test_bad_records_are_left_out_on_request(damaged, tmp_path, capsys):
     assert [packed[i].id for i in range(5)] == ["r0", "r1", "r3", "r5", "r6"]
 
 
+@pytest.mark.parametrize("flag", ["--shard_size", "--image_size", "--workers"])
+def test_a_count_is_at_least_one(flag, dataset, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        convert_module.main([str(dataset), str(tmp_path / "packed"), flag, "0"])
+    assert ended.value.code == 2
+    assert f"{flag} 0 must be at least 1" in capsys.readouterr().err
+
+
 def test_other_files_are_left_alone(dataset, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match="is not empty"):

@@ -91,6 +91,20 @@ def test_records(layout, tmp_path, capsys):
     assert len(open_source(str(tmp_path / "out" / "test.jsonl"), Config().data)) == 3
 
 
+def test_flags_reach_the_records(layout, tmp_path, capsys):
+    root, views = layout
+    flags = ["--split", "test", "--questions", "clear", "category", "--answers", "word"]
+    obman.main([str(root), str(tmp_path), "--views", str(views), *flags, "--limit", "1"])
+    (line,) = map(json.loads, (tmp_path / "test.jsonl").read_text().splitlines())
+    assert [t["kind"] for t in line["conversations"][::2]] == ["clear", "category"]
+    assert line["conversations"][3]["value"] == "bottle"
+    for wrong in (["--questions"], ["--questions", "color"], ["--split", "validation"]):
+        with pytest.raises(SystemExit) as ended:
+            obman.main([str(root), str(tmp_path), "--views", str(views), *wrong])
+        assert ended.value.code == 2
+    assert "--questions names none" in capsys.readouterr().err
+
+
 def test_without_pictures_of_the_object_alone(layout, tmp_path):
     root, views = layout
     (root / "test" / "rgb_obj").rename(tmp_path / "away")

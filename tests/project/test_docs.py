@@ -93,7 +93,10 @@ def parse(found, monkeypatch):
 
     def stop_after(function):
         def stopped(*args, **options):
-            raise Parsed(function(*args, **options))
+            parsed = function(*args, **options)
+            if options.get("return_unknown_args"):  # which the whole command reads next
+                return parsed
+            raise Parsed(parsed)
 
         return stopped
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,7 @@ from htfa_jax.config.io import save_config
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.factory import build_model
 from weights_convert import internlm2, siglip
-from weights_convert.__main__ import main
+from weights_convert.__main__ import main, options
 from weights_convert.convert import plan
 from weights_convert.folder import write_folder
 from weights_convert.source import Source
@@ -246,6 +247,32 @@ def test_longer_sequences_than_the_weights_can_read_are_refused():
         override(load_config("standard"), {"decoder.max_positions": 3000})
 
 
+@pytest.mark.parametrize(
+    "line,expected",
+    [
+        ("siglip a b --image_size 40", {"out": Path("b"), "image_size": 40, "revision": None}),
+        ("siglip --revision=v2 a b", {"out": Path("b"), "image_size": 448, "revision": "v2"}),
+        ("vq a b --decoder_from c", {"out": Path("b"), "decoder_from": "c"}),
+        ("internlm2 a b --num_layers 4", {"out": Path("b"), "num_layers": 4}),
+        ("htfa a b", {"out": Path("b")}),
+        ("info a --revision v2", {"revision": "v2"}),
+        ("verify b --source a --decoder_from c", {"folder": Path("b"), "decoder_from": "c"}),
+        ("to_hf r b", {"run": "r", "out": Path("b")}),
+    ],
+)
+def test_commands_and_their_flags(line, expected):
+    found = options(line.split())
+    assert found.command == line.split()[0] and getattr(found, "source", "a") == "a"
+    assert {name: getattr(found, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("line", ["", "siglip a", "verify b", "to_hf r", "unknown a b"])
+def test_an_incomplete_command_ends_with_2(line):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+
+
 def test_verify_notices_a_wrong_weight_and_another_source(llama, tmp_path):
     run("internlm2", llama, tmp_path / "out")
     arrays = dict(weights.read_weights(tmp_path / "out"))
@@ -294,11 +321,19 @@ def test_failed_conversions_leave_nothing(vision, tmp_path, monkeypatch):
 
 
 def test_safetensors_convert_without_torch(vision, tmp_path):
-    program = (
-        "import sys; sys.modules['torch'] = None; sys.modules['transformers'] = None\n"
-        "from weights_convert.__main__ import main\n"
-        f"main(['siglip', {str(vision)!r}, {str(tmp_path / 'out')!r}, '--image_size', '40'])"
-    )
+    program = f"""
+import sys
+from pathlib import Path
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+from weights_convert.__main__ import main, options
+main(["siglip", {str(vision)!r}, {str(tmp_path / "out")!r}, "--image_size", "40"])
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/weights.safetensors").is_file()

@@ -5,33 +5,41 @@
         --out other
 """
 
-import argparse
+from __future__ import annotations
+
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from htfa_jax.common.cli import command, program
+import tyro
+
+from htfa_jax.common.cli import command, parse
 from htfa_jax.data.held_objects import build_scenes, contact_sheet
 from htfa_jax.data.held_objects.questions import ANSWERS
 from htfa_jax.data.held_objects.scenes import SPLITS
+
+Split = tyro.extras.literal_type_from_choices(SPLITS)
+Answers = tyro.extras.literal_type_from_choices(ANSWERS)
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawArgs:
+    """Options of the command."""
+
+    out: Path  # folder to write to
+    num: int = 1000  # number of scenes
+    size: int = 448  # pixels of a picture's side
+    split: Split = "train"  # each has scenes of its own
+    seed: int = 0  # of the scenes
+    answers: Answers = "word"  # one word each, or a sentence
+    workers: int | None = None  # processes (default: one per processor)
+    sheet: int = 24  # scenes on the contact sheet
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        prog=program(),
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--num", type=int, default=1000, help="number of scenes")
-    parser.add_argument("--size", type=int, default=448, help="pixels of a picture's side")
-    parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--answers", choices=ANSWERS, default="word")
-    parser.add_argument("--workers", type=int, help="processes (default: one per processor)")
-    parser.add_argument("--sheet", type=int, default=24, help="scenes on the contact sheet")
-    args = parser.parse_args(argv)
+    args = parse(DrawArgs, argv, __doc__)
     records = build_scenes(
         args.out,
         args.split,
