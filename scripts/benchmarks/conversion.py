@@ -8,16 +8,19 @@ runs in a process of its own; its peak counts the mapped pages of the files that
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
+
+from htfa_jax.common.cli import parse
 
 SHARD_BYTES = 2 * 10**9
 
@@ -85,12 +88,17 @@ def make(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, conf
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class ConversionArgs:
+    """Options of the command."""
+
+    folder: Path  # for checkpoints: 12 GB
+    repeat: int = 3  # conversions of each
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Makes what is missing, converts, prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True, help="for checkpoints: 12 GB")
-    parser.add_argument("--repeat", type=int, default=3, help="conversions of each")
-    args = parser.parse_args()
+    args = parse(ConversionArgs, argv, __doc__)
     cases = {
         "siglip": (siglip_shapes(), np.dtype(np.float32), {"num_attention_heads": 16}),
         "internlm2": (

@@ -12,18 +12,20 @@ each from empty buffers, so that what else the machine does falls on all alike.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from htfa_jax.common.cli import parse
 
 QUESTIONS = (
     ("human", "<image>\nWhat's the object in the hand?"),
@@ -131,16 +133,21 @@ class Pipeline:
         self.batches.close()
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class PipelineArgs:
+    """Options of the command."""
+
+    pairs: int = 256  # different pairs
+    samples: int = 400  # samples of a measurement
+    rounds: int = 7  # measurements of each kind
+    size: int = 448  # pixels of a side, as trained on
+    source_size: int = 448  # the same, of the files
+    processes: int = os.cpu_count() or 1  # and threads
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints samples per second, median and spread, and the pipelines' part of bare decoding."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=256, help="different pairs")
-    parser.add_argument("--samples", type=int, default=400, help="samples of a measurement")
-    parser.add_argument("--rounds", type=int, default=7, help="measurements of each kind")
-    parser.add_argument("--size", type=int, default=448, help="pixels of a side, as trained on")
-    parser.add_argument("--source_size", type=int, default=448, help="the same, of the files")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="and threads")
-    args = parser.parse_args()
+    args = parse(PipelineArgs, argv, __doc__)
     count = args.processes
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -20,11 +20,11 @@ kernels once wrote something else (`RESULTS.md`).
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import os
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,9 +32,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+import tyro
 from flax import nnx
 from transformers import LlamaForCausalLM
 
+from htfa_jax.common.cli import parse
 from htfa_jax.common.param_paths import flatten, unflatten
 from htfa_jax.config import DecoderConfig, load_config
 from htfa_jax.inference.generate import decode_until, prefill
@@ -52,6 +54,7 @@ SIZES = {
     "wide": DecoderConfig,
     "internlm2_1_8b": lambda: load_config("internlm2_1_8b").decoder,
 }
+Size = tyro.extras.literal_type_from_choices(SIZES)
 PROBE_BYTES = {"cpu": 2**28, "gpu": 2**32}
 READINGS = 8  # of that array, one behind the other
 PIECE = 32  # words that are timed by themselves: an answer, not the start of a program
@@ -243,16 +246,21 @@ def matrix_rate(dtype: str) -> float:
     return 2 * 2048**3 / float(np.median([seconds(lambda: product(x, x)) for _ in range(9)]))
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class DecodingArgs:
+    """Options of the command."""
+
+    sizes: tuple[Size, ...] = tuple(SIZES)  # of the decoder
+    batches: tuple[int, ...] = (1, 8)  # rows of a batch
+    prompt: int = 512  # words of the prompt
+    new: int = 128  # words of the answer
+    repeat: int = 5  # median of so many
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints one line per size and batch."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--prompt", type=int, default=512, help="words of the prompt")
-    parser.add_argument("--new", type=int, default=128, help="words of the answer")
-    parser.add_argument("--repeat", type=int, default=5, help="median of so many")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = parse(DecodingArgs, argv, __doc__)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     print(
         f"{jax.devices()[0].device_kind}, {torch.get_num_threads()} threads, "

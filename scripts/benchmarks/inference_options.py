@@ -9,13 +9,15 @@ batches and one by one.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import time
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 
 from htfa_jax import Completion, HTFAInference
+from htfa_jax.common.cli import parse
 from htfa_jax.data.decode import load_image, load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.splits import open_split
@@ -34,13 +36,18 @@ def hidden_psnr(records: list[Record], completed: list[Image.Image]) -> float:
     return psnr(float(np.concatenate(errors).mean()))
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class OptionsArgs:
+    """Options of the command."""
+
+    checkpoint: str  # a run with test data
+    num: int = 200  # scenes
+    passes: tuple[int, ...] = (1, 2, 4, 8)  # of completion
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Prints a few lines."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run with test data")
-    parser.add_argument("--num", type=int, default=200, help="scenes")
-    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 4, 8])
-    args = parser.parse_args()
+    args = parse(OptionsArgs, argv, __doc__)
     engine = HTFAInference(args.checkpoint)
     data = open_split(engine.config, "test")
     records = [data[i] for i in range(min(args.num, len(data)))]

@@ -10,7 +10,7 @@ processes. What a process imports is told apart: it does not grow with the file.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -18,10 +18,13 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from htfa_jax.common.cli import parse
 
 PICTURES = 64
 NAMES = ("image_orig", "image_recon")
@@ -132,18 +135,22 @@ def in_own_process(*arguments: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class SourcesArgs:
+    """Options of the command."""
+
+    records: int = 1_000_000  # of the large file
+    small: int = 1000  # records of the file beside it
+    size: int = 448  # pixels of a picture's side
+    batches: int = 10  # of 8, before memory is read
+    out: Path = Path("benchmark_sources")  # folder to write to
+    # Measure once, here: what, file and tokenizer.
+    measure: tuple[str, str, str] | None = None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--records", type=int, default=1_000_000)
-    parser.add_argument("--small", type=int, default=1000, help="records of the file beside it")
-    parser.add_argument("--size", type=int, default=448, help="pixels of a picture's side")
-    parser.add_argument("--batches", type=int, default=10, help="of 8, before memory is read")
-    parser.add_argument("--out", type=Path, default=Path("benchmark_sources"))
-    parser.add_argument("--measure", nargs=3, metavar=("WHAT", "FILE", "TOKENIZER"))
-    args = parser.parse_args()
+    args = parse(SourcesArgs, argv, __doc__)
     if args.measure:
         what, path, tokenizer = args.measure
         if what == "index":

@@ -66,6 +66,7 @@ def start(checkpoint: str, cache: str) -> None:
 
 def main() -> None:
     """Two starts in processes of their own."""
+    # What tyro imports would be missing from the times below.
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="a run with test data")
     parser.add_argument("--cache", help="start once, here, with this compilation cache")

@@ -8,14 +8,15 @@ an example scene of the demo model and what it makes of it.
 
 from __future__ import annotations
 
-import argparse
 import base64
+import dataclasses
 import html
 import io
 import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES
-from htfa_jax.common.cli import command
+from htfa_jax.common.cli import command, parse
 from htfa_jax.config import Config, get, load_config, override
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.engine import HTFAInference
@@ -422,13 +423,18 @@ def example() -> tuple[dict[str, Image.Image], str, str]:
     return scene, question, result.answer
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawArgs:
+    """Options of the command."""
+
+    config: str = "standard"  # preset or file
+    output: Path = Path("docs/architecture.svg")  # file to write
+
+
 @command
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="standard", help="preset or file")
-    parser.add_argument("--output", type=Path, default=Path("docs/architecture.svg"))
-    args = parser.parse_args(argv)
+    args = parse(DrawArgs, argv, __doc__)
     # As it would be with pretrained parts.
     config = override(load_config(args.config), {"pretrained.random_parts": "as_configured"})
     drawn = {

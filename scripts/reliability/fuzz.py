@@ -8,13 +8,13 @@ hypothesis shrinks to its smallest input.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from htfa_jax.checkpoints import integrity
+from htfa_jax.common.cli import parse
 from htfa_jax.config import Config, leaves, load_config, override
 from htfa_jax.config.io import to_dict
 from htfa_jax.data.records import Turn, parse_record
@@ -252,11 +253,16 @@ def feed(targets: Targets, name: str, inputs: int) -> None:
     once()
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class FuzzArgs:
+    """Options of the command."""
+
+    inputs: int = 100_000  # of all readers together
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=100_000, help="of all readers together")
-    args = parser.parse_args()
+    args = parse(FuzzArgs, argv, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         targets = Targets(Path(folder))
         for name in targets.all:

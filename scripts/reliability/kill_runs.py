@@ -8,8 +8,8 @@ time after the start of the process, the others while a checkpoint is being writ
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,11 +19,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from htfa_jax.common.cli import parse
 
 CHECKPOINTS, UNFINISHED = "checkpoints", "*.orbax-checkpoint-tmp*"
 
@@ -242,12 +244,17 @@ def steps_of(workdir: Path) -> str:
     return " ".join(sorted(p.name for p in folder.iterdir())) if folder.is_dir() else "none"
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class KillArgs:
+    """Options of the command."""
+
+    kills: int = 500  # how often a run is killed
+    seed: int = 0  # of the moments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parse(KillArgs, argv, __doc__)
     sys.path[:0] = [str(Path(__file__).parents[2] / "tests")]
     from support import write_dataset, write_kill_config
 

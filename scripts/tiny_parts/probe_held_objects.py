@@ -8,23 +8,27 @@ and writes it as JSON. The pair should beat both single pictures when category a
 be right: the original shows the colour, the reconstruction the shape.
 """
 
-import argparse
+import dataclasses
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 from flax import nnx
 from PIL import Image
 from tqdm import tqdm
 
+from htfa_jax.common.cli import parse
 from htfa_jax.data.held_objects import CATEGORIES, COLORS, build_scenes
 
 KINDS = ("original", "reconstruction", "pair", "aligned")
+Kind = tyro.extras.literal_type_from_choices(KINDS)
 SIDE = 56  # pixels of a side that the probe sees
 BATCH = 32
 BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -155,21 +159,24 @@ def evaluate(model: Probe, images: np.ndarray, labels: dict[str, np.ndarray]) ->
     return result
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class ProbeArgs:
+    """Options of the command."""
+
+    data: Path | None = None  # folder of the scenes (default: a cache folder)
+    train: int = 4000  # training scenes
+    test: int = 500  # test scenes
+    size: int = 112  # pixels of a scene's side
+    epochs: int = 6  # over the training scenes
+    seed: int = 0  # of the scenes and of the probes
+    kinds: tuple[Kind, ...] = KINDS  # what a probe sees
+    out: Path | None = None  # JSON file (default: probe.json beside the scenes)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see --help."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args = parse(ProbeArgs, argv, __doc__)
     cache = Path.home() / ".cache" / "htfa_jax" / "held_objects"
-    parser.add_argument("--data", type=Path, help="folder of the scenes (default: a cache folder)")
-    parser.add_argument("--train", type=int, default=4000, help="training scenes")
-    parser.add_argument("--test", type=int, default=500, help="test scenes")
-    parser.add_argument("--size", type=int, default=112, help="pixels of a scene's side")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes and of the probes")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default: probe.json beside the scenes)"
-    )
-    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder = args.data or cache / f"seed{args.seed}-{args.size}px"
     sets = {}

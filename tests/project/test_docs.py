@@ -1,6 +1,5 @@
 """The documents say what is so: their blocks run, their names exist, their links lead somewhere."""
 
-import argparse
 import ast
 import functools
 import importlib
@@ -89,20 +88,16 @@ def call(found, monkeypatch):
 
 def parse(found, monkeypatch):
     """Lets a command read its flags, and nothing more. Raises SystemExit if they are wrong."""
-    cli, parse_args = tyro.cli, argparse.ArgumentParser.parse_args
+    cli = tyro.cli
 
-    def stop_after(function):
-        def stopped(*args, **options):
-            parsed = function(*args, **options)
-            if options.get("return_unknown_args"):  # which the whole command reads next
-                return parsed
-            raise Parsed(parsed)
-
-        return stopped
+    def stopped(*args, **options):
+        parsed = cli(*args, **options)
+        if options.get("return_unknown_args"):  # which the whole command reads next
+            return parsed
+        raise Parsed(parsed)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tyro, "cli", stop_after(cli))
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop_after(parse_args))
+        patch.setattr(tyro, "cli", stopped)
         patch.setattr(sys, "argv", list(found[1]))
         with pytest.raises(Parsed):
             found[0]()
