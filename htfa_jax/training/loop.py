@@ -1,4 +1,9 @@
-"""The training loop that the main job and the VQ stage share."""
+"""The training loop that the main job and the VQ stage share.
+
+`clu.periodic_actions` takes no part: importing it needs TensorFlow (as of clu 0.0.12), its
+`Profile` ends a trace without waiting for the steps in flight, and its `ReportProgress` counts
+steps when they are dispatched, not when they are done.
+"""
 
 from __future__ import annotations
 
