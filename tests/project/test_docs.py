@@ -8,6 +8,8 @@ import re
 import shutil
 import sys
 import tomllib
+from fnmatch import fnmatch
+from pathlib import Path
 
 import pytest
 import tyro
@@ -205,7 +207,7 @@ def test_every_promised_feature_has_a_test():
     features = [row for row in rows(ROOT / "docs/migration.md") if row[0].isdigit()]
     assert [int(row[0]) for row in features] == list(range(1, 79))
     for number, _, _, shown in features:
-        tests = re.findall(r"`(tests/test_\w+\.py)::(test_\w+)(?:\[([^\]]+)\])?`", shown)
+        tests = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)(?:\[([^\]]+)\])?`", shown)
         assert tests and shown.count("`") == 2 * len(tests), f"feature {number}: {shown}"
         for path, name, case in tests:
             names, texts = what_tests_are_in(path)
@@ -213,16 +215,23 @@ def test_every_promised_feature_has_a_test():
             assert not case or case in texts, f"feature {number}: {name} has no case {case}"
 
 
-def test_the_file_map_is_whole():
-    named = set()
-    for row in rows(ROOT / "docs/files.md"):
-        first, *rest = re.findall(r"`([^`]+)`", row[0])
-        folder = first.rpartition("/")[0]
-        for name in (first, *(r if "/" in r else f"{folder}/{r}" for r in rest)):
-            assert (ROOT / name).exists(), name
-            named.add(name)
-    for path in (ROOT / "htfa_jax").glob("*.py"):
-        assert f"htfa_jax/{path.name}" in named or path.name == "__init__.py", path.name
+def test_the_readme_names_every_folder():
+    """Every package of htfa_jax/ and every folder at the top is in the table of the README."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Where things are\n")[1]
+    table = "\n".join(
+        line.split(" | ")[0] for line in section.splitlines() if line.startswith("| `")
+    )
+    named = set(re.findall(r"`([\w/]+)/`", table))
+    for name in named:
+        assert (ROOT / name).is_dir(), name
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    for parent in (ROOT, ROOT / "htfa_jax"):
+        outputs = [x.strip("/") for x in ignored if parent == ROOT or not x.startswith("/")]
+        for path in filter(Path.is_dir, parent.iterdir()):
+            if path.name.startswith(".") or any(fnmatch(path.name, x) for x in outputs):
+                continue
+            name = path.relative_to(ROOT).as_posix()
+            assert name == "htfa_jax" or name in named, f"README names no {name}/"
 
 
 def test_the_drawing_is_of_the_model():
