@@ -232,3 +232,20 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
     )
     save_config(config, path)
     return path
+
+
+# What a file may hold instead of a JSON object, each of which `json` answers in its own way.
+DAMAGED_JSON = {
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "text": b'"x"',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 100_000,
+    "many digits": b'{"a": ' + b"9" * 5000 + b"}",
+    "Latin-1": '{"a": "ü"}'.encode("latin-1"),
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "half": b'{"a": ',
+    "empty": b"",
+    "zeros": b"\0" * 9,
+}

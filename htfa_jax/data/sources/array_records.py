@@ -7,7 +7,6 @@ in it hold. A picture that is not there is looked for as in any other dataset.
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import msgpack
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.data.records import Picture, Record, parse_record
-from htfa_jax.data.sources import json_text
 from htfa_jax.data.storage import ImageRoot, PackedPicture
 from htfa_jax.errors import DataError
 
@@ -87,14 +86,16 @@ class ShardedRecords:
         try:
             reader = self._readers[shard] or self._open(shard)
             packed = msgpack.unpackb(reader.read([number])[0])
-            raw = json_text.decode(packed["record"])
-            pictures = packed["pictures"]
+            text, pictures = packed["record"], packed["pictures"]
+            if not isinstance(text, bytes) or not isinstance(pictures, dict):
+                raise TypeError("its record has no text and pictures")
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         except (RuntimeError, KeyError, TypeError) as error:
             raise DataError(f"{where} cannot be read, the file is damaged: {error}") from error
         except ValueError as error:  # msgpack's errors too
             raise DataError(f"{where}: {error}") from error
+        raw = parse_json(text, where, DataError, object, allow_nan=True)
 
         def place(name: str) -> Picture:
             content = pictures.get(name)
@@ -159,11 +160,17 @@ def is_shards(name: str) -> bool:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What `htfa_jax.data.convert` says of a folder. Raises DataError if it is no such file."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        return {**manifest, "shards": [dict(shard) for shard in manifest["shards"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no manifest of shards: {error}") from error
+    manifest = read_json(path, DataError)
+    shards = manifest.get("shards")
+    if not isinstance(shards, list) or not all(map(is_shard, shards)):
+        raise DataError(f"{path} is no manifest of shards: `shards` must have names and sizes")
+    return manifest
+
+
+def is_shard(facts: Any) -> bool:
+    """Whether a manifest says of a shard what reading it takes: its name and its bytes."""
+    named = isinstance(facts, dict) and isinstance(facts.get("name"), str)
+    return named and isinstance(facts.get("bytes"), int)
 
 
 def _of_manifest(path: Path) -> list[Path]:

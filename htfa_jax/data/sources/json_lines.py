@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from htfa_jax.common.json_files import check_beginning, parse_json
 from htfa_jax.data.records import Record, parse_record
-from htfa_jax.data.sources import json_text
 from htfa_jax.data.storage import image_root as root_of
 from htfa_jax.errors import DataError
 
@@ -45,7 +45,7 @@ class RecordFile:
         self._file: io.FileIO | None = None
         try:
             with self.path.open("rb") as file:
-                json_text.check_beginning(file.read(4))
+                check_beginning(file.read(4))
             stat = self.path.stat()
             self._spans = line_spans(self.path)
         except FileNotFoundError:
@@ -65,9 +65,10 @@ class RecordFile:
     def __getitem__(self, index: int) -> Record:
         where = f"{self.path}, record {index}"
         try:
-            raw = json_text.decode(self._line(index))
-        except (OSError, ValueError) as error:
+            line = self._line(index)
+        except OSError as error:
             raise DataError(f"{where}: {error}") from error
+        raw = parse_json(line, where, DataError, object, allow_nan=True)
         return parse_record(raw, where, self.place, self.recon_template)
 
     def _line(self, index: int) -> bytes:

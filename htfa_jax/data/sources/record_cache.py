@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from htfa_jax.common.files import made_once
+from htfa_jax.common.json_files import check_beginning
 from htfa_jax.common.logs import progress
 from htfa_jax.data.sources import array_records, json_text
 from htfa_jax.data.storage import is_url, remote
@@ -96,7 +97,7 @@ def is_random_access(name: str) -> bool:
     try:
         with _opened(name) as (file, _):
             beginning = file.read(4096)
-            json_text.check_beginning(beginning)
+            check_beginning(beginning)
     except FileNotFoundError:
         raise DataError(f"no dataset at {name}: expected a .json or .jsonl file") from None
     except (OSError, ValueError) as error:
@@ -131,7 +132,7 @@ def _texts(name: str) -> Iterator[bytes]:
         beginning = next(pieces, b"")
         if not beginning:
             raise ValueError("it is empty: it has no bytes")
-        json_text.check_beginning(beginning)
+        check_beginning(beginning)
         is_array = beginning.lstrip()[:1] == b"["
         pieces = _chain(beginning, pieces)
         if is_array:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from htfa_jax.common.json_files import parse_json
 from htfa_jax.data.records import Record, parse_record
-from htfa_jax.data.sources import json_text
 from htfa_jax.data.storage import ImageRoot, PackedPicture
 from htfa_jax.errors import DataError
 
@@ -80,10 +80,10 @@ class TfdsRecords:
             raise DataError(f"{where} cannot be read: {error}") from error
         try:
             raw = {key: self._value(key, x) for key, x in example.items() if not _is_empty(x)}
-            if isinstance(raw.get("conversations"), str):
-                raw["conversations"] = json_text.decode(raw["conversations"].encode())
         except ValueError as error:
             raise DataError(f"{where}: {error}") from error
+        if isinstance(text := raw.get("conversations"), str):
+            raw["conversations"] = parse_json(text, where, DataError, object, allow_nan=True)
         return parse_record(raw, where, self.place, self.recon_template)
 
     def _value(self, key: str, value: Any) -> Any:
