@@ -28,6 +28,7 @@ import tyro
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES, find_run
 from htfa_jax.common.cli import command, parse, use_compilation_cache
 from htfa_jax.common.files import write_whole
+from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import load_config
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.evaluation.report_html import PREDICTIONS
@@ -153,21 +154,21 @@ def one_pair(args: InferArgs) -> Job:
 def keep_finished(path: Path) -> set[str]:
     """Ids of the pairs that a file of predictions answers.
 
-    A last line that was cut off while it was written goes, and so do errors, which a new start
-    tries again.
+    What is no answer goes, and a new start tries it again: errors, a last line that was cut off
+    while it was written, lines that something else wrote.
     """
     if not path.is_file():
         return set()
     kept, ids = [], set()
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    for number, line in json_lines(path, DataError):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            entry = parse_json(line, f"{path}, line {number}", DataError, allow_nan=True)
+        except DataError:
             continue
-        if isinstance(entry, dict) and "error" not in entry:
-            kept.append(line + "\n")
+        if "id" in entry and "error" not in entry:
+            kept.append(line.rstrip(b"\r\n") + b"\n")
             ids.add(str(entry["id"]))
-    write_whole(path, "".join(kept))
+    write_whole(path, b"".join(kept))
     return ids
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from htfa_jax.checkpoints import hub
+from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
 
 SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
@@ -117,14 +117,7 @@ class Source:
         self._where = self._index(weights)
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.files.get(name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} does not hold an object")
-        return content
+        return read_json(self.files.get(name), CheckpointError, allow_nan=True)
 
     def _index(self, weights: list[str] | None) -> dict[str, str]:
         """{key: file that holds it}."""

@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from htfa_jax.common.json_files import read_json
 from htfa_jax.data.tokenizer import CHAT_TEMPLATE, ChatTokenizer
 from htfa_jax.errors import CheckpointError, DataError
 from weights_convert.source import Source
@@ -339,12 +340,7 @@ def _read_json(files: Mapping[str, Path], name: str) -> dict:
     """A settings file without its nulls; empty where the checkpoint has none."""
     if name not in files:
         return {}
-    try:
-        settings = json.loads(files[name].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{files[name]} is not JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{files[name]} is not a JSON object")
+    settings = read_json(files[name], CheckpointError, allow_nan=True)
     return {key: value for key, value in settings.items() if value is not None}
 
 

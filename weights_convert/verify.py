@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from flax import nnx
 
 from htfa_jax.checkpoints import weights as parts
 from htfa_jax.common import param_paths
+from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import InternLM2
@@ -62,7 +63,7 @@ def _family(folder: Path) -> str:
     path = folder / parts.CONFIG
     if not path.is_file():
         raise CheckpointError(f"no {parts.CONFIG} in {folder}: expected a weight folder")
-    family = json.loads(path.read_text(encoding="utf-8")).get("family")
+    family = read_json(path, CheckpointError).get("family")
     if family not in CHECKS:
         raise CheckpointError(f"{folder} is of family {family!r}; {', '.join(CHECKS)} are compared")
     return family
@@ -73,7 +74,9 @@ def same_files(folder: Path, source: Source) -> None:
     path = folder / CONVERSION
     if not path.is_file():
         raise CheckpointError(f"no {CONVERSION} in {folder}: it was not made by weights_convert")
-    recorded = json.loads(path.read_text(encoding="utf-8"))["files"]
+    recorded = read_json(path, CheckpointError).get("files")
+    if not isinstance(recorded, list) or not all(map(_is_hashed, recorded)):
+        raise CheckpointError(f"{path} does not say the hashes of the files that were converted")
     found = {f["name"]: f["sha256"] for f in source.hashes(list(source.keys))}
     for file in recorded:
         if found.get(file["name"]) != file["sha256"]:
@@ -81,6 +84,10 @@ def same_files(folder: Path, source: Source) -> None:
                 f"{source.name}/{file['name']} is not the file that {folder} was made from "
                 f"(SHA-256 {found.get(file['name'])}, converted was {file['sha256']})"
             )
+
+
+def _is_hashed(file: Any) -> bool:
+    return isinstance(file, dict) and {"name", "sha256"} <= set(file)
 
 
 def inside(source: Source, prefix: str, ignored: dict[str, str]) -> list[str]:

@@ -8,6 +8,7 @@ a word. Reading here runs nothing and leaves the folder for no name that a file 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from htfa_jax.checkpoints.runs import CHECKPOINTS
+from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
         expected = _read_hashes(folder)
         there = {name: size for name, size in _files(folder).items() if name != HASHES}
         if "_CHECKPOINT_METADATA" in there:
-            json.loads((folder / "_CHECKPOINT_METADATA").read_bytes())
+            read_json(folder / "_CHECKPOINT_METADATA", CheckpointError, allow_nan=True)
         if expected is None:
             needed = [name for name in ("meta", "params") if not (folder / name).is_dir()]
             if needed:
@@ -82,7 +84,7 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
         found = _hashes(folder, read)
         if changed := [name for name in read if found[name] != expected[name]]:
             return f"{', '.join(changed[:5])} was altered: its hash differs"
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: what is no JSON, no text
+    except (OSError, ValueError, CheckpointError) as error:
         return str(error)
     return None
 
@@ -91,8 +93,8 @@ def _read_hashes(folder: Path) -> dict[str, str] | None:
     path = folder / HASHES
     if not path.exists():
         return None
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or not all(isinstance(v, str) for v in content.values()):
+    content = read_json(path, CheckpointError)
+    if not all(isinstance(value, str) for value in content.values()):
         raise ValueError(f"{HASHES} does not hold hashes by file")
     return content
 
@@ -173,22 +175,20 @@ def listing(workdir: Path) -> list[Saved]:
 
 def _saved(folder: Path, step: int | None) -> Saved:
     sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-    metadata = _json(folder / "_CHECKPOINT_METADATA")
+    metadata = _facts(folder / "_CHECKPOINT_METADATA")
     nanoseconds = metadata.get("commit_timestamp_nsecs")
     if not isinstance(nanoseconds, int) or not 0 <= nanoseconds < 2**63:
         nanoseconds = folder.stat().st_mtime_ns
-    metrics = _json(folder / "metrics" / "metrics")
+    metrics = _facts(folder / "metrics" / "metrics")
     metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return Saved(folder, step, nanoseconds / 1e9, sum(sizes), metrics)
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _facts(path: Path) -> dict[str, Any]:
     """What a small file of a checkpoint says; {} if it cannot be read (`damage` tells why)."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(CheckpointError):
+        return read_json(path, CheckpointError, allow_nan=True)
+    return {}
 
 
 def best(found: list[Saved], metric: str, mode: Literal["min", "max"]) -> Saved | None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
@@ -127,11 +128,9 @@ def _lives(path: Path, before: dict[str, Any], patience: float) -> bool:
 
 def _read(path: Path) -> dict[str, Any]:
     """What a lock file says; {} if it is free."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(CheckpointError):
+        return read_json(path, CheckpointError)
+    return {}
 
 
 def _write(file: int, content: dict[str, Any]) -> None:

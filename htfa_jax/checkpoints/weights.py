@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, get, override
 from htfa_jax.config.io import preset_changes
@@ -149,10 +150,7 @@ def read_description(folder: str | Path, family: str) -> dict[str, Any]:
                 f"no {name} in {folder}: expected a weight folder of a {family} "
                 "(config.json and weights.safetensors, as `python -m weights_convert` writes)"
             )
-    try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{folder / CONFIG} is not valid JSON: {error}") from error
+    found = read_json(folder / CONFIG, CheckpointError)
     if found.get("family") != family:
         raise CheckpointError(
             f"{folder} is of another family: {found.get('family')!r} in the folder, "

@@ -23,6 +23,7 @@ import tyro
 
 from htfa_jax.common.cli import parse
 from htfa_jax.common.files import write_whole
+from htfa_jax.common.json_files import read_json
 from htfa_jax.config.config import Config
 from htfa_jax.config.fields import leaves
 from htfa_jax.errors import ConfigError
@@ -162,10 +163,8 @@ def load_config(source: str | Path) -> Config:
             f"no configuration at {source}; packaged presets: {', '.join(preset_names())}"
         )
     if path.suffix == ".json":
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        # A number that is not finite is refused by its name, with all other problems.
+        values = read_json(path, ConfigError, object, allow_nan=True)
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds a {type(values).__name__}, not a configuration")
         try:
@@ -191,7 +190,7 @@ def load_config(source: str | Path) -> Config:
 
 def fields_without_value(path: Path) -> list[str]:
     """Names of the fields that a `config.json` does not set, as an older version wrote it."""
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path, ConfigError, allow_nan=True)
     missing = []
     for name, _ in leaves(Config()):
         node = values

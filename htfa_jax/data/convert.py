@@ -28,6 +28,7 @@ import tyro
 
 from htfa_jax.common.cli import available_processors, command, parse
 from htfa_jax.common.files import write_whole
+from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.data.encode import read_files
@@ -36,6 +37,7 @@ from htfa_jax.data.sources.array_records import (
     MANIFEST,
     SUFFIX,
     UNFINISHED,
+    is_shard,
     open_writer,
     pack,
     read_manifest,
@@ -155,14 +157,15 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any
     """Facts of the shards that are there, by number; an empty folder is made ours."""
     path, done = folder / UNFINISHED, {}
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last may be half a line
-        if not lines or json.loads(lines[0]) != settings:
+        lines = list(read_json_lines(path, DataError))
+        if not lines or lines[0] != settings:
             raise DataError(
                 f"{folder} holds an unfinished conversion of other settings or of a file that "
                 "changed since: delete it, or use another folder"
             )
-        for line in lines[1:]:
-            facts = json.loads(line)
+        for facts in lines[1:]:
+            if not is_shard(facts) or not isinstance(facts.get("shard"), int):
+                raise DataError(f"{path} is damaged: delete {folder}, or use another folder")
             there = folder / facts["name"]
             if there.is_file() and there.stat().st_size == facts["bytes"]:
                 done[facts.pop("shard")] = facts

@@ -15,6 +15,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from htfa_jax.common.files import write_whole
+from htfa_jax.common.json_files import read_json
 from htfa_jax.data.records import Record, Turn
 from htfa_jax.errors import DataError
 
@@ -76,11 +77,9 @@ class ChatTokenizer:
                 )
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            settings = json.loads(settings_path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises no class of its own
             raise DataError(f"the tokenizer in {self.folder} cannot be read: {error}") from error
-        if not isinstance(settings, dict):
-            raise DataError(f"{settings_path} does not hold an object")
+        settings = read_json(settings_path, DataError, allow_nan=True)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._special = {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from htfa_jax.common.json_files import parse_json
 from htfa_jax.errors import Busy, DataError, HTFAError
 
 PREFIX = "/v1/"
@@ -19,8 +19,9 @@ def read_box(text: str | None, name: str) -> Any:
     if not text or not text.strip():
         return None
     try:
-        return json.loads(f"[{text.strip().removeprefix('[').removesuffix(']')}]")
-    except json.JSONDecodeError:
+        numbers = f"[{text.strip().removeprefix('[').removesuffix(']')}]"
+        return parse_json(numbers, name, DataError, list)
+    except DataError:
         raise DataError(
             f"{name}={text[:80]!r} must be four numbers: x, y, width, height in pixels"
         ) from None

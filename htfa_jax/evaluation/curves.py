@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.errors import DataError
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -20,14 +20,16 @@ COLORS = ("#00618a", "#b04a00", "#5b8c2a", "#7b4ea3", "#8a7a00")
 def read_curves(workdir: str | Path) -> Curves:
     """{name: [(step, value), ...]} of a run's `logs/metrics.jsonl`; a later line of a step counts.
 
-    Raises DataError if there are no such lines.
+    Half a last line, of a run that writes it or was killed, does not count. Raises DataError if
+    there are no such lines, or if one is damaged.
     """
     path = Path(workdir) / "logs" / "metrics.jsonl"
     if not path.is_file():
         raise DataError(f"no {path}: expected the workdir of a run")
     steps: dict[str, dict[int, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        values = json.loads(line)
+    for values in read_json_lines(path, DataError, allow_nan=True):
+        if "step" not in values or not all(isinstance(v, int | float) for v in values.values()):
+            raise DataError(f"{path} has a line that is not a step's numbers: {str(values)[:80]}")
         for name, value in values.items():
             if name not in ("step", "time"):
                 steps.setdefault(name, {})[values["step"]] = value

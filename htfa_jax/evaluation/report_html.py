@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from htfa_jax.common.files import whole_file
+from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.errors import DataError
 
 PREDICTIONS, REPORT, TEMPLATE = "predictions.jsonl", "report.html", "report.html.jinja"
 
@@ -37,9 +38,10 @@ def write_report(folder: Path, title: str) -> Path:
     Args:
       folder: of predictions.jsonl and the pictures that its lines name.
       title: of the page.
+
+    Raises DataError if there are no predictions, or if a line of them is damaged.
     """
-    with (folder / PREDICTIONS).open(encoding="utf-8") as file:
-        entries = [json.loads(line) for line in file]
+    entries = list(read_json_lines(folder / PREDICTIONS, DataError, allow_nan=True))
     path = folder / REPORT
     with whole_file(path) as file:
         file.writelines(page(folder, title, entries))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.checkpoints.runs import MODEL, is_export
+from htfa_jax.common.json_files import read_json
 from htfa_jax.config import Config, DataConfig, get, override
 from htfa_jax.config.io import save_config
 from htfa_jax.data.tokenizer import ChatTokenizer
@@ -115,7 +115,7 @@ def save_tokenizer(source: Path, folder: Path) -> None:
     """Copies a run's tokenizer, but for what it says about its machine."""
     ChatTokenizer(source).save(folder)
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_json(path, CheckpointError, allow_nan=True)
     weights.write_json(path, {k: v for k, v in settings.items() if k not in TOKENIZER_PLACES})
 
 
@@ -126,10 +126,7 @@ def evaluations(folder: Path, step: int) -> dict[str, dict[str, str]]:
     """
     found: dict[str, dict[str, str]] = {}
     for path in sorted(folder.glob(f"evaluation/*/{METRICS}")):
-        try:
-            scores = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+        scores = read_json(path, CheckpointError, allow_nan=True)
         if (evaluated := scores.get("step")) == step:
             files = [file for file in (path, path.with_name(TABLE)) if file.is_file()]
             found[path.parent.name] = {f.name: f.read_text(encoding="utf-8") for f in files}

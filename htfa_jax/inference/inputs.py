@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Array, Batch
 from htfa_jax.data.decode import decode_field, decode_original, load_mask
@@ -189,24 +190,23 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
     A line has the fields of a dataset's record. Its questions are `query` (a text or a list),
     else the user turns of its `conversations`, else those of the command line.
 
-    Raises DataError if there is no file, or an id comes twice.
+    A line that is no pair spoils only its own result. Raises DataError if there is no file, if it
+    begins with a byte order mark, as UTF-16 does, or if an id comes twice.
     """
     if not path.is_file():
         raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
     jobs: list[Job] = []
-    # Not splitlines(): it also cuts at characters that JSON may hold in a text, such as U+2028.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")):
-        if not line.strip():
-            continue
-        where, name = f"{path}, line {number + 1}", str(number)
+    for line_number, line in json_lines(path, DataError):
+        number = line_number - 1
+        where, name = f"{path}, line {line_number}", str(number)
         try:
-            raw = json.loads(line)
+            raw = parse_json(line, where, DataError, object, allow_nan=True)
+            if b"\\u" in line and not _is_text(raw):
+                raise DataError(f"{where}: it holds half of a surrogate pair: not a character")
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
             record = parse_record(raw, where, path.parent.joinpath, with_turns=False)
             job = Job(number, name, record, _queries(raw, record) or queries or None)
-        except json.JSONDecodeError as error:
-            job = Job(number, name, DataError(f"{where}: not valid JSON: {error}"), None)
         except DataError as error:
             job = Job(number, name, error, None)
         jobs.append(job)
@@ -220,12 +220,27 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
     return jobs
 
 
+def _is_text(raw: Any) -> bool:
+    """Whether all of a value can be written as UTF-8."""
+    try:
+        return bool(json.dumps(raw, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def _queries(raw: Mapping[str, Any], record: Record) -> tuple[str, ...]:
     query = raw.get("query")
     if isinstance(query, str):
         query = [query]
     if query is None:
         turns = raw.get("conversations") or []
+        if not isinstance(turns, list):
+            raise record.error(f"conversations must be a list of turns, it is {turns!r}")
+        for i, turn in enumerate(turns):
+            if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str | None):
+                raise record.error(
+                    f"conversations[{i}] must be an object with from and value, it is {turn!r}"
+                )
         query = [t.get("value") for t in turns if ROLES.get(t.get("from")) == "user"]
     if not isinstance(query, list) or not all(isinstance(q, str) and q.strip() for q in query):
         raise record.error(f"query must be a text or a list of texts, it is {query!r}")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from htfa_jax.common.json_files import read_json
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.batch import Batch
 from htfa_jax.errors import DataError, TrainingError
@@ -180,9 +181,9 @@ def load_dump(folder: Path) -> tuple[Batch, dict[str, Any]]:
     """This process's part of a batch that `dump` wrote, and the facts. Raises DataError."""
     process = jax.process_index()
     try:
-        facts = json.loads((folder / f"{process}_{FACTS}").read_text(encoding="utf-8"))
+        facts = read_json(folder / f"{process}_{FACTS}", DataError)
         with np.load(folder / f"batch_{process}.npz", allow_pickle=False) as file:
             arrays = {name: file[name].view(facts["types"][name]) for name in file.files}
         return Batch(**arrays), facts
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, DataError, zipfile.BadZipFile) as error:
         raise DataError(f"{folder} is no dumped batch that can be read: {error}") from error

@@ -85,12 +85,13 @@ def test_a_file_of_pairs_and_its_restart(run_folder, pairs, capsys):
     [
         (['{"id": "a", "image_orig": "x.png"}'] * 2, "lines 1 and 2 have the same id a"),
         (None, "no file at"),
+        (["\ufeff"], "is UTF-16: save it as UTF-8"),
     ],
 )
 def test_a_file_that_cannot_be_read(run_folder, tmp_path, rows, message, capsys):
     path = tmp_path / "pairs.jsonl"
     if rows:
-        path.write_text("\n".join(rows))
+        path.write_text("\n".join(rows), encoding="utf-16" if rows == ["\ufeff"] else "utf-8")
     with pytest.raises(SystemExit) as stopped:
         infer.main(
             ["--checkpoint", str(run_folder), "--input", str(path), "--output_dir", str(tmp_path)]
@@ -103,12 +104,20 @@ def test_lines_that_cannot_be_pairs_name_themselves(tmp_path):
     good = {"image_orig": "a.png", "bbox_orig": [1, 2, 3, 4]}
     rows = [good, "{", {**good, "query": 3}, {"id": "no picture"}, [1]]
     rows += [{**good, "conversations": [{"from": "human", "value": "<image>\nWhy?"}]}]
+    rows += [{**good, "conversations": turns} for turns in (["hello"], 5, [{"from": ["human"]}])]
+    rows += [{**good, "id": "\ud800"}, '{"image_orig": "a.png", "query": ' + "[" * 200]
+    rows += ['{"image_orig": "a.png", "bbox_orig": [' + "9" * 5000 + ", 1, 2, 3]}"]
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
     jobs = read_jobs(path, ("Q?",))
     assert jobs[0].record.image_orig == tmp_path / "a.png" and jobs[0].queries == ("Q?",)
     assert jobs[5].queries == ("Why?",)
     for i, said in ((1, "line 2: not valid JSON"), (2, "query must be"), (3, "image_orig"),
-                    (4, "must be an object")):  # fmt: skip
+                    (4, "must be an object"),
+                    (6, "conversations[0] must be an object with from and value, it is 'hello'"),
+                    (7, "conversations must be a list of turns, it is 5"),
+                    (8, "conversations[0] must be an object with from and value, it is {'from': ["),
+                    (9, "line 10: it holds half of a surrogate pair"),
+                    (10, "line 11: not valid JSON"), (11, "more than 4300 digits")):  # fmt: skip
         assert said in str(jobs[i].record)
 
 

@@ -69,7 +69,7 @@ def test_a_pickle_is_no_weight_folder_and_no_run(tmp_path, trap):
     with pytest.raises(CheckpointError, match="cannot be read"):
         weights.read_weights(tmp_path / "vq")
     (tmp_path / "config.json").write_bytes(trap[0])
-    with pytest.raises(ConfigError, match="not valid JSON"):
+    with pytest.raises(ConfigError, match="config.json: not UTF-8"):
         load_config(tmp_path)
     (tmp_path / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):

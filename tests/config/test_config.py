@@ -168,7 +168,7 @@ def test_missing_and_broken_files(tmp_path):
     with pytest.raises(ConfigError, match="packaged presets: .*debug, .*standard"):
         load_config("debgu")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="is not valid JSON"):
+    with pytest.raises(ConfigError, match="config.json: not valid JSON: it ends in the middle"):
         load_config(tmp_path / "config.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list, not a configuration"):

@@ -36,6 +36,24 @@ def test_every_curve_is_drawn_under_its_name(run):
     assert line.get_label() == "hidden share" and list(line.get_ydata()) == [0.25]
 
 
+def test_half_a_last_line_is_that_of_a_run_that_writes_it(run):
+    whole = read_curves(run)
+    with (run / "logs/metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "time": 9.5, "train/lo')
+    assert read_curves(run) == whole
+    with (run / "logs/metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 8, "time": 9.9, "train/loss": NaN}\n')
+    with pytest.raises(DataError, match="metrics.jsonl, line 5: not valid JSON"):
+        read_curves(run)
+
+
+def test_a_line_of_something_else_is_named(run):
+    for line in ({"train/loss": 1.0}, {"step": "6", "train/loss": 1.0}):
+        (run / "logs/metrics.jsonl").write_text(json.dumps(line) + "\n")
+        with pytest.raises(DataError, match="metrics.jsonl has a line that is not a step's"):
+            read_curves(run)
+
+
 def test_a_folder_without_lines_is_named(tmp_path):
     with pytest.raises(DataError, match="metrics.jsonl: expected the workdir of a run"):
         read_curves(tmp_path)

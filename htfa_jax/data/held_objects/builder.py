@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from htfa_jax.common.cli import available_processors
 from htfa_jax.common.files import one_at_a_time, write_whole
+from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.config import HeldObjectsConfig
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
@@ -99,7 +100,7 @@ def prepare(folder: Path, split: str, settings: dict[str, int]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not settings_file.exists():
             write_whole(settings_file, json.dumps(settings).encode())
-        found = json.loads(settings_file.read_text())
+        found = read_json(settings_file, DataError)
         if found != settings:
             raise DataError(f"{folder} holds scenes of {found}, not {settings}: use another folder")
         for name, _ in [*FILES.values(), SIDECAR]:
@@ -199,7 +200,7 @@ def run_workers(job: dict, indices: list[int], num_workers: int) -> Generator[in
 def work() -> None:
     """A worker process: reads its job on standard input, prints the number of each scene done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    task = json.load(sys.stdin)
+    task = parse_json(sys.stdin.read(), "the job of a worker", DataError)
     try:
         for index in write_scenes(task["job"], task["indices"]):
             report(str(index))
@@ -235,7 +236,7 @@ def show_progress(made: Iterable[int], total: int, what: str) -> None:
 def record(folder: Path, split: str, index: int, seed: int, answers: str) -> dict:
     """One line of the JSON-lines file; paths are relative to it."""
     name = f"{index:06d}"
-    known = json.loads((folder / split / "meta" / f"{name}.json").read_text())
+    known = read_json(folder / split / "meta" / f"{name}.json", DataError)
     meta = known["meta"]
     rng = random_streams(seed, split, index, 7)[6]
     turns = conversation(rng, meta["category"], meta["color"], meta["occlusion"], answers)

@@ -1,12 +1,13 @@
 """Contact sheets: one look at what a dataset holds."""
 
-import json
+import itertools
 import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.errors import DataError
 
 COLUMNS = 8
@@ -26,8 +27,9 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
         if not files:
             raise DataError(f"no JSON-lines file in {source}")
         source = files[0]
-    with source.open() as lines:
-        records = [json.loads(line) for line, _ in zip(lines, range(num), strict=False)]
+    records = list(itertools.islice(read_json_lines(source, DataError), num))
+    if not records:
+        raise DataError(f"{source} holds no records")
     cells = [scene_column(source.parent, record) for record in records]
     width, height = cells[0].size
     columns = min(COLUMNS, len(cells))
