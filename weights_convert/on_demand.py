@@ -7,8 +7,6 @@ Those are converted once, into the cache.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -17,9 +15,10 @@ from typing import Any
 
 import htfa_jax
 from htfa_jax.checkpoints import weights
+from htfa_jax.common.hashing import file_sha256, short_hash
 from htfa_jax.config import Config, override
 from weights_convert.folder import RULES_VERSION, write_folder
-from weights_convert.source import Source, sha256
+from weights_convert.source import Source
 
 TINY = "tiny"
 
@@ -61,7 +60,7 @@ def converted(family: str, name: str, config: Config) -> Path:
     described = [RULES_VERSION, family, identity(source, name)]
     if family == "siglip":
         described.append(config.image_size)
-    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    key = short_hash(described)
     cache = Path(config.data.cache_dir).expanduser() / "converted"
     folder = cache / f"{family}-{key}"
     if (folder / weights.WEIGHTS).is_file():
@@ -93,7 +92,7 @@ def identity(source: Source, name: str) -> list[Any]:
         return [source.name, source.revision]
     found = [source.files.get(file) for file in source.files.names]
     if name == TINY:  # the package may be installed anew, in another place
-        return [name, [[path.name, sha256(path)] for path in found]]
+        return [name, [[path.name, file_sha256(path)] for path in found]]
     return [
         source.name,
         [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in found],

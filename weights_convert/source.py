@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from htfa_jax.checkpoints import hub
+from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
 
@@ -222,7 +222,7 @@ class Source:
     def hashes(self, keys: list[str]) -> list[dict[str, str]]:
         """Name and SHA-256 of the files that hold some tensors."""
         names = sorted({self._where[key] for key in keys})
-        return [{"name": name, "sha256": sha256(self.files.get(name))} for name in names]
+        return [{"name": name, "sha256": file_sha256(self.files.get(name))} for name in names]
 
 
 class Handle:
@@ -293,9 +293,3 @@ def state_dict(content: Any, path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return content
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

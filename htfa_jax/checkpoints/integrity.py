@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from htfa_jax.checkpoints.runs import CHECKPOINTS
+from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
 
@@ -112,13 +112,10 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
-    def of(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     # Threads: hashing leaves the interpreter to others, and disks like several readers.
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(of, names), strict=True))
+        paths = [folder / name for name in names]
+        return dict(zip(names, pool.map(file_sha256, paths), strict=True))
 
 
 def steps(workdir: Path) -> list[int]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import hashlib
 import json
 import logging
 import multiprocessing
@@ -28,6 +27,7 @@ import tyro
 
 from htfa_jax.common.cli import available_processors, command, parse
 from htfa_jax.common.files import write_whole
+from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
@@ -253,15 +253,10 @@ def _make(shard: int) -> dict[str, Any]:
         "skipped": len(skipped),
         "reasons": skipped,
         "bytes": partial.stat().st_size,
-        "sha256": _sha256(partial),
+        "sha256": file_sha256(partial),
     }
     os.replace(partial, path)
     return facts
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
-import json
 import logging
 import math
 import time
@@ -25,6 +23,7 @@ import numpy as np
 
 from htfa_jax.checkpoints import weights
 from htfa_jax.common.files import made_once
+from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, override
@@ -139,7 +138,7 @@ def cache_key(config: Config, name: str, names: Mapping[str, str]) -> str:
         [data.resize, data.image_mean, data.image_std],
         describe_training_data(config),
     ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    return short_hash(described)
 
 
 def _make(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import logging
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from htfa_jax.checkpoints import weights as parts
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints
 from htfa_jax.common import param_paths
+from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.logs import MetricWriter, log_to_file
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import StopSignal
@@ -328,4 +327,4 @@ def cache_key(config: Config) -> str:
         [config.pretrained.siglip] if config.vq_train.perceptual_weight else [],
         describe_training_data(config),
     ]
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    return short_hash(described)

@@ -11,8 +11,6 @@ other. What is there already is kept; a stopped training goes on where it was.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Sequence
@@ -33,6 +31,7 @@ from tokenizers import Tokenizer
 from htfa_jax.checkpoints import weights
 from htfa_jax.common import param_paths
 from htfa_jax.common.cli import command, parse, use_compilation_cache
+from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import StopSignal
 from htfa_jax.config import Config, load_config, override
@@ -100,11 +99,6 @@ def structure(make: Any) -> tuple[Model, Flat]:
     return Model(graphdef, params), params
 
 
-def key_of(*things: Any) -> str:
-    """A name for what a training depends on."""
-    return hashlib.sha256(json.dumps(things, default=repr).encode()).hexdigest()[:16]
-
-
 def tokenizer_of(args: PretrainArgs, config: Config) -> ChatTokenizer:
     """The tokenizer that all texts go through, trained on first use."""
     folder = args.out / "tokenizer"
@@ -131,7 +125,7 @@ def pretrain_decoder(args: PretrainArgs, config: Config) -> bool:
         learning_rate=2e-3,
         weight_decay=0.05,
         samples=rows,
-        key=key_of(dataclasses.asdict(config.decoder), args.decoder_steps),
+        key=short_hash([dataclasses.asdict(config.decoder), args.decoder_steps]),
     )
     if params is None:
         return False
@@ -208,7 +202,7 @@ def train_captions(
         learning_rate=1e-3,
         weight_decay=0.05,
         samples=samples * len(tiny_text.KINDS),
-        key=key_of(dataclasses.asdict(config.siglip), args.num_scenes, num_steps),
+        key=short_hash([dataclasses.asdict(config.siglip), args.num_scenes, num_steps]),
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.numpy import save_file
 
 from htfa_jax.checkpoints.hub import is_repository
+from htfa_jax.common.hashing import file_sha256
 from htfa_jax.errors import CheckpointError
-from weights_convert.source import Source, sha256
+from weights_convert.source import Source
 
 TENSORS = {
     "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -47,7 +48,7 @@ def test_shards_are_read_through_their_index(tmp_path):
     (file,) = source.hashes(["b.weight"])
     assert file == {
         "name": "model-00002-of-00003.safetensors",
-        "sha256": sha256(tmp_path / "model-00002-of-00003.safetensors"),
+        "sha256": file_sha256(tmp_path / "model-00002-of-00003.safetensors"),
     }
 
 

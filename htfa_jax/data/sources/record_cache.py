@@ -9,8 +9,6 @@ one left is written over.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from htfa_jax.common.files import made_once
+from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.json_files import check_beginning
 from htfa_jax.common.logs import progress
 from htfa_jax.data.sources import array_records, json_text
@@ -109,8 +108,7 @@ def _made_once(
     identity: list[Any], suffix: str, cache_dir: Path, name: str, write: Callable[[Path], None]
 ) -> Path:
     """The file of a key; `write` makes it at another name first."""
-    key = hashlib.sha256(json.dumps([FORMAT, *identity]).encode()).hexdigest()[:16]
-    path = cache_dir / "records" / (key + suffix)
+    path = cache_dir / "records" / (short_hash([FORMAT, *identity]) + suffix)
 
     def index() -> None:
         log.info("indexing %s once, in %s", name, path)
