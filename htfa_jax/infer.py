@@ -168,7 +168,7 @@ def keep_finished(path: Path) -> set[str]:
         if "id" in entry and "error" not in entry:
             kept.append(line.rstrip(b"\r\n") + b"\n")
             ids.add(str(entry["id"]))
-    write_whole(path, b"".join(kept))
+    write_whole(path, b"".join(kept), durable=True)
     return ids
 
 

@@ -24,8 +24,8 @@ from pathlib import Path
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from htfa_jax.checkpoints import weights
 from htfa_jax.common.cli import command, parse
+from htfa_jax.common.files import whole_folder
 from htfa_jax.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -96,7 +96,7 @@ def pack(args: PackArgs) -> list[str]:
     with (ROOT / "pyproject.toml").open("rb") as file:
         requirements = [*tomllib.load(file)["project"]["dependencies"], *args.also]
     wanted = missing(requirements, installed(args.there), args.python)
-    with weights.new_folder(args.out) as partial:
+    with whole_folder(args.out, ConfigError) as partial:
         for part in PARTS:
             shutil.copytree(ROOT / part, partial / part, ignore=IGNORED)
         shutil.copy(ROOT / "pyproject.toml", partial)

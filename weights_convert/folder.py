@@ -15,9 +15,9 @@ from htfa_jax.checkpoints.weights import (
     WEIGHTS,
     WeightWriter,
     description,
-    new_folder,
     write_json,
 )
+from htfa_jax.common.files import whole_folder
 from htfa_jax.common.logs import progress
 from htfa_jax.errors import CheckpointError
 from weights_convert.convert import Checkpoint, Layout, Step, arrays, plan
@@ -52,7 +52,7 @@ def write_folder(
     log.info("%s: %s", source.name, layout.variant)
     steps = plan(layout.shapes, source, layout.rules, layout.ignored, layout.prefix)
     kinds = kinds_of(steps, layout, source)
-    with new_folder(out) as partial:
+    with whole_folder(out, CheckpointError) as partial:
         writer = WeightWriter(partial / WEIGHTS, kinds)
         with progress(len(steps), layout.family, unit="tensor") as bar:
             for step, array in arrays(steps, source):

@@ -12,10 +12,12 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from htfa_jax.checkpoints.loading import load_run
-from htfa_jax.checkpoints.weights import new_folder, write_json
+from htfa_jax.checkpoints.weights import write_json
 from htfa_jax.common import param_paths
+from htfa_jax.common.files import whole_folder
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, DecoderConfig, SigLIPConfig, VQConfig
+from htfa_jax.errors import CheckpointError
 from htfa_jax.models.factory import build_model
 from weights_convert import internlm2, siglip, vq
 from weights_convert.convert import Rule, conv, linear, same
@@ -37,7 +39,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
       The folders.
 
     Raises:
-      CheckpointError: no such run.
+      CheckpointError: no such run, or a folder that cannot be written.
     """
     config, params, _, workdir = load_run(run, lambda c: build_model(c).shapes)
     written = []
@@ -50,7 +52,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
         sizes = getattr(config, part)
         if part == "decoder" and "embed.embedding" not in flat:
             continue  # trained for pictures alone: it has no words
-        with new_folder(out / name) as folder:
+        with whole_folder(out / name, CheckpointError) as folder:
             arrays = {k: np.ascontiguousarray(v) for k, v in tensors(flat, sizes).items()}
             save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
             write_json(folder / "config.json", description(config))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from htfa_jax.checkpoints.runs import CHECKPOINTS
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
@@ -55,7 +56,8 @@ class Saved:
 def write_hashes(folder: Path) -> None:
     """Hashes all files of a checkpoint that is complete but for its name."""
     names = [name for name in _files(folder) if name not in _COMMIT]
-    (folder / HASHES).write_text(json.dumps(_hashes(folder, names), indent=1), encoding="utf-8")
+    # Durable: after a power cut the checkpoint would be there, and its hashes empty.
+    write_whole(folder / HASHES, json.dumps(_hashes(folder, names), indent=1), durable=True)
 
 
 def damage(folder: Path, up_to: int | None = None) -> str | None:

@@ -29,6 +29,7 @@ from orbax.checkpoint import checkpoint_managers
 from htfa_jax.checkpoints import integrity, weights
 from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
+from htfa_jax.common.files import drop_partials
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
 from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
@@ -260,8 +261,13 @@ def open_checkpoints(workdir: Path, config: Config, read_only: bool = False) -> 
 
 
 def save_frozen(workdir: Path, config: Config, frozen: Flat) -> dict[str, str]:
-    """Writes frozen weights that are not there yet; returns their folders' names by part."""
+    """Writes frozen weights that are not there yet; returns their folders' names by part.
+
+    For the process that trains in the workdir: what one that was killed left half written goes.
+    """
     names = {}
+    if is_first() and (workdir / FROZEN).is_dir():
+        drop_partials(workdir / FROZEN)
     for part in dict.fromkeys(path.split(".")[0] for path in frozen):
         inside, _ = param_paths.split(frozen, rf"{part}\..*")
         arrays = {p.removeprefix(part + "."): to_host(v) for p, v in inside.items()}

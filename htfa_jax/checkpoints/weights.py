@@ -14,9 +14,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from htfa_jax.common.files import whole_folder
 from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, get, override
@@ -60,9 +59,11 @@ def save_part(folder: Path, family: str, sizes: Any, params: Mapping[str, Any]) 
       family: "siglip", "vq" or "internlm2".
       sizes: the part's configuration dataclass.
       params: `{path inside the part: array}`.
+
+    Raises CheckpointError if it cannot be written.
     """
     arrays = {path: np.ascontiguousarray(value) for path, value in params.items()}
-    with new_folder(folder) as partial:
+    with whole_folder(folder, CheckpointError) as partial:
         save_file(arrays, partial / WEIGHTS)
         write_json(partial / CONFIG, description(family, sizes))
 
@@ -71,25 +72,6 @@ def description(family: str, sizes: Any) -> dict[str, Any]:
     """What config.json of a weight folder says: the sizes, not how a run trains the part."""
     fields = {k: v for k, v in dataclasses.asdict(sizes).items() if k not in NOT_SIZES}
     return {"family": family, **json.loads(json.dumps(fields))}
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its place only when it is complete; replaces an older one.
-
-    Raises CheckpointError if it cannot be written.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(partial, folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,10 +1,17 @@
-"""Files that are there whole or not at all, whenever the process that writes them ends."""
+"""Files and folders that are there whole or not at all, whenever the process that writes them ends.
+
+Both are filled beside their place, under a name of their own, so that any number of writers do not
+meet. What an error leaves is removed; what a killed process leaves begins with a dot.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,47 +19,146 @@ from typing import IO, Literal
 
 import filelock
 
+from htfa_jax.errors import HTFAError
+
 log = logging.getLogger(__name__)
+
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, mode: Literal["w", "wb"] = "w") -> Iterator[IO]:
+def whole_file(
+    path: Path, mode: Literal["w", "wb"] = "w", *, durable: bool = False
+) -> Iterator[IO]:
     """A file to write to, beside its place, to which it moves when the block ends without an error.
 
     Text is UTF-8. Two processes that write the same file do not meet: the last one stays. Raises
     OSError.
+
+    Args:
+      path: of the file.
+      mode: of text or of bytes.
+      durable: wait until the disk holds it, or a power cut may leave an empty file in its place.
+        Not for thousands of small images: drawing scenes took 13 to 54 % longer.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    encoding = None if mode == "wb" else "utf-8"
+    with (
+        whole_path(path, durable=durable) as partial,
+        partial.open(mode, encoding=encoding) as file,
+    ):
+        yield file
+
+
+@contextlib.contextmanager
+def whole_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """As `whole_file`, for what opens a file by its name: the path to make it at."""
+    partial = _beside(path)
     try:
-        with partial.open(mode, encoding=None if mode == "wb" else "utf-8") as file:
-            yield file
+        yield partial
+        if durable:
+            _flush(partial)
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, *, durable: bool = False) -> None:
     """Writes a file by `whole_file`."""
-    with whole_file(path, "wb") as file:
+    with whole_file(path, "wb", durable=durable) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
-def made_once(path: Path, what: str, make: Callable[[], None]) -> None:
+@contextlib.contextmanager
+def whole_folder(folder: Path, error: type[HTFAError]) -> Iterator[Path]:
+    """A folder to fill, which takes its place when the block ends without an error.
+
+    One that is there already stays until then, and goes. The disk holds all files before.
+
+    Args:
+      folder: its place; folders above it are made.
+      error: what is raised if it cannot be written.
+    """
+    partial = _beside(folder)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        _replace_folder(partial, folder)
+    except OSError as problem:
+        raise error(f"{folder} cannot be written: {problem}") from problem
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; no system call replaces a folder that holds something."""
+    moved: list[Path] = []
+    try:
+        while True:
+            try:
+                os.rename(new, folder)
+                return
+            except OSError as problem:
+                if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+            moved.append(_beside(folder))
+            with contextlib.suppress(FileNotFoundError):  # another writer has moved it
+                os.rename(folder, moved[-1])
+    except BaseException:
+        if moved:
+            with contextlib.suppress(OSError):  # another writer has put its own there
+                os.rename(moved[-1], folder)
+        raise
+    finally:
+        for old in moved:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that nothing else has, for what will be at `path`."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _flush(path: Path) -> None:
+    """Waits until the disk holds a file."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def drop_partials(folder: Path, name: str | None = None) -> None:
+    """Deletes what killed processes left in a folder of the file or folder `name`, None: of all.
+
+    Only for those who know that nobody else is writing there: inside of a lock.
+    """
+    for path in folder.iterdir():
+        found = _PARTIAL.fullmatch(path.name)
+        if found and name in (None, found["name"]):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def made_once(path: Path, what: str, make: Callable[[], None], *, holds: str = "") -> None:
     """Has a file or folder of a cache made unless it is there; of several processes one makes it.
 
     Args:
       path: of the file or folder.
       what: its name in log lines.
-      make: makes it, at another name first.
+      make: makes it whole or not at all.
+      holds: a file without which a folder counts as not there.
 
     Raises OSError if no lock can be written beside it.
     """
-    if path.exists():
+    if (path / holds).exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(path, what):
-        if not path.exists():
+        if not (path / holds).exists():
+            drop_partials(path.parent, path.name)
             make()
 
 

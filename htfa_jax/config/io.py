@@ -224,7 +224,7 @@ def preset_changes(name: str) -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes `config` so that `load_config` reads the same; whole or not at all."""
-    write_whole(path, json.dumps(to_dict(config), indent=2) + "\n")
+    write_whole(path, json.dumps(to_dict(config), indent=2) + "\n", durable=True)
 
 
 def source_name(argv: Sequence[str]) -> str:

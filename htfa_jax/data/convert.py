@@ -16,7 +16,6 @@ import dataclasses
 import json
 import logging
 import multiprocessing
-import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from htfa_jax.common.cli import available_processors, command, parse
-from htfa_jax.common.files import write_whole
+from htfa_jax.common.files import drop_partials, whole_path, write_whole
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.common.logs import progress
@@ -146,7 +145,7 @@ def convert(
             raise DataError(f"{source}: not one record could be packed")
         total = {key: sum(facts[key] for facts in done.values()) for key in ("records", "skipped")}
         content = {"version": 1, **total, "settings": settings, "shards": shards}
-        write_whole(manifest, json.dumps(content, indent=2) + "\n")
+        write_whole(manifest, json.dumps(content, indent=2) + "\n", durable=True)
         (folder / UNFINISHED).unlink()
     except OSError as error:
         raise DataError(f"{folder} cannot be written: {error}") from error
@@ -171,6 +170,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any
                 done[facts.pop("shard")] = facts
     elif any(folder.iterdir()):
         raise DataError(f"{folder} is not empty: use another folder")
+    drop_partials(folder)
     content = [settings, *({"shard": i, **facts} for i, facts in done.items())]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in content))
     return done
@@ -228,35 +228,35 @@ def _make(shard: int) -> dict[str, Any]:
     """Makes one shard; returns its facts for the manifest."""
     job, counter, stop = (_worker[name] for name in ("job", "counter", "stop"))
     path = job.folder / job.name(shard)
-    partial = path.with_name("." + path.name)
     count, skipped = 0, []
-    writer = open_writer(partial)
-    try:
-        for index in job.numbers(shard):
-            if stop.is_set():
-                raise DataError(f"{path.name} was not finished")
-            try:
-                record, pictures = read_files(job.records[index], job.image_size)
-                writer.write(pack(json.dumps(record, ensure_ascii=False).encode(), pictures))
-                count += 1
-            except DataError as error:
-                if not job.skip:
-                    raise
-                skipped.append(str(error))
-            with counter.get_lock():
-                counter.value += 1
-    finally:
-        writer.close()
-    facts = {
+    # The manifest says how large it is: it must be so after a power cut too.
+    with whole_path(path, durable=True) as partial:
+        writer = open_writer(partial)
+        try:
+            for index in job.numbers(shard):
+                if stop.is_set():
+                    raise DataError(f"{path.name} was not finished")
+                try:
+                    record, pictures = read_files(job.records[index], job.image_size)
+                    writer.write(pack(json.dumps(record, ensure_ascii=False).encode(), pictures))
+                    count += 1
+                except DataError as error:
+                    if not job.skip:
+                        raise
+                    skipped.append(str(error))
+                with counter.get_lock():
+                    counter.value += 1
+        finally:
+            writer.close()
+        size, digits = partial.stat().st_size, file_sha256(partial)
+    return {
         "name": path.name,
         "records": count,
         "skipped": len(skipped),
         "reasons": skipped,
-        "bytes": partial.stat().st_size,
-        "sha256": file_sha256(partial),
+        "bytes": size,
+        "sha256": digits,
     }
-    os.replace(partial, path)
-    return facts
 
 
 @dataclasses.dataclass(frozen=True)

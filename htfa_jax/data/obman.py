@@ -32,7 +32,7 @@ import tyro
 from PIL import Image
 
 from htfa_jax.common.cli import command, parse
-from htfa_jax.common.files import whole_file
+from htfa_jax.common.files import whole_file, whole_path
 from htfa_jax.common.logs import progress
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
@@ -192,13 +192,11 @@ def _copy(source: Path, target: Path) -> None:
     """A link to the same file where the disk allows one, else a copy; whole or not at all."""
     if target.is_file():
         return
-    partial = target.with_name(f".{target.name}")
-    partial.unlink(missing_ok=True)
-    try:
-        os.link(source, partial)
-    except OSError:
-        shutil.copyfile(source, partial)
-    os.replace(partial, target)
+    with whole_path(target) as partial:
+        try:
+            os.link(source, partial)
+        except OSError:
+            shutil.copyfile(source, partial)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ class ChatTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json"):
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
-                write_whole(folder / name, (self.folder / name).read_bytes())
+                write_whole(folder / name, (self.folder / name).read_bytes(), durable=True)
 
     def _template_text(self, settings: dict) -> str:
         beside = self.folder / "chat_template.jinja"
@@ -281,4 +281,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         json.dumps(settings, indent=2) + "\n", encoding="utf-8"
     )
     # The settings first: a folder with tokenizer.json is complete.
-    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True), durable=True)

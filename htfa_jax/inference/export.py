@@ -13,6 +13,7 @@ import numpy as np
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.checkpoints.runs import MODEL, is_export
+from htfa_jax.common.files import whole_folder
 from htfa_jax.common.json_files import read_json
 from htfa_jax.config import Config, DataConfig, get, override
 from htfa_jax.config.io import save_config
@@ -76,7 +77,7 @@ def export_run(
         path: (tuple(value.shape), stored_dtype(path, value.dtype, dtype))
         for path, value in params.items()
     }
-    with weights.new_folder(out) as partial:
+    with whole_folder(out, CheckpointError) as partial:
         writer = weights.WeightWriter(partial / MODEL, kinds, {"step": str(step)})
         for path, (_, kind) in kinds.items():
             writer.write(path, None, np.asarray(params[path]).astype(kind))

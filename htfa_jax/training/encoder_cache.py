@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from htfa_jax.checkpoints import weights
-from htfa_jax.common.files import made_once
+from htfa_jax.common.files import made_once, whole_folder
 from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
@@ -164,7 +163,7 @@ def _make(
     batches = evaluation_batches(strict, records, None, num_shards=layout.num_shards)
     done = 0
     with (
-        weights.new_folder(path.parent) as partial,
+        whole_folder(path.parent, DataError) as partial,
         (partial / path.name).open("wb") as file,
         progress(len(records), name, unit="record") as bar,
     ):

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from htfa_jax.common.cli import parse
+from htfa_jax.common.files import whole_file
 
 PICTURES = 64
 NAMES = ("image_orig", "image_recon")
@@ -41,7 +42,7 @@ def write_file(folder: Path, num: int, size: int) -> Path:
         coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
         picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
         picture.save(folder / "pictures" / f"{size}-{i}.jpg", quality=90)
-    with path.with_suffix(".partial").open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for i in range(num):
             names = {name: f"pictures/{size}-{(i + k) % PICTURES}.jpg"
                      for k, name in enumerate(NAMES)}  # fmt: skip
@@ -57,7 +58,6 @@ def write_file(folder: Path, num: int, size: int) -> Path:
                 "meta": {"category": "bottle", "occlusion": i % 100 / 100},
             }
             file.write(json.dumps(record) + "\n")
-    path.with_suffix(".partial").rename(path)
     return path
 
 

@@ -31,12 +31,14 @@ from tokenizers import Tokenizer
 from htfa_jax.checkpoints import weights
 from htfa_jax.common import param_paths
 from htfa_jax.common.cli import command, parse, use_compilation_cache
+from htfa_jax.common.files import whole_folder
 from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import StopSignal
 from htfa_jax.config import Config, load_config, override
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer, train_tokenizer
+from htfa_jax.errors import CheckpointError
 from htfa_jax.models.factory import Model
 from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.training.vq_stage import train_vq
@@ -87,7 +89,7 @@ def write(folder: Path, tensors: Flat, description: dict[str, Any]) -> None:
         name: np.ascontiguousarray(x).astype(np.float32).astype(ml_dtypes.bfloat16)
         for name, x in tensors.items()
     }
-    with weights.new_folder(folder) as partial:
+    with whole_folder(folder, CheckpointError) as partial:
         save_file(arrays, partial / "model.safetensors", metadata={"format": "pt"})
         weights.write_json(partial / "config.json", description)
 

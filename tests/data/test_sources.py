@@ -14,6 +14,7 @@ import pytest
 import zstandard
 from support import GOOD, tiny, write_dataset
 
+from htfa_jax.common import files
 from htfa_jax.config import DataConfig
 from htfa_jax.data.sources import array_records, json_lines, record_cache
 from htfa_jax.data.sources.json_lines import RecordFile
@@ -145,18 +146,20 @@ def test_an_interrupted_copy_is_made_again(tmp_path, data, monkeypatch):
     path = tmp_path / "d.json"
     to_array(path, many(20))
 
-    def killed(*args):
+    def killed(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(record_cache.os, "replace", killed)
+        patched.setattr(files.os, "replace", killed)
+        patched.setattr(Path, "unlink", killed)  # a process that is killed cannot clean up
         with pytest.raises(KeyboardInterrupt):
             open_source(str(path), data)
-    assert len(list((tmp_path / "cache" / "records").glob("*.partial"))) == 1
+    (left,) = (tmp_path / "cache" / "records").glob(".*" + array_records.SUFFIX + ".*")
     assert [r.id for r in map(open_source(str(path), data).__getitem__, range(20))] == [
         str(i) for i in range(20)
     ]
-    assert not list((tmp_path / "cache" / "records").glob("*.partial"))
+    assert not left.exists()
+    assert len(list((tmp_path / "cache" / "records").glob("*" + array_records.SUFFIX))) == 1
 
 
 def index(path, cache_dir, ready, results):

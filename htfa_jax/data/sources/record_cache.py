@@ -3,21 +3,20 @@
 JSON arrays, compressed files and remote ones become an ArrayRecord file of their records' texts
 in `data.cache_dir`/records, named by a hash of where they are, their size and their time; remote
 shards are fetched there as they are. One process makes it while others wait; what an interrupted
-one left is written over.
+one left is deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from htfa_jax.common.files import made_once
+from htfa_jax.common.files import made_once, whole_path
 from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.json_files import check_beginning
 from htfa_jax.common.logs import progress
@@ -107,14 +106,13 @@ def is_random_access(name: str) -> bool:
 def _made_once(
     identity: list[Any], suffix: str, cache_dir: Path, name: str, write: Callable[[Path], None]
 ) -> Path:
-    """The file of a key; `write` makes it at another name first."""
+    """The file of a key, which `write` makes at the path that it is given."""
     path = cache_dir / "records" / (short_hash([FORMAT, *identity]) + suffix)
 
     def index() -> None:
         log.info("indexing %s once, in %s", name, path)
-        partial = path.with_suffix(".partial")
-        write(partial)
-        os.replace(partial, path)
+        with whole_path(path, durable=True) as partial:
+            write(partial)
 
     try:
         made_once(path, f"the index of {name}", index)
