@@ -8,15 +8,15 @@ Those are converted once, into the cache.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import htfa_jax
 from htfa_jax.checkpoints import weights
+from htfa_jax.common.files import made_once
 from htfa_jax.common.hashing import file_sha256, short_hash
 from htfa_jax.config import Config, override
+from htfa_jax.errors import CheckpointError
 from weights_convert.folder import RULES_VERSION, write_folder
 from weights_convert.source import Source
 
@@ -51,6 +51,9 @@ def converted(family: str, name: str, config: Config) -> Path:
       family: "siglip", "vq" or "internlm2".
       name: of the checkpoint.
       config: tells the size of the pictures, and where the cache is.
+
+    Of several processes one converts, the others wait. Raises CheckpointError for a checkpoint of
+    something else, and if the cache cannot be written.
     """
     # Only here: these load JAX, which `--help` of the commands does without.
     from weights_convert import internlm2, siglip, vq
@@ -63,21 +66,18 @@ def converted(family: str, name: str, config: Config) -> Path:
     key = short_hash(described)
     cache = Path(config.data.cache_dir).expanduser() / "converted"
     folder = cache / f"{family}-{key}"
-    if (folder / weights.WEIGHTS).is_file():
-        return folder
-    if family == "siglip":
-        layout = siglip.layout(source, config.image_size)
-    else:
-        layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
-    # Under a name of this process's own first: others may want the same.
-    mine = cache / f"{family}-{key}-{os.getpid()}"
-    write_folder(source, layout, mine, beside=tokenizer_of(source, family))
+
+    def convert() -> None:
+        if family == "siglip":
+            layout = siglip.layout(source, config.image_size)
+        else:
+            layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
+        write_folder(source, layout, folder, beside=tokenizer_of(source, family))
+
     try:
-        os.rename(mine, folder)
-    except OSError:
-        shutil.rmtree(mine)
-        if not (folder / weights.WEIGHTS).is_file():
-            raise
+        made_once(folder, f"the weights of {source.name}", convert, holds=weights.WEIGHTS)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written (data.cache_dir): {error}") from error
     return folder
 
 

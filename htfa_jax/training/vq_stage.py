@@ -23,6 +23,7 @@ from htfa_jax.checkpoints import weights as parts
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints
 from htfa_jax.common import param_paths
+from htfa_jax.common.files import made_once
 from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.logs import MetricWriter, log_to_file
 from htfa_jax.common.param_paths import Flat
@@ -289,24 +290,29 @@ def train_in(workdir: Path, config: Config) -> Path | None:
 def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> Path | None:
     """The tokenizer that this configuration and data lead to: trained now, or before.
 
+    Of several runs at once one trains it, the others wait.
+
     Args:
       config: of the run.
       workdir: of the stage, if it has to be trained.
       stop: as `train_vq` takes it.
 
-    Returns its weight folder; None if a signal stopped the training.
+    Returns its weight folder; None if a signal stopped the training. Raises OSError if the cache
+    cannot be written.
     """
     key, folder = cache_key(config), cached_folder(config)
     if jax.process_count() > 1:
         # Hosts may have caches of their own, of which some hold it; the workdir is shared.
         return train_vq(config, workdir / key, stop)
-    if not (folder / parts.WEIGHTS).is_file():
+
+    def make() -> None:
         log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
         trained = train_vq(config, workdir / key, stop)
-        if trained is None:
-            return None
-        parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))
-    return folder
+        if trained is not None:
+            parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))
+
+    made_once(folder, f"the VQ tokenizer of {config.data.train}", make, holds=parts.WEIGHTS)
+    return folder if (folder / parts.WEIGHTS).is_file() else None
 
 
 def cached_folder(config: Config) -> Path:

@@ -1,5 +1,8 @@
 """The VQ stage: its losses, what keeps codes alive, which pictures it sees, resuming."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -187,6 +190,36 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
     dataset_copy.write_text(dataset.read_text())
     keys.add(cache_key(override(config, {"data.train": str(dataset_copy)})))
     assert len(keys) == 3
+
+
+def test_of_two_runs_that_need_the_same_tokenizer_one_trains_it(dataset, tmp_path, monkeypatch):
+    config = tiny(data__train=str(dataset), data__cache_dir=str(tmp_path / "cache"))
+    trained = []
+
+    def slowly(config, workdir, stop):
+        trained.append(workdir)
+        time.sleep(0.5)
+        parts.save_part(workdir / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
+        return workdir / "weights"
+
+    monkeypatch.setattr(vq_stage, "train_vq", slowly)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(vq_stage.cached_vq, config, tmp_path / name) for name in "abc"]
+    assert [run.result() for run in runs] == [vq_stage.cached_folder(config)] * 3
+    assert len(trained) == 1
+
+
+def test_a_stage_that_was_stopped_leaves_the_tokenizer_to_the_next_run(
+    dataset, tmp_path, monkeypatch
+):
+    config = tiny(data__train=str(dataset), data__cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(vq_stage, "train_vq", lambda *_: None)
+    assert vq_stage.cached_vq(config, tmp_path / "a") is None
+    (tmp_path / "weights").mkdir()
+    parts.save_part(tmp_path / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
+    monkeypatch.setattr(vq_stage, "train_vq", lambda *_: tmp_path / "weights")
+    vq_stage.cached_folder(config).mkdir()  # emptied by hand
+    assert vq_stage.cached_vq(config, tmp_path / "b") == vq_stage.cached_folder(config)
 
 
 def test_the_perceptual_loss_is_the_error_of_features(tokenizer, tmp_path):
