@@ -3,6 +3,12 @@
 The kernel frees a file lock when its process ends, however it ends, so on one machine there are
 no stale ones. Not every shared disk carries such locks from host to host: what another host wrote
 into `lock.json` counts as long as its holder goes on rewriting it.
+
+Neither lock of `filelock`, which guards the caches, does both. `FileLock` is the kernel's lock
+alone: on a network disk where it succeeds on every host, two hosts hold it. `SoftFileLease` is
+signs of life alone: a run that is suspended (SIGSTOP, a laptop that sleeps) for longer than its
+lease loses it to another on the same machine, where the kernel's lock stays. It does not say since
+when it is held, and came with filelock 3.30, after the oldest release that this package takes.
 """
 
 from __future__ import annotations

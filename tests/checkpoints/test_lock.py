@@ -1,6 +1,7 @@
 """One run to a workdir."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -96,3 +97,11 @@ def test_a_folder_that_cannot_be_written_is_named():
         lock(Path("/proc/self")),
     ):
         pass
+
+
+def test_a_suspended_run_keeps_its_workdir(tmp_path, holder):
+    """Which shows no sign of life, but is not dead."""
+    holder.send_signal(signal.SIGSTOP)
+    with pytest.raises(ConfigError, match="in use"), lock(tmp_path, heartbeat=0.01, patience=0.05):
+        pass
+    holder.send_signal(signal.SIGCONT)
