@@ -14,7 +14,7 @@ from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.checkpoints.runs import MODEL, is_export
 from htfa_jax.common.files import whole_folder
-from htfa_jax.common.json_files import read_json
+from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.config import Config, DataConfig, get, override
 from htfa_jax.config.io import save_config
 from htfa_jax.data.tokenizer import ChatTokenizer
@@ -90,7 +90,9 @@ def export_run(
                 (partial / "evaluation" / split / name).write_text(text, encoding="utf-8")
         shapes = {path: shape for path, (shape, _) in kinds.items()}
         test = scores.get("test", {})
-        measured = json.loads(test[METRICS]) if test else None
+        measured = (
+            parse_json(test[METRICS], METRICS, CheckpointError, allow_nan=True) if test else None
+        )
         card = model_card(out.name, config, step, shapes, dtype, measured, test.get(TABLE), license)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out
