@@ -1,4 +1,4 @@
-"""`standard` without Level 1: the fused picture is half the original, half the reconstruction.
+"""`standard` without Level 1: the fused image is half the original, half the reconstruction.
 
 Alpha is the constant 0.5, without parameters, and no gradient goes through the encoders: 12.1
 TFLOP of a step for a sample, not 12.5. It fits where `standard` does.

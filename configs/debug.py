@@ -44,7 +44,7 @@ def get_config() -> Config:
             "level3.adapter_dropout": 0.0,
             "loss.text_weight": 0.4,
             "loss.code_weight": 0.6,
-            "loss.hidden_cell_weight": 5.0,
+            "loss.occluded_cell_weight": 5.0,
             "pretrained.siglip": "tiny",
             "pretrained.vq": "tiny",
             "pretrained.decoder": "tiny",

@@ -1,7 +1,7 @@
-"""`standard` that paints and does not answer: no words in the sequence, no embedding, no text head.
+"""`standard` that paints and does not answer: no words in the sequence, no embedding, no LM head.
 
 It fits where `standard` does, with half of the weights to train (319 million) and 6.5 TFLOP of a
-step for a sample, not 12.5. Completed pictures are scored, there are no answers.
+step for a sample, not 12.5. Completed images are scored, there are no answers.
 
 python -m htfa_jax.train --config configs/generation_only.py \\
         --config.data.train=train.jsonl ...

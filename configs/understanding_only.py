@@ -1,6 +1,6 @@
 """`standard` that answers and does not paint: no generation head, no target codes, no VQ decoder.
 
-The codes of the fused picture stay in the sequence, where the text can read them;
+The codes of the fused image stay in the sequence, where the text can read them;
 `ablation_single_encoder` leaves them out too. It fits where `standard` does: a sample takes 12.0
 TFLOP of a step, not 12.5. The answers are scored, nothing is painted.
 

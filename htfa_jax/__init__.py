@@ -1,4 +1,4 @@
-"""HTFA in JAX: answers questions about a partly hidden object and paints it whole."""
+"""HTFA in JAX: answers questions about a partly hidden object and completes its image."""
 
 import importlib
 

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for gone in integrity.prune(found, args.keep, best):
                 log.info("deleted %s", gone.folder)
         found = integrity.listing(args.run)
-    print(integrity.table(found, best, notes))
+    print(integrity.checkpoint_table(found, best, notes))
     if any(note != "sound" for note in notes.values()):
         sys.exit(1)
 

@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(ConfigsArgs, argv, __doc__)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
-    from htfa_jax.training.plan import table
+    from htfa_jax.training.plan import preset_table
 
-    print(table(args.names or preset_names()))
+    print(preset_table(args.names or preset_names()))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ class ConfigError(HTFAError):
 
 
 class DataError(HTFAError):
-    """A dataset, record or picture that cannot be used; the message says which and why.
+    """A dataset, record or image that cannot be used; the message says which and why.
 
     Attributes:
       kind: what sort of problem it is, in a few words, so that many can be counted.

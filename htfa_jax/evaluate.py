@@ -5,7 +5,7 @@
     python -m htfa_jax.evaluate --checkpoint runs/a --output_dir scores \\
         --config.data.test=scenes/train-24-word.jsonl
 
-Answers come from real decoding; completed pictures are scored beside four references. The run's own
+Answers come from real decoding; completed images are scored beside four references. The run's own
 configuration counts; every field below is a flag.
 """
 
@@ -31,7 +31,7 @@ class EvaluateArgs:
     config: ConfigFlags
     checkpoint: Path = Path()  # a run, RUN/checkpoints/STEP, an exported run or its hub id
     split: Split = "test"  # which data
-    output_dir: Path | None = None  # where JSON and pictures go (default: RUN/evaluation/SPLIT)
+    output_dir: Path | None = None  # where JSON and images go (default: RUN/evaluation/SPLIT)
 
 
 @command
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result, folder = evaluate_run(args.config, args.checkpoint, args.split)
     folder = args.output_dir or folder / "evaluation" / args.split
     report.write(result, folder)
-    print(report.table(result.scores))
+    print(report.score_table(result.scores))
     print(f"written to {folder}")
 
 

@@ -1,4 +1,4 @@
-"""Answers questions about picture pairs with a trained run, and completes the pictures.
+"""Answers questions about image pairs with a trained run, and completes the images.
 
     python -m htfa_jax.infer --demo --visualize
     python -m htfa_jax.infer --checkpoint runs/a --input scenes/train-24-word.jsonl \\
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from htfa_jax.data.records import Record
     from htfa_jax.inference.engine import HTFAInference
-    from htfa_jax.inference.inputs import Job
+    from htfa_jax.inference.inputs import PredictionJob
     from htfa_jax.inference.results import Result
 
 # What loads JAX, matplotlib or PIL is imported where it is used: `--help` must be quick.
@@ -54,11 +54,13 @@ class InferArgs:
     """Options of the command."""
 
     checkpoint: Path | None = None  # a run, RUN/checkpoints/STEP, an exported run or its hub id
-    output_dir: Path | None = None  # predictions.jsonl and pictures go here
+    output_dir: Path | None = None  # predictions.jsonl and images go here
     demo: bool = False  # this package's small model, on its example scenes if no pair is given
     image_orig: Path | None = None  # the original, where something hides the object
-    image_recon: Path | None = None  # the reconstruction; without it the model paints one first
-    object_mask: Path | None = None  # white where the object is, its hidden part included
+    image_recon: Path | None = (
+        None  # the reconstruction; without it the model completes the original first
+    )
+    object_mask: Path | None = None  # white where the object is, its occluded part included
     occluder_mask: Path | None = None  # white where something covers the original
     bbox_orig: Box | None = None  # x y width height of the object in the original's pixels
     bbox_recon: Box | None = None  # the same in the reconstruction's
@@ -119,7 +121,7 @@ def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int,
     Args:
       args: options of the command.
       checkpoint: as `HTFAInference` takes it.
-      folder: for the predictions and their pictures.
+      folder: for the predictions and their images.
     """
     from htfa_jax.inference.inputs import read_jobs
 
@@ -142,13 +144,13 @@ def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int,
     return failed, len(todo)
 
 
-def one_pair(args: InferArgs) -> Job:
+def one_pair(args: InferArgs) -> PredictionJob:
     """The pair of the command line."""
-    from htfa_jax.inference.inputs import FIELDS, Job, as_record
+    from htfa_jax.inference.inputs import FIELDS, PredictionJob, as_record
 
     pair = {field: getattr(args, field) for field in FIELDS}
     record = as_record({"id": Path(str(args.image_orig)).stem, **pair}, "the command line")
-    return Job(0, record.id, record, args.query or None)
+    return PredictionJob(0, record.id, record, args.query or None)
 
 
 def keep_finished(path: Path) -> set[str]:
@@ -172,7 +174,9 @@ def keep_finished(path: Path) -> set[str]:
     return ids
 
 
-def run(engine: HTFAInference, jobs: list[Job], folder: Path, args: InferArgs, fresh: bool) -> int:
+def run(
+    engine: HTFAInference, jobs: list[PredictionJob], folder: Path, args: InferArgs, fresh: bool
+) -> int:
     """Writes one line per job, as soon as it is there. Returns how many failed."""
     from htfa_jax.data.records import Record
 
@@ -206,9 +210,9 @@ def run(engine: HTFAInference, jobs: list[Job], folder: Path, args: InferArgs, f
 
 
 def _entry(
-    job: Job, record: Record, results: list[Result], args: InferArgs, folder: Path
+    job: PredictionJob, record: Record, results: list[Result], args: InferArgs, folder: Path
 ) -> dict[str, Any]:
-    """The line of a pair; its pictures are written first."""
+    """The line of a pair; its images are written first."""
     first = results[0]
     if first.error is not None:
         return {"id": job.id, "error": first.error}

@@ -3,9 +3,9 @@
 from htfa_jax.evaluation.look_inside import (
     answer_figure,
     figures,
+    images_figure,
     level2_figure,
-    pictures_figure,
     png,
 )
 
-__all__ = ["answer_figure", "figures", "level2_figure", "pictures_figure", "png"]
+__all__ = ["answer_figure", "figures", "level2_figure", "images_figure", "png"]

@@ -31,13 +31,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line: exits with 1 if everything is finite this time."""
     args = parse(ReproduceArgs, argv, __doc__)
     args.distributed.connect()
-    from htfa_jax.training.reproduction import described, reproduce
+    from htfa_jax.training.reproduction import metrics_text, reproduce
 
     again, alone = reproduce(args.dump)
     if is_first():
-        print(f"the batch again: {described(again)}")
+        print(f"the batch again: {metrics_text(again)}")
         for name, metrics in alone.items():
-            print(f"record {name} in all its places: {described(metrics)}")
+            print(f"record {name} in all its places: {metrics_text(metrics)}")
     if again["finite"]:
         print("finite this time: were the configuration or the data changed?")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Trains a VQ tokenizer on the pictures of a dataset; its weight folder is WORKDIR/weights.
+"""Trains a VQ tokenizer on the images of a dataset; its weight folder is WORKDIR/weights.
 
     python -m htfa_jax.train_vq --config debug --workdir runs/vq
     python -m htfa_jax.train_vq --config debug --config.vq_train.num_steps=4000

@@ -9,7 +9,7 @@ they take turns (A B A B ...), so that what else the machine does falls on both.
 FLOPs are those of `htfa_jax.models.flops`: 2 x tokens x (parameters of the matrices) + 4 x queries
 x keys x width for attention, three times for what learns, twice for what gradients pass through,
 once for the rest; rematerialisation is not counted. Utilisation is the achieved FLOP/s over the
-measured peak, the fastest of several square matrix products in the dtype of the computation, and
+measured peak, the fastest of several square matmuls in the dtype of the computation, and
 for bfloat16 on devices that are known also over what the vendor's datasheet says.
 
 On a GPU the twin's loss is compiled by `torch.compile`, and both sides share the device's memory:
@@ -177,7 +177,7 @@ def table(figures: dict[str, Any]) -> str:
         + " and ".join(f"{v / 1e9:.2f} GB of {k}" for k, v in ours["state_bytes"].items()),
         f"{sum(ours['flops_per_sample'].values()) / 1e9:,.1f} GFLOP per sample ({parts})",
         f"{ours['flops_per_second'] / 1e9:,.1f} GFLOP/s of "
-        f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matrix product: "
+        f"{ours['matmul_flops_per_second'] / 1e9:,.1f} in a matmul: "
         f"utilisation {ours['utilisation']:.2f}",
     ]
     if "datasheet_utilisation" in ours:

@@ -31,12 +31,12 @@ class PlanArgs:
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     args = parse_args(PlanArgs, argv, description=__doc__, resolve=with_weights)
-    from htfa_jax.training.plan import describe
+    from htfa_jax.training.plan import describe_plan
     from htfa_jax.training.topologies import find
 
     # Weights are not looked at: what would be pretrained is frozen as it would be with them.
     config = override(args.config, {"pretrained.random_parts": "as_configured"})
-    print(describe(config, args.topology and find(args.topology)))
+    print(describe_plan(config, args.topology and find(args.topology)))
 
 
 if __name__ == "__main__":

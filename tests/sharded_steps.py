@@ -31,7 +31,7 @@ from htfa_jax.training.state import new_params, new_state
 from htfa_jax.training.step import compile_train_step, put_update
 
 STEPS, SAMPLES = 5, 8
-# name: (devices, micro-steps, settings of `sharding`)
+# name: (devices, accumulation steps, settings of `sharding`)
 CASES = {
     "one": (1, 1, {}),
     "replicated": (8, 1, {"mode": "replicated"}),
@@ -195,7 +195,7 @@ def memory():
         compiled = abstract.lower().compile()
         found[mode] = abstract.device_bytes() | {
             "temporary": compiled.memory_analysis().temp_size_in_bytes,
-            "sent pictures": re.findall(r"= .*,3\].* (?:all-|collective-).*", compiled.as_text()),
+            "sent images": re.findall(r"= .*,3\].* (?:all-|collective-).*", compiled.as_text()),
             "copy": sum(
                 2 * int(np.prod(abstract.layout.used(path, x.shape).shard_shape(x.shape)))
                 for path, x in abstract.state["params"].items()

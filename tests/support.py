@@ -77,11 +77,11 @@ def nhwc(x: np.ndarray) -> np.ndarray:
 
 
 def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0) -> Batch:
-    """Random samples, all pictures and masks there, boxes inside."""
+    """Random samples, all images and masks there, boxes inside."""
     rng, side = np.random.default_rng(seed), config.image_size
     vocab = config.decoder.vocab_size
 
-    def picture() -> np.ndarray:
+    def image() -> np.ndarray:
         return rng.integers(0, 256, (size, side, side, 3), dtype=np.uint8)
 
     def blob() -> np.ndarray:
@@ -102,9 +102,9 @@ def random_batch(config: Config, size: int = 3, length: int = 64, seed: int = 0)
 
     region = np.tile(np.array([0, 0, side, side], np.float32), (size, 1))
     return Batch(
-        image_orig=picture(),
-        image_recon=picture(),
-        image_target=picture(),
+        image_orig=image(),
+        image_recon=image(),
+        image_target=image(),
         region_orig=region,
         region_recon=region.copy(),
         object_mask=blob(),
@@ -133,7 +133,7 @@ def taken_apart(module: nnx.Module) -> tuple[Model, Flat]:
 
 
 def product_types(program: str) -> list[list[str]]:
-    """Element types of the operands of each matrix product in a lowered program's text."""
+    """Element types of the operands of each matmul in a lowered program's text."""
     operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
     return [re.findall(r"tensor<[\dx]*x(\w+)>", both) for both in operands]
 
@@ -153,7 +153,7 @@ def random_weights(model: Model, seed: int = 0, scale: float = 0.3) -> Flat:
 
 
 def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path:
-    """A JSON-lines dataset of random pictures with every optional field; two questions each."""
+    """A JSON-lines dataset of random images with every optional field; two questions each."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -171,7 +171,7 @@ def write_dataset(folder: Path, num: int, size: int = 48, seed: int = 0) -> Path
         turns = [
             ("human", "<image>\nWhat color is it?", "color"),
             ("gpt", str(color), None),
-            ("human", "How much is hidden?", "hidden_share"),
+            ("human", "How much is hidden?", "occlusion_ratio"),
             ("gpt", f"{share} percent", None),
         ]
         lines.append(

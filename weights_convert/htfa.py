@@ -47,7 +47,7 @@ LEFT_TENSORS = {
     "level3_fusion.autoregressive_decoder": "its layers attend to the whole sequence, later words "
     "included, and know no positions; the decoder here is InternLM2",
     "level3_fusion.output_norm": "the norm at the end of the decoder that stays behind",
-    "prediction_heads.head_understand": "it reads the decoder that stays behind; the text head "
+    "prediction_heads.head_understand": "it reads the decoder that stays behind; the LM head "
     "here is InternLM2's own",
 }
 # {entry of the file beside the weights: why it stays behind}
@@ -62,7 +62,7 @@ LEFT_ENTRIES = {
 UNKNOWN_ENTRY = "not weights, and nothing that the original's trainer writes"
 # {our paths: what to know about them}
 RESERVATIONS = {
-    "level2, level3.adapter_understand": "learned from pictures normalised with ImageNet's mean "
+    "level2, level3.adapter_understand": "learned from images normalised with ImageNet's mean "
     "and std; data.image_mean and data.image_std are 0.5 here",
     "level3.adapter_generate": "learned from the placeholder VQ's code vectors, so a real VQ "
     "means other ones",
@@ -180,7 +180,7 @@ def layout(source: Source) -> Layout:
         log.warning("%s carries over, but: %s", name, what)
     return Layout(
         family="htfa",
-        variant=f"HTFA as the PyTorch original names it ({prefix or 'no prefix'}), pictures of "
+        variant=f"HTFA as the PyTorch original names it ({prefix or 'no prefix'}), images of "
         f"{sizes.image_size} pixels, {sizes.num_scales} scales, {sizes.embed_dim} wide, "
         f"{sizes.num_heads} heads ({told}), decoder {sizes.decoder_dim} wide",
         sizes=sizes,

@@ -147,7 +147,7 @@ def layout(source: Source, num_layers: int | None = None) -> Layout:
 
 
 def _sizes(source: Source, naming: str, prefix: str, embedding: str) -> tuple[DecoderConfig, bool]:
-    """Sizes, and whether the text head is the embedding."""
+    """Sizes, and whether the LM head is the embedding."""
     config = source.section("llm_config", "text_config", "language_config")
     layer = prefix + "model.layers.0."
     vocab_size, width = source.shape(embedding, 2)

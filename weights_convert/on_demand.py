@@ -50,7 +50,7 @@ def converted(family: str, name: str, config: Config) -> Path:
     Args:
       family: "siglip", "vq" or "internlm2".
       name: of the checkpoint.
-      config: tells the size of the pictures, and where the cache is.
+      config: tells the size of the images, and where the cache is.
 
     Of several processes one converts, the others wait. Raises CheckpointError for a checkpoint of
     something else, and if the cache cannot be written.

@@ -198,7 +198,7 @@ class VQ:
         return z, torch.cdist(z, self.vectors()[None]) ** 2
 
     def decode(self, codes_BM: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] of codes."""
+        """Images [B, 3, H, W] of codes."""
         side = int(codes_BM.shape[1] ** 0.5)
         x = self.vectors()[codes_BM].transpose(1, 2).unflatten(2, (side, side))
         x = self.middle("decoder", self.conv("decoder.conv_in", self.conv("post_quant_conv", x)))

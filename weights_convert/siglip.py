@@ -23,7 +23,7 @@ from htfa_jax.models.siglip import SigLIP
 from weights_convert.convert import Layout, Rule, Transform, linear, same
 from weights_convert.source import Source
 
-POOLING = "the pooling head makes one vector of a picture; HTFA reads the patches"
+POOLING = "the pooling head makes one vector of an image; HTFA reads the patches"
 OTHER_PARTS = "belongs to another part of the checkpoint"
 
 
@@ -142,7 +142,7 @@ def layout(source: Source, image_size: int = 448) -> Layout:
 
     Args:
       source: the checkpoint.
-      image_size: pixels of a side of the pictures that the encoder will see; position embeddings
+      image_size: pixels of a side of the images that the encoder will see; position embeddings
         are resized to its grid of patches.
 
     Raises:
@@ -201,7 +201,7 @@ def _transformers(source: Source, prefix: str):
     ignored = {
         rf"{inside}head\..*": POOLING,
         rf"{inside}embeddings\.position_ids": "numbers 0, 1, 2, ...",
-        r"(.*\.)?text_model\..*|logit_scale|logit_bias": "the text tower; HTFA reads pictures",
+        r"(.*\.)?text_model\..*|logit_scale|logit_bias": "the text tower; HTFA reads images",
         rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_PARTS,
     }
     return sizes, rules, ignored

@@ -51,7 +51,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
         flat = {path.removeprefix(part + "."): np.asarray(v) for path, v in inside.items()}
         sizes = getattr(config, part)
         if part == "decoder" and "embed.embedding" not in flat:
-            continue  # trained for pictures alone: it has no words
+            continue  # trained for images alone: it has no words
         with whole_folder(out / name, CheckpointError) as folder:
             arrays = {k: np.ascontiguousarray(v) for k, v in tensors(flat, sizes).items()}
             save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
@@ -120,7 +120,7 @@ def vq_tensors(params: Flat) -> Flat:
 
 
 def vq_config(sizes: VQConfig, image_size: int) -> dict[str, Any]:
-    """config.json of `JanusVQVAE`; squares of `stem` pixels are channels of its pictures."""
+    """config.json of `JanusVQVAE`; squares of `stem` pixels are channels of its images."""
     return {
         "architectures": ["JanusVQVAE"],
         "model_type": "janus_vqgan",

@@ -33,9 +33,9 @@ TOLERANCE = 1e-3  # relative to the largest output; float32 both
 def verify(folder: Path, source: Source, decoder_from: Source | None = None) -> str:
     """Compares a weight folder with what it was made from; says how far they are apart.
 
-    SigLIP: features of a random picture. Decoder: hidden states and next-word probabilities of a
+    SigLIP: features of a random image. Decoder: hidden states and next-word probabilities of a
     random prompt of 512 tokens, with the Kullback-Leibler divergence per token. VQ: codes of a
-    random picture and the picture of random codes.
+    random image and the image of random codes.
 
     Levels of the original: each on random inputs.
 
@@ -115,7 +115,7 @@ def difference(name: str, ours: np.ndarray, theirs: torch.Tensor) -> tuple[str, 
 
 
 def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
-    """Features of a random picture."""
+    """Features of a random image."""
     config = parts.read_description(folder, "siglip")
     layout = siglip.layout(source, config["image_size"])
     size = config["image_size"]
@@ -170,7 +170,7 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
 
 
 def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
-    """Codes of a random picture, the picture of random codes."""
+    """Codes of a random image, the image of random codes."""
     layout = vq.layout(source)
     sizes = layout.sizes
     keys = inside(source, layout.prefix, layout.ignored)
@@ -195,14 +195,14 @@ def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
         worst = max(worst, float(wrong))
         if any(key.startswith("decoder.") for key in keys):
             some = rng.integers(0, sizes.codebook_size, codes.shape)
-            picture = theirs.decode(torch.from_numpy(some)).permute(0, 2, 3, 1)
-            line, other = difference("painted picture", ours.decode(some), picture)
+            theirs_image = theirs.decode(torch.from_numpy(some)).permute(0, 2, 3, 1)
+            line, other = difference("painted image", ours.decode(some), theirs_image)
             lines, worst = [*lines, line], max(worst, other)
     return lines, worst
 
 
 def check_htfa(folder: Path, source: Source) -> tuple[list[str], float]:
-    """Random pictures through Level 1, random features through Level 2 and Level 3."""
+    """Random images through Level 1, random features through Level 2 and Level 3."""
     layout = htfa.layout(source)
     sizes = layout.sizes
     keys = inside(source, layout.prefix, layout.ignored)

@@ -227,7 +227,7 @@ def sizes_of(
     stem = math.isqrt(channels // 3)
     if channels != 3 * stem**2:
         raise CheckpointError(
-            f"{source.name}: the encoder reads pictures of {channels} channels; expected 3, or "
+            f"{source.name}: the encoder reads images of {channels} channels; expected 3, or "
             "3 x n x n for squares of n x n pixels"
         )
     widths = [

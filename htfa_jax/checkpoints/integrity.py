@@ -23,6 +23,7 @@ from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
+from htfa_jax.config.renamed import METRICS, with_current_names
 from htfa_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _saved(folder: Path, step: int | None) -> Saved:
     nanoseconds = metadata.get("commit_timestamp_nsecs")
     if not isinstance(nanoseconds, int) or not 0 <= nanoseconds < 2**63:
         nanoseconds = folder.stat().st_mtime_ns
-    metrics = _facts(folder / "metrics" / "metrics")
+    metrics = with_current_names(METRICS, _facts(folder / "metrics" / "metrics"))
     metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return Saved(folder, step, nanoseconds / 1e9, sum(sizes), metrics)
 
@@ -213,7 +214,7 @@ def prune(found: list[Saved], keep: int, spared: Saved | None) -> Iterator[Saved
             yield saved
 
 
-def table(found: list[Saved], spared: Saved | None, notes: dict[Path, str]) -> str:
+def checkpoint_table(found: list[Saved], spared: Saved | None, notes: dict[Path, str]) -> str:
     """A run's checkpoints as text.
 
     Args:

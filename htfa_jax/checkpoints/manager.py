@@ -32,6 +32,7 @@ from htfa_jax.common import param_paths
 from htfa_jax.common.files import drop_partials
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
+from htfa_jax.config.renamed import METRICS, with_current_names
 from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
 from htfa_jax.sharding.layout import to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
@@ -86,7 +87,7 @@ class Checkpoints:
         if metric is not None:
 
             def value(metrics: Mapping[str, float]) -> float:
-                return metrics[metric]
+                return with_current_names(METRICS, metrics)[metric]
 
             best = {"best_fn": value, "best_mode": mode}
             policies.append(

@@ -1,4 +1,4 @@
-"""What a run says: a log file, progress bars, scalars and pictures for TensorBoard."""
+"""What a run says: a log file, progress bars, scalars and images for TensorBoard."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def summary_writer(folder: Path) -> Any:
 
 
 class MetricWriter:
-    """Scalars to `metrics.jsonl` and TensorBoard, pictures and text to TensorBoard.
+    """Scalars to `metrics.jsonl` and TensorBoard, images and text to TensorBoard.
 
     The methods are those of `clu.metric_writers.MetricWriter`, whose own writers need
     TensorFlow; this one does not. A silent one, for all processes but the first, writes nothing.
@@ -127,7 +127,7 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Pictures [N, H, W, 3], uint8 or in [0, 1]."""
+        """Images [N, H, W, 3], uint8 or in [0, 1]."""
         if self.silent:
             return
         for name, batch in images.items():

@@ -40,7 +40,7 @@ class Config:
 
     seed: int = 0  # of weights, data order and dropout
     image_size: int = 448  # pixels, both sides
-    fusion: Fusion = "levels"  # Levels 1 and 2; or, to compare with, pictures as they are
+    fusion: Fusion = "levels"  # Levels 1 and 2; or, to compare with, images as they are
     siglip: SigLIPConfig = field(default_factory=SigLIPConfig)
     vq: VQConfig = field(default_factory=VQConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -101,7 +101,7 @@ class Config:
     @property
     def num_patches(self) -> int:
         """Understanding tokens of a sample."""
-        return self.patch_grid**2 * self.pictures_read
+        return self.patch_grid**2 * self.images_read
 
     @property
     def understand_dim(self) -> int:
@@ -112,17 +112,17 @@ class Config:
     @property
     def num_codes(self) -> int:
         """Generation tokens of a sample."""
-        return self.code_grid**2 * self.pictures_read if self.level3.generation else 0
+        return self.code_grid**2 * self.images_read if self.level3.generation else 0
 
     @property
     def has_alpha(self) -> bool:
-        """Whether Level 1 has parameters: it may learn, and the fused picture is read."""
+        """Whether Level 1 has parameters: it may learn, and the fused image is read."""
         is_read = self.level2.values == "fused" or self.level3.generation
         return self.fusion == "levels" and self.level1.learnable and is_read
 
     @property
-    def pictures_read(self) -> int:
-        """Pictures that the decoder sees the tokens of."""
+    def images_read(self) -> int:
+        """Images that the decoder sees the tokens of."""
         return 2 if self.fusion == "tokens" else 1
 
     @property

@@ -26,6 +26,7 @@ from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import read_json
 from htfa_jax.config.config import Config
 from htfa_jax.config.fields import leaves
+from htfa_jax.config.renamed import FIELDS, METRICS, current, current_flags, names_of
 from htfa_jax.errors import ConfigError
 
 # All different where they may be, and no head as wide as another model's.
@@ -104,7 +105,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str = "") -> Any:
     hints = typing.get_type_hints(cls)
     changes = {}
-    for name, value in values.items():
+    for given, value in values.items():
+        name = current(FIELDS, f"{prefix}{given}").removeprefix(prefix)
         if name not in hints:
             raise ConfigError(f"unknown configuration field {prefix}{name}{_nearest(name, hints)}")
         if dataclasses.is_dataclass(hints[name]):
@@ -113,6 +115,8 @@ def _build(cls: type, values: Mapping[str, Any], base: Any, prefix: str = "") ->
             changes[name] = _build(hints[name], value, getattr(base, name), f"{prefix}{name}.")
         else:
             changes[name] = _typed(value, hints[name], prefix + name)
+            if prefix + name == "train.best_metric":
+                changes[name] = current(METRICS, changes[name], "metric")
     return dataclasses.replace(base, **changes)
 
 
@@ -193,15 +197,17 @@ def fields_without_value(path: Path) -> list[str]:
     values = read_json(path, ConfigError, allow_nan=True)
     missing = []
     for name, _ in leaves(Config()):
-        node = values
-        for part in name.split("."):
-            node = node.get(part, _ABSENT) if isinstance(node, dict) else _ABSENT
-        if node is _ABSENT:
+        if not any(_has(values, known) for known in names_of(FIELDS, name)):
             missing.append(name)
     return missing
 
 
-_ABSENT = object()
+def _has(values: Any, name: str) -> bool:
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
 
 
 def presets_folder() -> Path:
@@ -269,7 +275,7 @@ def parse_args(
       read: from that option's value to the configuration.
       resolve: called with the configuration after and before the flags; gives the final one.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = current_flags(sys.argv[1:] if argv is None else argv)
     own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
     # The configuration comes first: its values are the defaults of the flags.
     given, rest = _taken_out(argv, source)

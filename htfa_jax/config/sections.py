@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["bfloat16", "float16", "float32"]
-# Beside the levels: one picture alone, or the tokens of both, one after the other.
+# Beside the levels: one image alone, or the tokens of both, one after the other.
 Fusion = Literal["levels", "original", "reconstruction", "tokens"]
 
 
@@ -35,14 +35,14 @@ class VQConfig:
     codebook_size: int = 8192  # number of codes
     codebook_dim: int = 256  # length of a code vector
     normalize_codes: bool = False  # compare codes l2-normalised (Janus) or as they are (Chameleon)
-    has_decoder: bool = True  # False: it reads pictures but cannot paint (ChameleonVQVAE)
+    has_decoder: bool = True  # False: it encodes images only (ChameleonVQVAE)
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The decoder (InternLM2)."""
 
-    vocab_size: int = 92544  # words, special ones included
+    vocab_size: int = 92544  # tokens, special ones included
     embed_dim: int = 2048  # width
     num_layers: int = 4  # transformer blocks
     num_heads: int = 16  # query heads
@@ -53,12 +53,12 @@ class DecoderConfig:
     max_positions: int | None = None  # longest sequence that the weights can read (None: any)
     rms_norm_eps: float = 1e-5  # epsilon of the norms
     dropout: float = 0.0  # after attention and MLP, in training
-    tie_head: bool = False  # the text head is the embedding table
+    tie_head: bool = False  # the LM head is the embedding table
 
 
 @dataclass(frozen=True)
 class Level1Config:
-    """Level 1: adaptive weighted fusion of the two pictures."""
+    """Level 1: adaptive weighted fusion of the two images."""
 
     alpha: Literal["map", "predicted"] = "predicted"  # one map, or that plus what a head sees
     init_alpha: float = 0.5  # weight of the original at the start
@@ -76,7 +76,7 @@ class Level2Config:
     alignment: Literal["features", "pixels", "none"] = "pixels"  # where the box affine acts
     values: Literal["fused", "reconstruction"] = "reconstruction"  # whose features are attended to
     append_reconstruction: bool = True  # its aligned features stand behind F_spatial's
-    mask_keys: bool = True  # hide keys outside the picture or the object mask
+    mask_keys: bool = True  # hide keys outside the image or the object mask
     intensity_threshold: float = 0.01  # mean RGB in [0, 1] above which a pixel is foreground
 
 
@@ -97,7 +97,7 @@ class LossConfig:
     text_weight: float = 0.7  # of the text cross-entropy
     code_weight: float = 0.3  # of the code cross-entropy
     label_smoothing: float = 0.0  # of both
-    hidden_cell_weight: float = 1.0  # of cells that something covers, in the code loss
+    occluded_cell_weight: float = 1.0  # of cells that something covers, in the code loss
     text_chunk: int = 128  # text positions whose logits exist at one time
 
 
@@ -107,7 +107,7 @@ class FreezeConfig:
 
     siglip: bool = True  # the SigLIP encoder
     vq: bool = True  # the VQ tokenizer (its decoder half never trains here)
-    decoder: bool = False  # InternLM2 and its text head
+    decoder: bool = False  # InternLM2 and its LM head
     adapters: bool = False  # both MLP adapters and the generation head
     level1: bool = False  # alpha
     level2: bool = False  # the spatial attention
@@ -137,11 +137,11 @@ class DataConfig:
     sources: tuple[tuple[str, float], ...] = ()  # (source, weight): a mixture instead of train
     validation: str | None = None  # same, for evaluation during training
     test: str | None = None  # same, for the evaluation at the end
-    image_root: str | None = None  # folder or URL that holds all pictures (None: the file's own)
+    image_root: str | None = None  # folder or URL that holds all images (None: the file's own)
     recon_template: str | None = None  # path of a missing image_recon, as in "recon/{id}.png"
     tokenizer: str | None = None  # Hugging Face folder (None: the decoder's, or a trained one)
     tokenizer_vocab_size: int = 512  # of a tokenizer that is trained on the data's text
-    resize: Literal["letterbox", "squash"] = "letterbox"  # how pictures become square
+    resize: Literal["letterbox", "squash"] = "letterbox"  # how images become square
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, of RGB in [0, 1]
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel
     use_object_mask: bool = True  # give the model the records' object masks
@@ -153,15 +153,15 @@ class DataConfig:
     max_bad_records: int = 100  # skipped records after which the run stops
     num_workers: int = 0  # loading processes (0: threads of this one)
     num_threads: int = 4  # loading threads per process
-    cache_dir: str = "~/.cache/htfa_jax"  # embedded pictures, VQ tokenizers, indexed data, and:
+    cache_dir: str = "~/.cache/htfa_jax"  # embedded images, VQ tokenizers, indexed data, and:
     cache_codes: bool = False  # keep the targets' codes on disk (see `encoder_cache`)
-    cache_features: bool = False  # keep what a frozen SigLIP sees in both pictures on disk
+    cache_features: bool = False  # keep what a frozen SigLIP sees in both images on disk
     cache_gb: float = 50.0  # disk space that one run's codes and features may take
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Random changes of training samples, the same for all pictures of a record (see `augment`)."""
+    """Random changes of training samples, the same for all images of a record (see `augment`)."""
 
     crop: float = 0.0  # part of both sides that a crop cuts off at most; the object's box stays
     flip: float = 0.0  # probability that left and right change places (answers may speak of them)
@@ -210,10 +210,10 @@ class OptimConfig:
 class ShardingConfig:
     """How a run spreads over devices: a mesh (data, fsdp, tensor); -1 takes what is left."""
 
-    mode: Literal["replicated", "zero2", "fsdp"] = "zero2"  # what the fsdp axis cuts
-    data: int | None = None  # whole copies of the rest (None: 1, or what leaves 16 for fsdp)
-    fsdp: int = -1  # parts that weights, moments and gradients are cut into
-    tensor: int = 1  # parts that heads and hidden units are cut into
+    mode: Literal["replicated", "zero2", "fsdp"] = "zero2"  # what the fsdp axis shards
+    data: int | None = None  # replicas of the rest (None: 1, or what leaves 16 for fsdp)
+    fsdp: int = -1  # parts that weights, moments and gradients are sharded into
+    tensor: int = 1  # parts that heads and hidden units are sharded into
     reduce_dtype: Literal["compute", "float32"] = "compute"  # type that gradients are added up in
 
 
@@ -221,8 +221,10 @@ class ShardingConfig:
 class TrainConfig:
     """The training loop."""
 
-    batch_size: int = 2  # samples per micro-step and part of the batch (a device, without tensor)
-    accumulation_steps: int = 4  # micro-steps per update
+    batch_size: int = (
+        2  # samples per accumulation step and part of the batch (a device, without tensor)
+    )
+    accumulation_steps: int = 4  # accumulation steps per update
     epochs: int = 4  # passes over the training data
     max_steps: int | None = None  # updates, instead of epochs
     dtype: DType = "bfloat16"  # of the computation (float16 scales its loss); weights are float32
@@ -249,7 +251,7 @@ class EvalConfig:
     batch_size: int = 8  # samples per step and part of the batch (a device, without tensor)
     max_samples: int | None = None  # of the validation split, during training (None: all)
     max_new_tokens: int = 64  # longest answer
-    panel_samples: int = 8  # rows of the picture panel
+    panel_samples: int = 8  # rows of the image panel
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,7 @@ class VQTrainConfig:
     """The VQ stage (`htfa_jax.train_vq`), run first when no pretrained VQ is given."""
 
     num_steps: int = 20000  # updates
-    batch_size: int = 16  # pictures per update
+    batch_size: int = 16  # images per update
     learning_rate: float = 1e-4  # peak of a cosine schedule
     commitment_weight: float = 0.25  # of the commitment loss
     l1_weight: float = 1.0  # of the absolute reconstruction error

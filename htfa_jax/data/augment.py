@@ -1,4 +1,4 @@
-"""Augmentation of training samples: one random change for all pictures, masks and boxes."""
+"""Augmentation of training samples: one random change for all images, masks and boxes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from htfa_jax.config import AugmentConfig
-from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, REGIONS, Box
+from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, REGIONS, Box
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Change:
     saturation: float = 1.0
 
     def window(self, objects: Sequence[Box]) -> Box:
-        """The part of every picture that is seen, (x, y, w, h) in parts of its sides.
+        """The part of every image that is seen, (x, y, w, h) in parts of its sides.
 
         Args:
           objects: boxes that must be seen whole, in the same unit.
@@ -50,7 +50,7 @@ class Change:
             starts = [min(max(box[axis], 0.0), 1.0) for box in objects]
             ends = [min(max(box[axis] + box[axis + 2], 0.0), 1.0) for box in objects]
             spans.append((min(starts, default=0.5), max(ends, default=0.5)))
-        # Both sides in the same part, so that the picture keeps its shape and its place.
+        # Both sides in the same part, so that the image keeps its shape and its place.
         side = max(self.side, *(end - start for start, end in spans))
         first = []
         for (start, end), part in zip(spans, self.corner, strict=True):
@@ -59,12 +59,12 @@ class Change:
         return first[0], first[1], side, side
 
     def applied(self, sample: dict[str, Any]) -> dict[str, Any]:
-        """A sample of `load_pictures`, cropped already, flipped and in other colours."""
+        """A sample of `load_images`, cropped already, flipped and in other colours."""
         changed = dict(sample)
-        for name in PICTURES:
+        for name in IMAGES:
             changed[name] = self._colored(sample[name])
         if self.flip:
-            for name in (*PICTURES, *MASKS):
+            for name in (*IMAGES, *MASKS):
                 changed[name] = np.ascontiguousarray(changed[name][:, ::-1])
             for name in (*REGIONS, *BOXES):
                 x, y, w, h = sample[name]
@@ -73,15 +73,15 @@ class Change:
                     changed[name] = np.array([width - x - w, y, w, h], np.float32)
         return changed
 
-    def _colored(self, picture: np.ndarray) -> np.ndarray:
+    def _colored(self, image: np.ndarray) -> np.ndarray:
         if (self.brightness, self.gamma, self.saturation) == (1, 1, 1):
-            return picture
-        image = Image.fromarray(picture)
+            return image
+        changed = Image.fromarray(image)
         if self.saturation != 1:
-            image = ImageEnhance.Color(image).enhance(self.saturation)
+            changed = ImageEnhance.Color(changed).enhance(self.saturation)
         values = 255 * self.brightness * (np.arange(256) / 255) ** self.gamma
         table = np.clip(np.round(values), 0, 255).astype(int).tolist()
-        return np.asarray(image.point(3 * table))
+        return np.asarray(changed.point(3 * table))
 
 
 def draw(config: AugmentConfig, rng: np.random.Generator) -> Change | None:

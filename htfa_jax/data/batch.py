@@ -19,7 +19,7 @@ Kind = tuple[tuple[int, ...], np.dtype]
 class Batch:
     """Samples of equal shape; H = W = `image_size`, letters as in `layers`.
 
-    Regions and boxes are (x, y, w, h) in pixels of the preprocessed picture. What a record does
+    Regions and boxes are (x, y, w, h) in pixels of the preprocessed image. What a record does
     not have is zero and flagged.
 
     Attributes:
@@ -28,8 +28,8 @@ class Batch:
       image_target: uint8 [B, H, W, 3], the whole object in the original's frame.
       region_orig: float32 [B, 4], where the original (and target, masks) is; padding around it.
       region_recon: float32 [B, 4], where the reconstruction is.
-      object_mask: bool [B, H, W], where the object is, its hidden part included.
-      occluder_mask: bool [B, H, W], where something covers the picture.
+      object_mask: bool [B, H, W], where the object is, its occluded part included.
+      occluder_mask: bool [B, H, W], where something covers the image.
       bbox_orig: float32 [B, 4], the object in the original.
       bbox_recon: float32 [B, 4], the object in the reconstruction.
       has_recon, has_target, has_object_mask, has_occluder_mask, has_bbox_orig,

@@ -33,8 +33,8 @@ from htfa_jax.common.files import whole_file
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import ConfigFlags, parse_args
-from htfa_jax.data.examine import Examiner, Problem, Seen, examine
-from htfa_jax.data.preprocess import MASKS, PICTURES
+from htfa_jax.data.examine import Examiner, RecordProblem, Seen, examine
+from htfa_jax.data.preprocess import IMAGES, MASKS
 from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
 from weights_convert.on_demand import with_weights
@@ -61,7 +61,7 @@ class Findings:
         self.total = Seen()
         self.bad: set[int] = set()
         self.counts: collections.Counter[str] = collections.Counter()
-        self.examples: dict[str, list[Problem]] = collections.defaultdict(list)
+        self.examples: dict[str, list[RecordProblem]] = collections.defaultdict(list)
         self.first: dict[str, int] = {}
         self.twice: list[tuple[str, int, int]] = []
 
@@ -120,7 +120,7 @@ class Findings:
                     for name, first, again in self.twice[:EXAMPLES]
                 ],
             },
-            "picture_sizes": {f"{w}x{h}": n for (w, h), n in total.sizes.most_common()},
+            "image_sizes": {f"{w}x{h}": n for (w, h), n in total.sizes.most_common()},
             "fields": dict(total.fields),
             "tokens": {
                 "max_text_length": self.config.data.max_text_length,
@@ -149,7 +149,7 @@ def _histogram(lengths: np.ndarray) -> dict[str, int]:
     return {str(2**i): int(counts[i]) for i in range(bins.min(), bins.max() + 1)}
 
 
-def table(report: dict[str, Any]) -> str:
+def findings_table(report: dict[str, Any]) -> str:
     """A report as text."""
     lines = [f"{report['checked']} of {report['records']} records of {report['source']}", ""]
     for kind, problem in report["problems"].items():
@@ -165,11 +165,11 @@ def table(report: dict[str, Any]) -> str:
     if not report["problems"]:
         lines.append("nothing wrong")
     tokens, answers = report["tokens"], report["answers"]
-    sizes = list(report["picture_sizes"].items())
+    sizes = list(report["image_sizes"].items())
     more = f", and {len(sizes) - 8} more sizes" if len(sizes) > 8 else ""
     lines += [
         "",
-        "pictures: " + ", ".join(f"{n} of {size}" for size, n in sizes[:8]) + more,
+        "images: " + ", ".join(f"{n} of {size}" for size, n in sizes[:8]) + more,
         "records with " + ", ".join(f"{f}: {n}" for f, n in report["fields"].items()),
         f"tokens: median {tokens['median']}, longest {tokens['longest']}; up to "
         + ", ".join(f"{edge}: {n}" for edge, n in tokens["up_to"].items()),
@@ -192,21 +192,21 @@ def as_line(record: Record, folder: Path) -> str:
     a `data.image_root` that holds them.
     """
 
-    def path(picture: Any) -> str:
-        if not isinstance(picture, Path):
+    def path(image: Any) -> str:
+        if not isinstance(image, Path):
             raise record.error(
-                f"{picture} is no file of its own, which JSON lines could name", "record"
+                f"{image} is no file of its own, which JSON lines could name", "record"
             )
-        whole = Path(os.path.abspath(picture))
+        whole = Path(os.path.abspath(image))
         return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
 
-    pictures = {
-        name: path(picture)
-        for name in (*PICTURES, *MASKS)
-        if (picture := getattr(record, name)) is not None
+    images = {
+        name: path(image)
+        for name in (*IMAGES, *MASKS)
+        if (image := getattr(record, name)) is not None
     }
     rest = {name: x for name, x in record.raw.items() if name != "occlusion_mask"}
-    return json.dumps({**rest, **pictures}, ensure_ascii=False) + "\n"
+    return json.dumps({**rest, **images}, ensure_ascii=False) + "\n"
 
 
 def check(
@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         drop=args.drop,
         num_workers=args.num_workers,
     )
-    print(table(found))
+    print(findings_table(found))
     if args.report is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         args.report.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Packs a dataset and its pictures into ArrayRecord shards.
+"""Packs a dataset and its images into ArrayRecord shards.
 
     python -m htfa_jax.data.held_objects --num 24 --size 128 --out scenes
     python -m htfa_jax.data.convert scenes/train-24-word.jsonl packed
@@ -51,14 +51,14 @@ LOG_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class ShardJob:
     """What every process needs to make any of the shards.
 
     Attributes:
       records: what is packed.
       folder: where the shards go.
       shard_size: records of a shard; the last has what is left.
-      image_size: longer side of the packed pictures in pixels; None keeps files as they are.
+      image_size: longer side of the packed images in pixels; None keeps files as they are.
       skip: leave records out that cannot be packed.
     """
 
@@ -102,7 +102,7 @@ def convert(
       config: says how records are read (`data`); the default one if None.
       split: of sources that have splits.
       shard_size: records of a shard.
-      image_size: longer side in pixels that larger pictures are reduced to; None packs the files
+      image_size: longer side in pixels that larger images are reduced to; None packs the files
         as they are.
       on_error: "raise" stops at a record that cannot be packed, "skip" leaves it out.
       num_workers: processes; one per processor if None.
@@ -112,7 +112,7 @@ def convert(
     config = config or Config()
     records = open_named(config, source, split)
     folder = Path(folder).expanduser()
-    job = Job(records, folder, shard_size, image_size, on_error == "skip")
+    job = ShardJob(records, folder, shard_size, image_size, on_error == "skip")
     settings = {
         "format": get_args(Format)[0],
         "source": source,
@@ -177,7 +177,7 @@ def _begin(folder: Path, settings: Mapping[str, Any]) -> dict[int, dict[str, Any
 
 
 def _make_all(
-    job: Job, missing: list[int], num_workers: int | None
+    job: ShardJob, missing: list[int], num_workers: int | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Makes shards in several processes; yields (number, facts) in the order they are done."""
     if not missing:
@@ -219,7 +219,7 @@ def _make_all(
 _worker: dict[str, Any] = {}  # of a process that packs
 
 
-def _start(job: Job, counter: Any, stop: Any) -> None:
+def _start(job: ShardJob, counter: Any, stop: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which stops us
     _worker.update(job=job, counter=counter, stop=stop)
 
@@ -237,8 +237,8 @@ def _make(shard: int) -> dict[str, Any]:
                 if stop.is_set():
                     raise DataError(f"{path.name} was not finished")
                 try:
-                    record, pictures = read_files(job.records[index], job.image_size)
-                    writer.write(pack(json.dumps(record, ensure_ascii=False).encode(), pictures))
+                    record, images = read_files(job.records[index], job.image_size)
+                    writer.write(pack(json.dumps(record, ensure_ascii=False).encode(), images))
                     count += 1
                 except DataError as error:
                     if not job.skip:
@@ -270,7 +270,7 @@ class ConvertArgs:
     format: Format = "array_record"  # of the shards
     split: Split = "train"  # of a source with splits
     shard_size: int = 1000  # records of a shard
-    image_size: int | None = None  # reduce larger pictures so (default: files as they are)
+    image_size: int | None = None  # reduce larger images so (default: files as they are)
     on_error: Literal["raise", "skip"] = "raise"  # stop at a bad record, or leave it out
     workers: int | None = None  # processes (default: one per processor)
     image_root: str | None = None  # as data.image_root

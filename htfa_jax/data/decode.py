@@ -1,4 +1,4 @@
-"""Pictures and masks out of files: refused before they are decoded, or as 8 bits, upright."""
+"""Images and masks out of files: refused before they are decoded, or as 8 bits, upright."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from htfa_jax.data.records import Picture, Record
-from htfa_jax.data.storage import StoredPicture
+from htfa_jax.data.records import ImageFile, Record
+from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
 
 # By their contents, whatever a file is called. Pillow knows more, some of which start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_BYTES = 256 * 2**20  # of a file
-MAX_PIXELS = 64 * 2**20  # of a picture: 200 MB once it is decoded
+MAX_PIXELS = 64 * 2**20  # of an image: 200 MB once it is decoded
 
-# A file, its contents, or a picture in memory.
-Source = Picture | bytes | Image.Image | np.ndarray
+# A file, its contents, or an image in memory.
+ImageSource = ImageFile | bytes | Image.Image | np.ndarray
 
 
-def load_image(source: Source) -> Image.Image:
-    """Opens and decodes a picture as RGB.
+def load_image(source: ImageSource) -> Image.Image:
+    """Opens and decodes an image as RGB.
 
-    It is turned upright as its EXIF tag says: boxes and masks are of the upright picture. What is
+    It is turned upright as its EXIF tag says: boxes and masks are of the upright image. What is
     transparent is black, as the background of a reconstruction is. Of an animation it is the
-    first picture. Of 16 bits the upper 8 count.
+    first image. Of 16 bits the upper 8 count.
 
     Raises DataError that says what is wrong with it, and whatever else Pillow raises.
     """
@@ -37,7 +37,7 @@ def load_image(source: Source) -> Image.Image:
         return _rgb(_eight_bits(_upright(image)))
 
 
-def load_mask(source: Source) -> Image.Image:
+def load_mask(source: ImageSource) -> Image.Image:
     """Opens and decodes a mask as 8-bit grey, upright; above 127 is true.
 
     Values 0 and 1 are taken for 0 and 255. Raises DataError if nothing would be true in it
@@ -58,13 +58,13 @@ def load_mask(source: Source) -> Image.Image:
 
 
 def decode_field(
-    record: Record, field: str, loader: Callable[[Source], Image.Image]
+    record: Record, field: str, loader: Callable[[ImageSource], Image.Image]
 ) -> Image.Image | None:
-    """A picture of a record, None if it has none. Raises DataError naming record, field, file."""
+    """An image of a record, None if it has none. Raises DataError naming record, field, file."""
     source = getattr(record, field)
     if source is None:
         return None
-    is_file = isinstance(source, Path | StoredPicture)
+    is_file = isinstance(source, Path | StoredImage)
     name = source if is_file else f"the {type(source).__name__}"
     try:
         return loader(source)
@@ -72,13 +72,13 @@ def decode_field(
         raise record.error(f"{field}: {name} {error}", error.kind) from error
     except FileNotFoundError:
         raise record.error(
-            f"{field}: no file at {name}: put it there, or mend the path", "missing picture"
+            f"{field}: no file at {name}: put it there, or mend the path", "missing image"
         ) from None
     except UnidentifiedImageError:
         raise record.error(
-            f"{field}: {name} is no picture that can be read: save it as one of "
+            f"{field}: {name} is no image that can be read: save it as one of "
             + ", ".join(FORMATS),
-            "unknown picture format",
+            "unknown image format",
         ) from None
     except MemoryError:
         raise
@@ -86,7 +86,7 @@ def decode_field(
         raise record.error(
             f"{field}: {name} cannot be decoded: {error or type(error).__name__}: copy it again, "
             "or leave the record out",
-            "damaged picture",
+            "damaged image",
         ) from error
 
 
@@ -98,36 +98,36 @@ def decode_original(record: Record) -> Image.Image:
     return image
 
 
-def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
-    """A picture whose size is known and is not too much, not decoded yet."""
+def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image]:
+    """An image whose size is known and is not too much, not decoded yet."""
     if isinstance(source, Image.Image):
         # The caller's own stays as it is.
         return contextlib.nullcontext(source.copy())
     if isinstance(source, np.ndarray):
         is_mask = source.dtype == np.bool_ and source.ndim == 2
-        is_picture = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
-        if not is_mask and not (is_picture and source.dtype == np.uint8):
+        is_image = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if not is_mask and not (is_image and source.dtype == np.uint8):
             raise DataError(
                 f"is {source.dtype} {list(source.shape)}; an array must be uint8 [H, W, 3] "
                 "(or [H, W], or with alpha [H, W, 4]), a mask may be bool [H, W]",
                 "array",
             )
         return contextlib.nullcontext(Image.fromarray(source))
-    if isinstance(source, StoredPicture):
+    if isinstance(source, StoredImage):
         source = source.read_bytes()
     if isinstance(source, Path):
         found = source.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise DataError("is not a file", "missing picture")
+            raise DataError("is not a file", "missing image")
         size = found.st_size
     else:
         size = len(source)
     if size == 0:
-        raise DataError("is empty (0 bytes): copy it again", "empty picture")
+        raise DataError("is empty (0 bytes): copy it again", "empty image")
     if size > MAX_BYTES:
         raise DataError(
             f"has {size / 2**20:.0f} MiB, more than {MAX_BYTES >> 20}: make it smaller",
-            "too large a picture",
+            "too large an image",
         )
     try:
         opened = source if isinstance(source, Path) else io.BytesIO(source)
@@ -143,7 +143,7 @@ def _opened(source: Source) -> contextlib.AbstractContextManager[Image.Image]:
 def _too_large(size: str) -> DataError:
     return DataError(
         f"has {size} more than {MAX_PIXELS >> 20} mebipixels: make it smaller",
-        "too large a picture",
+        "too large an image",
     )
 
 
@@ -155,7 +155,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of 16 bits with the upper 8 of them, where Pillow would cut its values off."""
+    """An image of 16 bits with the upper 8 of them, where Pillow would cut its values off."""
     if image.mode == "F":
         raise DataError("holds floating-point numbers: save it with 8 bits", "number format")
     if not image.mode.startswith("I"):

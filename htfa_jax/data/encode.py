@@ -1,4 +1,4 @@
-"""A record's pictures as file contents, to be packed: as they are, or reduced in size."""
+"""A record's images as file contents, to be packed: as they are, or reduced in size."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from PIL import Image
 
 from htfa_jax.data.decode import decode_field, load_image, load_mask
-from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, Box, Placement, place
+from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, Box, Placement, placement_of
 from htfa_jax.data.records import Record
 
-# What a record's JSON may call a picture, where that is not its field.
+# What a record's JSON may call an image, where that is not its field.
 NAMES = {"object_mask": ("object_mask", "occlusion_mask")}
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 
@@ -20,57 +20,57 @@ JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
 def read_files(
     record: Record, image_size: int | None
 ) -> tuple[Mapping[str, Any], dict[str, bytes]]:
-    """A record's JSON values and the contents of its pictures by the names that it gives them.
+    """A record's JSON values and the contents of its images by the names that it gives them.
 
     Args:
       record: as a dataset gives it.
-      image_size: longer side that larger pictures are reduced to, boxes with them; None leaves
+      image_size: longer side that larger images are reduced to, boxes with them; None leaves
         every file as it is.
 
     Raises DataError that names the field and the file.
     """
-    raw, pictures = dict(record.raw), {}
-    for field in (*PICTURES, *MASKS):
-        picture = getattr(record, field)
-        if picture is None:
+    raw, images = dict(record.raw), {}
+    for field in (*IMAGES, *MASKS):
+        image = getattr(record, field)
+        if image is None:
             continue
         key = next(k for k in NAMES.get(field, (field,)) if raw.get(k) is not None)
         if not isinstance(raw[key], str):
-            raw[key] = str(picture)  # packed already: by the name it has there
+            raw[key] = str(image)  # packed already: by the name it has there
         if image_size is None:
-            pictures[raw[key]] = _content(record, field)
+            images[raw[key]] = _content(record, field)
             continue
         content, placement = _reduced(record, field, image_size)
         name = raw[key]
-        if pictures.setdefault(name, content) != content:
-            raw[key] = name = f"{field}/{name}"  # one file, read as picture and as mask
-            pictures[name] = content
+        if images.setdefault(name, content) != content:
+            raw[key] = name = f"{field}/{name}"  # one file, read as image and as mask
+            images[name] = content
         box = next((b for b, of in BOXES.items() if of == field), None)
         if box is not None and getattr(record, box) is not None and placement is not None:
             raw[box] = _scaled(getattr(record, box), placement)
-    return raw, pictures
+    return raw, images
 
 
 def _content(record: Record, field: str) -> bytes:
-    picture = getattr(record, field)
+    image = getattr(record, field)
     try:
-        content = picture.read_bytes()
+        content = image.read_bytes()
     except FileNotFoundError:
-        raise record.error(f"{field}: no file at {picture}") from None
+        raise record.error(f"{field}: no file at {image}") from None
     except OSError as error:
-        raise record.error(f"{field}: {picture} cannot be read: {error}") from error
+        raise record.error(f"{field}: {image} cannot be read: {error}") from error
     if not content:
-        raise record.error(f"{field}: {picture} has no bytes")
+        raise record.error(f"{field}: {image} has no bytes")
     return content
 
 
 def _reduced(record: Record, field: str, image_size: int) -> tuple[bytes, Placement | None]:
-    """File content, and where the picture went; None if it was small enough and stays as it is."""
+    """File content, and where the image went; None if it was small enough and stays as it is."""
     is_mask = field.endswith("mask")
     image = decode_field(record, field, load_mask if is_mask else load_image)
     if max(image.size) <= image_size:
         return _content(record, field), None
-    placement = place(image.size, image_size, "letterbox")
+    placement = placement_of(image.size, image_size, "letterbox")
     image = image.resize(placement.region[2:], Image.Resampling.BICUBIC)
     if is_mask:
         image = image.point(lambda value: 255 * (value > 127))
@@ -81,7 +81,7 @@ def _reduced(record: Record, field: str, image_size: int) -> tuple[bytes, Placem
 
 
 def _scaled(box: Box, placement: Placement) -> list[float]:
-    """A box of the whole picture in the reduced one."""
+    """A box of the whole image in the reduced one."""
     x, y, _, _ = placement.region
     left, top, width, height = placement.box(box)
     return [left - x, top - y, width, height]

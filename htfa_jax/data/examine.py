@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change
 from htfa_jax.data.decode import decode_original
-from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, load_pictures
+from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, load_images
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.tokenizer import ChatTokenizer, whole_answers
 from htfa_jax.errors import DataError
@@ -22,7 +22,7 @@ CHUNK = 32
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class RecordProblem:
     """Something that would stop training.
 
     Attributes:
@@ -47,7 +47,7 @@ class Seen:
       problems: in the order of the records.
       ids: of records that can be read, with their numbers.
       sizes: how many originals have a size (width, height), upright.
-      fields: how many records have an optional picture, mask or box.
+      fields: how many records have an optional image, mask or box.
       lengths: how many conversations have so many tokens, before any is cut.
       answers: how many there are.
       cut: how many of them `data.max_text_length` leaves out.
@@ -56,7 +56,7 @@ class Seen:
     """
 
     records: int = 0
-    problems: list[Problem] = dataclasses.field(default_factory=list)
+    problems: list[RecordProblem] = dataclasses.field(default_factory=list)
     ids: list[tuple[str, int]] = dataclasses.field(default_factory=list)
     sizes: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     fields: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -98,7 +98,7 @@ class Examiner:
                 look()
             except DataError as error:
                 name = None if record is None else record.id
-                seen.problems.append(Problem(index, name, error.kind or kind, str(error)))
+                seen.problems.append(RecordProblem(index, name, error.kind or kind, str(error)))
 
         def read() -> None:
             nonlocal record
@@ -108,19 +108,19 @@ class Examiner:
         if record is None:
             return
         seen.ids.append((record.id, index))
-        attempt("picture", lambda: self._pictures(record, seen))
+        attempt("image", lambda: self._images(record, seen))
         attempt("text", lambda: self._text(record, seen))
         if self.write is not None and len(seen.problems) == before:
             attempt("record", lambda: seen.lines.append(self.write(record)))
 
-    def _pictures(self, record: Record, seen: Seen) -> None:
-        for field in (*PICTURES, *MASKS, *BOXES):
+    def _images(self, record: Record, seen: Seen) -> None:
+        for field in (*IMAGES, *MASKS, *BOXES):
             seen.fields[field] += getattr(record, field) is not None
         original = decode_original(record)
         seen.sizes[original.size] += 1
         crop = Change().window if self.config.augment.crop else None
         decoded = dataclasses.replace(record, image_orig=original)
-        load_pictures(decoded, self.config.image_size, self.config.data.resize, crop)
+        load_images(decoded, self.config.image_size, self.config.data.resize, crop)
 
     def _text(self, record: Record, seen: Seen) -> None:
         for question, answer in zip(record.turns, record.turns[1:], strict=False):

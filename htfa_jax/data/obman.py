@@ -13,7 +13,7 @@ its own reader, github.com/hassony2/obman):
                                       (100) and the person (other values above 0)
     OBMAN/SPLIT/meta/00000042.pkl     class_id, the object's ShapeNet class, and more
 
-OUT gets SPLIT.jsonl and the pictures and masks that it names, so that it can be moved and trained
+OUT gets SPLIT.jsonl and the images and masks that it names, so that it can be moved and trained
 on as it is.
 """
 
@@ -81,7 +81,7 @@ def write_records(
       answers: "sentence" as OCC-MLLM's, or "word".
       limit: only so many samples.
 
-    Samples whose view was not made, or whose object is not in the picture, are left out: MOHO fails
+    Samples whose view was not made, or whose object is not in the image, are left out: MOHO fails
     for some. Raises DataError for a folder that is not ObMan's, and for a damaged sample.
     """
     folder = obman / split
@@ -104,7 +104,7 @@ def write_records(
             if not view.is_file():
                 left_out.append(f"{name}: no reconstructed view at {view}")
             elif (record := _record(folder, out, split, name, view, questions, answers)) is None:
-                left_out.append(f"{name}: no pixel of the object is in the picture")
+                left_out.append(f"{name}: no pixel of the object is in the image")
             else:
                 file.write(json.dumps(record) + "\n")
             bar.update()
@@ -122,7 +122,7 @@ def _record(
     questions: Sequence[str],
     answers: str,
 ) -> dict[str, Any] | None:
-    """One record, its files copied; None if the object is not in the picture."""
+    """One record, its files copied; None if the object is not in the image."""
     meta = safe_pickle.load(folder / "meta" / f"{name}.pkl")
     where = f"{folder}, sample {name}"
     class_id = meta.get("class_id") if isinstance(meta, dict) else None

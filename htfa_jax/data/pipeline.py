@@ -17,7 +17,7 @@ import numpy as np
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.batch import Batch
-from htfa_jax.data.preprocess import BOXES, MASKS, PICTURES, REGIONS, load_pictures, without_recon
+from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, REGIONS, load_images, without_recon
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.sources.mixture import training_order
 from htfa_jax.data.tokenizer import ChatTokenizer, encode_record
@@ -69,13 +69,13 @@ class SampleLoader:
 
         Args:
           index: number of the record.
-          change: of its pictures.
+          change: of its images.
         """
         image_size, resize = self.config.image_size, self.config.data.resize
         crop = change.window if change and self.config.augment.crop else None
         try:
             record = self.records[index]
-            sample = load_pictures(record, image_size, resize, crop)
+            sample = load_images(record, image_size, resize, crop)
             text = self._text(record) if self.tokenizer else self._no_text()
         except DataError as error:
             if self.config.data.on_error == "raise":
@@ -108,7 +108,7 @@ class SampleLoader:
         image = np.zeros((size, size, 3), np.uint8)
         mask, box = np.zeros((size, size), bool), np.zeros(4, np.float32)
         return {
-            **dict.fromkeys(PICTURES, image),
+            **dict.fromkeys(IMAGES, image),
             **dict.fromkeys(MASKS, mask),
             **dict.fromkeys((*REGIONS, *BOXES), box),
             **{name: np.bool_(False) for name in Batch.__annotations__ if name[:4] == "has_"},
@@ -150,9 +150,9 @@ def _flag(field: str) -> str:
 
 
 def _without_zeros(loaded: Loaded) -> Loaded:
-    """Pictures and masks that no sample has by their shape: a worker need not send them."""
+    """Images and masks that no sample has by their shape: a worker need not send them."""
     batch, changes = loaded.batch, {}
-    for field in (*PICTURES, *MASKS):
+    for field in (*IMAGES, *MASKS):
         if not np.any(getattr(batch, _flag(field), True)):
             zeros = getattr(batch, field)
             changes[field] = jax.ShapeDtypeStruct(zeros.shape, zeros.dtype)

@@ -1,4 +1,4 @@
-"""Pictures, masks and boxes of a record as arrays of the model's size."""
+"""Images, masks and boxes of a record as arrays of the model's size."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from htfa_jax.data.records import Record
 
 Box = tuple[float, float, float, float]
 
-PICTURES = ("image_orig", "image_recon", "image_target")
+IMAGES = ("image_orig", "image_recon", "image_target")
 MASKS = ("object_mask", "occluder_mask")
-# The picture that a box or a region is of.
+# The image that a box or a region is of.
 BOXES = {"bbox_orig": "image_orig", "bbox_recon": "image_recon"}
 REGIONS = {"region_orig": "image_orig", "region_recon": "image_recon"}
 NOWHERE: Box = (0.0, 0.0, 0.0, 0.0)
@@ -28,7 +28,7 @@ ASPECT_TOLERANCE = 0.02
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a picture of `size` (width, height) lands in the square.
+    """Where an image of `size` (width, height) lands in the square.
 
     Attributes:
       size: of the source, in pixels.
@@ -41,7 +41,7 @@ class Placement:
     window: Box = WHOLE
 
     def box(self, box: Box) -> Box:
-        """A box of the source picture, in the square."""
+        """A box of the source image, in the square."""
         x, y, w, h = self.region
         left, top, across, down = self.window
         scale_x, scale_y = w / (across * self.size[0]), h / (down * self.size[1])
@@ -53,10 +53,10 @@ class Placement:
         )
 
 
-def place(
+def placement_of(
     size: tuple[int, int], image_size: int, resize: Literal["letterbox", "squash"]
 ) -> Placement:
-    """Letterbox keeps the shape and centres the picture; squash fills the square."""
+    """Letterbox keeps the shape and centres the image; squash fills the square."""
     if resize == "squash":
         return Placement(size, (0, 0, image_size, image_size))
     scale = image_size / max(size)
@@ -65,7 +65,7 @@ def place(
 
 
 def fit(image: Image.Image, placement: Placement, image_size: int) -> np.ndarray:
-    """The picture at its place in a square of zeros: uint8 [H, W, 3] or [H, W]."""
+    """The image at its place in a square of zeros: uint8 [H, W, 3] or [H, W]."""
     x, y, w, h = placement.region
     if image.size != (w, h) or placement.window != WHOLE:
         left, top, across, down = placement.window
@@ -80,37 +80,37 @@ def fit(image: Image.Image, placement: Placement, image_size: int) -> np.ndarray
     return square
 
 
-def load_pictures(
+def load_images(
     record: Record,
     image_size: int,
     resize: Literal["letterbox", "squash"],
     crop: Callable[[Sequence[Box]], Box] | None = None,
 ) -> dict[str, Any]:
-    """All pictures, masks and boxes of a record as `Batch` fields of one sample.
+    """All images, masks and boxes of a record as `Batch` fields of one sample.
 
     Args:
-      record: whose pictures they are.
+      record: whose images they are.
       image_size: of the square, in pixels.
       resize: as in `place`.
       crop: from the object's boxes in original and reconstruction to the part that is to be seen
-        of all pictures, as `Placement.window`; None: all of them.
+        of all images, as `Placement.window`; None: all of them.
 
     Raises DataError naming the record, the field and the file.
     """
-    images = {f: decode_field(record, f, load_image) for f in PICTURES}
+    images = {f: decode_field(record, f, load_image) for f in IMAGES}
     images |= {f: decode_field(record, f, load_mask) for f in MASKS}
-    sizes = {f: image.size for f, image in images.items() if image is not None}
+    sizes = {f: x.size for f, x in images.items() if x is not None}
     for field in ("image_target", *MASKS):
         if field in sizes:
             _check_frame(record, field, sizes[field], sizes["image_orig"])
-    placements = {f: place(size, image_size, resize) for f, size in sizes.items()}
-    for field, picture in BOXES.items():
+    placements = {f: placement_of(size, image_size, resize) for f, size in sizes.items()}
+    for field, name in BOXES.items():
         box = getattr(record, field)
-        if box is not None and picture in sizes and not is_inside(box, sizes[picture]):
-            w, h = sizes[picture]
+        if box is not None and name in sizes and not is_inside(box, sizes[name]):
+            w, h = sizes[name]
             raise record.error(
-                f"{field}={list(box)} does not lie in its picture of {w}x{h}: expected x, y, "
-                "width, height in pixels of the upright picture",
+                f"{field}={list(box)} does not lie in its image of {w}x{h}: expected x, y, "
+                "width, height in pixels of the upright image",
                 "box outside",
             )
     if crop is not None:
@@ -129,13 +129,13 @@ def load_pictures(
             where = placements["image_recon" if field == "image_recon" else "image_orig"]
             array = fit(image, where, image_size)
             sample[field] = array > 127 if field in MASKS else array
-    for field, picture in REGIONS.items():
-        region = placements[picture].region if picture in sizes else NOWHERE
+    for field, name in REGIONS.items():
+        region = placements[name].region if name in sizes else NOWHERE
         sample[field] = np.array(region, np.float32)
-    for field, picture in BOXES.items():
-        box = getattr(record, field) if picture in sizes else None
+    for field, name in BOXES.items():
+        box = getattr(record, field) if name in sizes else None
         sample["has_" + field] = np.bool_(box is not None)
-        box = NOWHERE if box is None else placements[picture].box(box)
+        box = NOWHERE if box is None else placements[name].box(box)
         sample[field] = np.array(box, np.float32)
     return sample
 
@@ -153,19 +153,19 @@ def _check_frame(
 
 
 def _objects(record: Record, images: Mapping[str, Image.Image | None]) -> list[Box]:
-    """The object in each of the two pictures that there is, in parts of the picture's sides."""
+    """The object in each of the two images that there is, in parts of the image's sides."""
     boxes = []
-    for field, picture in BOXES.items():
-        image, box = images[picture], getattr(record, field)
+    for field, name in BOXES.items():
+        image, box = images[name], getattr(record, field)
         if image is None:
             continue
-        if box is None and picture == "image_orig" and images["object_mask"] is not None:
+        if box is None and name == "image_orig" and images["object_mask"] is not None:
             image = images["object_mask"]
             x0, y0, x1, y1 = image.point(lambda v: 255 * (v > 127)).getbbox() or (0, 0, *image.size)
             box = (x0, y0, x1 - x0, y1 - y0)
         if box is None:
             raise record.error(
-                f"augment.crop does not know where the object is in {picture}: give {field}, or "
+                f"augment.crop does not know where the object is in {name}: give {field}, or "
                 "set augment.crop=0",
                 "box missing",
             )
@@ -174,7 +174,7 @@ def _objects(record: Record, images: Mapping[str, Image.Image | None]) -> list[B
 
 
 def is_inside(box: Box, size: tuple[int, int]) -> bool:
-    """Whether at least a pixel of a box is a pixel of a picture of `size`."""
+    """Whether at least a pixel of a box is a pixel of an image of `size`."""
     return all(
         length >= 1 and start + length >= 1 and start <= limit - 1
         for start, length, limit in zip(box[:2], box[2:], size, strict=True)

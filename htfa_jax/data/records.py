@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from htfa_jax.data.storage import StoredPicture
+from htfa_jax.config.renamed import KINDS, current
+from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
 
 Fail = Callable[[str], DataError]
@@ -20,7 +21,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 
 # A file, or in a program what stands in its place.
-Picture = Path | StoredPicture
+ImageFile = Path | StoredImage
 Pixels = Image.Image | np.ndarray
 ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "human": "user",
@@ -29,11 +30,11 @@ ROLES: dict[str, Literal["user", "assistant", "system"]] = {
     "assistant": "assistant",
     "system": "system",
 }
-# A marker where a picture stands in a conversation, with what InternVL writes in front of it.
+# A marker where an image stands in a conversation, with what InternVL writes in front of it.
 IMAGE_MARKER = re.compile(r"(?:Image-\d+:[ \t]*)?<image>")
 # No answer is a book: so much text is damage, or another file's content.
 MAX_CHARACTERS = 100_000
-# No picture has so many pixels. Compared with, because NumPy cannot say of an integer of many
+# No image has so many pixels. Compared with, because NumPy cannot say of an integer of many
 # digits whether it is finite.
 LARGEST = 1e9
 
@@ -70,9 +71,9 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample: pictures as files, boxes (x, y, w, h) in their pixels, a conversation.
+    """One sample: images as files, boxes (x, y, w, h) in their pixels, a conversation.
 
-    In a program a picture or an array may stand in a file's place.
+    In a program an image or an array may stand in a file's place.
 
     Attributes:
       where: file and record number, for messages.
@@ -80,22 +81,22 @@ class Record:
       image_orig: the original.
       image_recon: the reconstruction, if there is one.
       image_target: the whole object in the original's frame, if there is one.
-      object_mask: where the object is, its hidden part included.
-      occluder_mask: where something covers the picture.
+      object_mask: where the object is, its occluded part included.
+      occluder_mask: where something covers the image.
       bbox_orig: the object in the original.
       bbox_recon: the object in the reconstruction.
       turns: the conversation.
       meta: anything else.
-      raw: the JSON values that it was read from, pictures named as in this project's form.
+      raw: the JSON values that it was read from, images named as in this project's form.
     """
 
     where: str
     id: str
-    image_orig: Picture | Pixels
-    image_recon: Picture | None
-    image_target: Picture | None
-    object_mask: Picture | None
-    occluder_mask: Picture | None
+    image_orig: ImageFile | Pixels
+    image_recon: ImageFile | None
+    image_target: ImageFile | None
+    object_mask: ImageFile | None
+    occluder_mask: ImageFile | None
     bbox_orig: tuple[float, float, float, float] | None
     bbox_recon: tuple[float, float, float, float] | None
     turns: tuple[Turn, ...]
@@ -110,16 +111,16 @@ class Record:
 def parse_record(
     raw: Any,
     where: str,
-    place: Callable[[str], Picture],
+    place: Callable[[str], ImageFile],
     recon_template: str | None = None,
     with_turns: bool = True,
 ) -> Record:
     """Checks one decoded record. Raises DataError with `where`, the id, the field and the reason.
 
     Args:
-      raw: what the JSON held; instead of its path a picture itself may be there.
+      raw: what the JSON held; instead of its path an image itself may be there.
       where: file and record number.
-      place: from a picture's path in the record to the picture; raises ValueError if it may not
+      place: from an image's path in the record to the image; raises ValueError if it may not
         be read.
       recon_template: path of the reconstruction of records that name none.
       with_turns: False reads no conversation.
@@ -131,12 +132,12 @@ def parse_record(
     def fail(reason: str) -> DataError:
         return DataError(f"{where} (id {name}): {reason}")
 
-    def picture(*fields: str) -> Picture | None:
+    def image(*fields: str) -> ImageFile | None:
         for f in fields:
             value = raw.get(f)
             if value is None:
                 continue
-            if isinstance(value, StoredPicture):
+            if isinstance(value, StoredImage):
                 return value
             if not isinstance(value, str) or not value:
                 raise fail(f"{f} must be a path, it is {value!r}")
@@ -147,7 +148,7 @@ def parse_record(
         return None
 
     raw = in_own_form(raw, recon_template, fail)
-    image_orig = picture("image_orig")
+    image_orig = image("image_orig")
     if image_orig is None:
         raise fail("image_orig is missing (or image, in other projects' forms)")
     meta = {} if raw.get("meta") is None else raw["meta"]
@@ -157,10 +158,10 @@ def parse_record(
         where=where,
         id=name,
         image_orig=image_orig,
-        image_recon=picture("image_recon"),
-        image_target=picture("image_target"),
-        object_mask=picture("object_mask", "occlusion_mask"),
-        occluder_mask=picture("occluder_mask"),
+        image_recon=image("image_recon"),
+        image_target=image("image_target"),
+        object_mask=image("object_mask", "occlusion_mask"),
+        occluder_mask=image("occluder_mask"),
         bbox_orig=checked_box(raw.get("bbox_orig"), "bbox_orig", fail),
         bbox_recon=checked_box(raw.get("bbox_recon"), "bbox_recon", fail),
         turns=_turns(raw.get("conversations"), fail) if with_turns else (),
@@ -217,14 +218,14 @@ def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
                 f"conversations[{i - 1}] and [{i}] are two assistant turns in a row: join them, "
                 "or put the question between them"
             )
-        turns.append(Turn(ROLES[role], text, kind))
+        turns.append(Turn(ROLES[role], text, kind and current(KINDS, kind, "kind of question")))
     if not any(turn.role == "assistant" for turn in turns):
         raise fail("conversations has no assistant turn: nothing to learn from")
     return tuple(turns)
 
 
 def without_markers(text: str) -> str:
-    """A turn's text without image markers: the pictures always come before the conversation.
+    """A turn's text without image markers: the images always come before the conversation.
 
     A line of markers alone goes, and so do the blanks that a marker leaves in others.
     """
@@ -251,15 +252,15 @@ def in_own_form(raw: Mapping[str, Any], recon_template: str | None, fail: Fail) 
     own = dict(raw)
     if "image" in raw and "image_orig" not in raw:
         del own["image"]
-        pictures = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
-        if not 1 <= len(pictures) <= 2:
+        images = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
+        if not 1 <= len(images) <= 2:
             raise fail(
-                f"image has {len(pictures)} pictures, expected one or two: the original and its "
+                f"image has {len(images)} images, expected one or two: the original and its "
                 "reconstruction"
             )
-        if len(pictures) == 2 and "image_recon" in raw:
-            raise fail("image has a second picture and image_recon is there too: leave one out")
-        own |= dict(zip(("image_orig", "image_recon"), pictures, strict=False))
+        if len(images) == 2 and "image_recon" in raw:
+            raise fail("image has a second image and image_recon is there too: leave one out")
+        own |= dict(zip(("image_orig", "image_recon"), images, strict=False))
     if recon_template is not None and "image_recon" not in own:
         own["image_recon"] = _filled(recon_template, raw, fail)
     return own

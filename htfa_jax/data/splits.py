@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_folder(config: Config) -> Path:
-    """Where embedded pictures and what is learned from them are kept."""
+    """Where embedded images and what is learned from them are kept."""
     return Path(config.data.cache_dir).expanduser()
 
 
@@ -50,7 +50,7 @@ def open_named(config: Config, source: str, split: Split) -> Dataset:
 def describe_training_data(config: Config) -> list[Any]:
     """What tells one training dataset from another, for the names of what is made from it.
 
-    Of a file: where it is, its size, when it was written. Pictures that change under the same
+    Of a file: where it is, its size, when it was written. Images that change under the same
     names are not noticed.
     """
     held, data = config.held_objects, config.data

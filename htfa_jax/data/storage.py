@@ -1,6 +1,6 @@
 """Where files are: in a folder, behind a URL, or packed with their record.
 
-`gs://`, `s3://`, `memory://` and what else fsspec knows can stand wherever a path can. Pictures
+`gs://`, `s3://`, `memory://` and what else fsspec knows can stand wherever a path can. Images
 stay inside one root: paths in a dataset come from whoever wrote it.
 """
 
@@ -22,8 +22,8 @@ from htfa_jax.errors import DataError
 EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}
 
 
-class StoredPicture(abc.ABC):
-    """A picture that is no local file; the methods are those of a `Path`."""
+class StoredImage(abc.ABC):
+    """An image that is no local file; the methods are those of a `Path`."""
 
     name: str  # as messages call it
 
@@ -45,8 +45,8 @@ class StoredPicture(abc.ABC):
 
 
 @dataclass(frozen=True)
-class RemotePicture(StoredPicture):
-    """A picture behind a URL."""
+class RemoteImage(StoredImage):
+    """An image behind a URL."""
 
     name: str
 
@@ -60,8 +60,8 @@ class RemotePicture(StoredPicture):
 
 
 @dataclass(frozen=True)
-class PackedPicture(StoredPicture):
-    """A picture whose content came with its record."""
+class PackedImage(StoredImage):
+    """An image whose content came with its record."""
 
     name: str
     content: bytes
@@ -73,12 +73,12 @@ class PackedPicture(StoredPicture):
         return True
 
     def __repr__(self) -> str:
-        return f"PackedPicture({self.name}, {len(self.content)} bytes)"
+        return f"PackedImage({self.name}, {len(self.content)} bytes)"
 
 
 @dataclass(frozen=True)
 class ImageRoot:
-    """Finds a record's pictures in a folder or under a URL, and nowhere else.
+    """Finds a record's images in a folder or under a URL, and nowhere else.
 
     A relative path must stay inside; an absolute one, or a URL, must lie inside a root that the
     user gave. Links are followed.
@@ -91,8 +91,8 @@ class ImageRoot:
     folder: str
     given: bool = False
 
-    def __call__(self, name: str) -> Path | RemotePicture:
-        """The picture of that path. Raises ValueError that says why it may not be read."""
+    def __call__(self, name: str) -> Path | RemoteImage:
+        """The image of that path. Raises ValueError that says why it may not be read."""
         if "\0" in name:
             raise ValueError("is no path: it has a zero byte")
         absolute = is_url(name) or name.startswith("/")
@@ -103,9 +103,9 @@ class ImageRoot:
             )
         inside = self._inside(name) if absolute else posixpath.normpath(name)
         if inside is None or inside == ".." or inside.startswith("../"):
-            raise ValueError(f"leads out of {self.folder}, where the dataset's pictures are")
+            raise ValueError(f"leads out of {self.folder}, where the dataset's images are")
         if is_url(self.folder):
-            return RemotePicture(f"{self._root}/{inside}")
+            return RemoteImage(f"{self._root}/{inside}")
         return self._local / inside
 
     def _inside(self, name: str) -> str | None:

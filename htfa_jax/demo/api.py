@@ -1,4 +1,4 @@
-"""The HTTP API: answers, streamed answers and completed pictures for pictures sent as a form.
+"""The HTTP API: answers, streamed answers and completed images for images sent as a form.
 
 Errors are JSON, {"error": sentence}; a full queue is 503 and too many requests of one address are
 429, both with Retry-After. `/openapi.json` describes it all.
@@ -19,11 +19,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from htfa_jax.data.storage import PackedPicture
+from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo.http import busy_problem, client_of, problem, read_box, sentence
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import Busy, Closed, ConfigError, DataError, HTFAError
-from htfa_jax.inference.inputs import Scene
+from htfa_jax.inference.inputs import LoadedPair
 from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
@@ -68,28 +68,28 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
     403: {"model": Problem, "description": "A page of another site sent it."},
     408: {"model": Problem, "description": "It came too slowly."},
     413: {"model": Problem, "description": "It is too large."},
-    422: {"model": Problem, "description": "A picture, box, question or option cannot be used."},
+    422: {"model": Problem, "description": "An image, box, question or option cannot be used."},
     429: {"model": Problem, "description": "Too many requests of yours wait: see Retry-After."},
     503: {"model": Problem, "description": "The queue is full: see Retry-After."},
 }
 BOX = "the object's box in its pixels: a JSON list [x, y, width, height]"
 
 
-async def pictures(
+async def images(
     request: Request,
     image_orig: Annotated[UploadFile, File(description="where something hides the object")],
     image_recon: Annotated[
         UploadFile | None, File(description="a reconstruction; without it the model paints one")
     ] = None,
     object_mask: Annotated[
-        UploadFile | None, File(description="white where the object is, its hidden part included")
+        UploadFile | None, File(description="white where the object is, its occluded part included")
     ] = None,
     occluder_mask: Annotated[
         UploadFile | None, File(description="white where something covers the original")
     ] = None,
     bbox_orig: Annotated[str | None, Form(description=f"in the original, {BOX}")] = None,
     bbox_recon: Annotated[str | None, Form(description=f"in the reconstruction, {BOX}")] = None,
-) -> Scene:
+) -> LoadedPair:
     """The pair of a request, decoded and checked."""
     sent = {
         "image_orig": image_orig,
@@ -98,7 +98,7 @@ async def pictures(
         "occluder_mask": occluder_mask,
     }
     packed = {
-        field: PackedPicture(upload.filename or field, await upload.read())
+        field: PackedImage(upload.filename or field, await upload.read())
         for field, upload in sent.items()
         if upload is not None
     }
@@ -122,7 +122,7 @@ async def decoding(
 ) -> Decoding:
     """How answers are decoded."""
     serving: Serving = request.app.state.serving
-    most = serving.limits.new_words
+    most = serving.limits.max_new_tokens
     if max_new_tokens is not None and max_new_tokens > most:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at most {most}")
     return Decoding(
@@ -145,11 +145,11 @@ async def completion(
     paste_back: Annotated[bool, Form(description="replace only what occluder_mask covers")] = False,
     seed: Annotated[int, Form()] = 0,
 ) -> Completion:
-    """How the picture is completed."""
+    """How the image is completed."""
     return Completion(temperature, passes, paste_back, seed)
 
 
-Pair = Annotated[Scene, Depends(pictures)]
+Pair = Annotated[LoadedPair, Depends(images)]
 Words = Annotated[Decoding, Depends(decoding)]
 Painting = Annotated[Completion, Depends(completion)]
 Queries = Annotated[
@@ -217,12 +217,12 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
         first = await anext(pieces)
         return StreamingResponse(_events(first, pieces), media_type="text/event-stream")
 
-    picture = {200: {"content": {"image/png": {}}, "description": "The whole object."}}
+    image = {200: {"content": {"image/png": {}}, "description": "The whole object."}}
 
-    @app.post("/v1/complete", responses=PROBLEMS | picture, response_class=Response)
+    @app.post("/v1/complete", responses=PROBLEMS | image, response_class=Response)
     async def complete(request: Request, pair: Pair, painting: Painting) -> Response:
         """Paints the object whole, in the original's frame and size: a PNG."""
-        serving.engine.need_painting()
+        serving.engine.need_completion()
         look = serving.look(
             client_of(request),
             pair,
@@ -236,7 +236,7 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
 
 
 def png(result: Result) -> bytes:
-    """The completed picture as a file."""
+    """The completed image as a file."""
     buffer = io.BytesIO()
     result.completed.save(buffer, "png")
     return buffer.getvalue()

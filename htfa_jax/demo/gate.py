@@ -14,7 +14,7 @@ from htfa_jax.demo.http import PREFIX, busy_problem, problem
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import Busy
 
-# Of a request to the API, besides its pictures: the other fields.
+# Of a request to the API, besides its images: the other fields.
 FIELDS_BYTES = 2**20
 SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -73,7 +73,7 @@ class Gate:
 
     @property
     def _too_large(self) -> str:
-        return f"more than {self.serving.limits.upload_mb} MB: make the pictures smaller"
+        return f"more than {self.serving.limits.upload_mb} MB: make the images smaller"
 
     def _counted(self, receive: Receive) -> Receive:
         """The same, as long as the body keeps to the limits."""

@@ -18,12 +18,12 @@ class Limits:
     per_client: int = 32  # of these, from one address
     batch: int = 4  # requests that are worked on together
     streams: int = 8  # answers that are streamed at a time
-    upload_mb: int = 20  # of a request, all pictures together
+    upload_mb: int = 20  # of a request, all images together
     upload_seconds: int = 60  # in which it must have come
-    megapixels: int = 16  # of a picture
+    megapixels: int = 16  # of an image
     question: int = 1000  # characters
     questions: int = 8  # about one pair
-    new_words: int = 256  # of an answer
+    max_new_tokens: int = 256  # of an answer
     visits: int = 32  # open pages that are remembered
 
     def __post_init__(self) -> None:

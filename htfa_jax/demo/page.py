@@ -1,4 +1,4 @@
-"""The page: pictures in, the completed picture, a conversation, and a look inside."""
+"""The page: images in, the completed image, a conversation, and a look inside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from htfa_jax.data.storage import PackedPicture
+from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
 from htfa_jax.demo.http import client_of, read_box, sentence
 from htfa_jax.demo.serving import Serving
@@ -28,27 +28,27 @@ from htfa_jax.errors import DataError, HTFAError
 from htfa_jax.evaluation.look_inside import figures, png
 from htfa_jax.evaluation.report_html import PREDICTIONS, write_report
 from htfa_jax.inference.chat import Chat
-from htfa_jax.inference.inputs import Scene
+from htfa_jax.inference.inputs import LoadedPair
 from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
 log = logging.getLogger(__name__)
 # What a drawn mask means.
 COVER = "what covers the object"
-MARKS = {COVER: "occluder_mask", "the object, its hidden part included": "object_mask"}
+MARKS = {COVER: "occluder_mask", "the object, its occluded part included": "object_mask"}
 INK = "#e8a200"
 
 
 def upload(**options: Any) -> gr.Image:
-    """A picture that reaches us as it was sent: our own reader decodes it, not Gradio."""
-    picture = gr.Image(type="filepath", **options)
+    """An image that reaches us as it was sent: our own reader decodes it, not Gradio."""
+    image = gr.Image(type="filepath", **options)
     # Not a subclass: of those Gradio writes stubs beside their source.
-    picture.preprocess = lambda payload: None if payload is None else payload.path
-    return picture
+    image.preprocess = lambda payload: None if payload is None else payload.path
+    return image
 
 
 def board(**options: Any) -> gr.ImageEditor:
-    """Where a mask is drawn over a picture; only what was drawn comes back, as pictures."""
+    """Where a mask is drawn over an image; only what was drawn comes back, as images."""
     brush = gr.Brush(colors=[INK], default_color=INK, color_mode="fixed")
     editor = gr.ImageEditor(
         type="pil", sources=(), transforms=(), layers=False, buttons=[], brush=brush, **options
@@ -60,7 +60,7 @@ def board(**options: Any) -> gr.ImageEditor:
         sent = [] if payload is None else payload.layers or []
         return [editor.convert_and_format_image(layer) for layer in sent if layer is not None]
 
-    # The picture below comes as an upload of its own.
+    # The image below comes as an upload of its own.
     editor.preprocess = layers
     return editor
 
@@ -82,7 +82,7 @@ class Sent:
     bbox_orig: str
     bbox_recon: str
     marks: str
-    mask: PackedPicture | None
+    mask: PackedImage | None
     painting: Completion
 
 
@@ -133,7 +133,7 @@ class Actions:
         """What belongs to the page that asks, looked at already. Raises DataError if nothing is."""
         visit = self.visits.of(request.session_hash)
         if visit.result is None:
-            raise DataError("there is nothing to look into yet: choose a picture and press Look")
+            raise DataError("there is nothing to look into yet: choose an image and press Look")
         return visit
 
     async def look(self, request: gr.Request, sent: Sent) -> tuple[Visit, bool]:
@@ -141,13 +141,13 @@ class Actions:
         visit = self.visits.of(request.session_hash)
         if sent == visit.looked_at:
             return visit, False
-        pictures = {
+        images = {
             "image_orig": self._file(visit, sent.image_orig),
             "image_recon": self._file(visit, sent.image_recon),
             MARKS[sent.marks]: sent.mask,
         }
         boxes = {name: read_box(getattr(sent, name), name) for name in ("bbox_orig", "bbox_recon")}
-        scene = await self.serving.read(pictures, boxes)
+        scene = await self.serving.read(images, boxes)
         (result,) = await self.serving.look(
             client_of(request),
             scene,
@@ -199,7 +199,7 @@ class Actions:
         return await asyncio.to_thread(show.inside, self.visit(request).result)
 
     async def completed(self, visit: Visit) -> Path | None:
-        """The completed picture as a file."""
+        """The completed image as a file."""
         path = visit.folder / "completed.png"
         await asyncio.to_thread(visit.result.completed.save, path)
         return path
@@ -226,25 +226,25 @@ class Actions:
         (visit.folder / PREDICTIONS).write_text(json.dumps(entry) + "\n", encoding="utf-8")
         return write_report(visit.folder, f"{entry['id']}: {self.model}")
 
-    def _file(self, visit: Visit, name: str | None) -> PackedPicture | None:
+    def _file(self, visit: Visit, name: str | None) -> PackedImage | None:
         if name is None:
             return None
         path = Path(name)
         visit.uploads.add(path)
         try:
-            return PackedPicture(path.name, path.read_bytes())
+            return PackedImage(path.name, path.read_bytes())
         except FileNotFoundError:
             raise DataError(f"{path.name} is not kept any more: send it again") from None
 
 
-def drawn_mask(layers: list[Image.Image]) -> PackedPicture | None:
-    """What was drawn over the picture, as a mask; None if nothing was."""
+def drawn_mask(layers: list[Image.Image]) -> PackedImage | None:
+    """What was drawn over the image, as a mask; None if nothing was."""
     for layer in layers:
         ink = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
         if ink.getbbox() is not None:
             buffer = io.BytesIO()
             ink.save(buffer, "png")
-            return PackedPicture("the drawn mask", buffer.getvalue())
+            return PackedImage("the drawn mask", buffer.getvalue())
     return None
 
 
@@ -254,7 +254,7 @@ class Visit:
 
     Attributes:
       folder: for its downloads.
-      looked_at: what pictures and options `scene` and `result` are of.
+      looked_at: what images and options `scene` and `result` are of.
       scene: the pair, read.
       result: of the look.
       chat: about the pair; begins with the first question.
@@ -266,7 +266,7 @@ class Visit:
 
     folder: Path
     looked_at: Any = None
-    scene: Scene | None = None
+    scene: LoadedPair | None = None
     result: Result | None = None
     chat: Chat | None = None
     talking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)

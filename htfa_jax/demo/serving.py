@@ -24,13 +24,13 @@ from htfa_jax.demo.uploads import Upload, read_upload
 from htfa_jax.errors import Busy, Closed, HTFAError
 from htfa_jax.inference.chat import Chat
 from htfa_jax.inference.engine import HTFAInference
-from htfa_jax.inference.inputs import Scene
+from htfa_jax.inference.inputs import LoadedPair
 from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
 log = logging.getLogger(__name__)
 
-# Pictures that are decoded at a time: each may take a few hundred megabytes.
+# Images that are decoded at a time: each may take a few hundred megabytes.
 READERS = 2
 # Ends what a ticket brings.
 END = object()
@@ -40,7 +40,7 @@ END = object()
 class Look:
     """Results of one pair. Looks with equal `options` are worked on together."""
 
-    scene: Scene
+    scene: LoadedPair
     queries: tuple[str, ...]
     options: tuple[Decoding, Completion | None, bool]
 
@@ -125,17 +125,17 @@ class Serving:
         """Answers that are being given."""
         return len(self._running)
 
-    async def read(self, pictures: Mapping[str, Upload], boxes: Mapping[str, Any]) -> Scene:
+    async def read(self, images: Mapping[str, Upload], boxes: Mapping[str, Any]) -> LoadedPair:
         """Decodes and checks a pair as `uploads.read_upload` does, beside the engine's thread."""
         async with self._readers:
             return await asyncio.to_thread(
-                read_upload, pictures, boxes, self.engine.config, self.limits
+                read_upload, images, boxes, self.engine.config, self.limits
             )
 
     async def look(
         self,
         client: str,
-        scene: Scene,
+        scene: LoadedPair,
         queries: Sequence[str],
         *,
         decoding: Decoding,

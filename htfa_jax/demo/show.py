@@ -20,25 +20,25 @@ from htfa_jax.evaluation.look_inside import (
 from htfa_jax.evaluation.report_html import CAPTIONS, data_uri
 from htfa_jax.inference.results import Result
 
-# On the page no picture is wider; the download has its own size.
+# On the page no image is wider; the download has its own size.
 WIDEST = 1024
-# The longer side of the picture that can be clicked.
+# The longer side of the image that can be clicked.
 ASKED = 640
 # Matplotlib's figures share caches of fonts and texts.
 drawing = threading.Lock()
 
 
 def compare(before: Image.Image, after: Image.Image) -> str:
-    """Two pictures of one frame, the second one right of a divider that mouse and keys move."""
+    """Two images of one frame, the second one right of a divider that mouse and keys move."""
     return (
         '<div class="compare" style="--at: 50%">'
         f'<img src="{_data_uri(before)}" alt="the original">'
-        f'<img class="after" src="{_data_uri(after)}" alt="the completed picture">'
+        f'<img class="after" src="{_data_uri(after)}" alt="the completed image">'
         '<div class="divider" aria-hidden="true"></div>'
         '<span class="tag left" aria-hidden="true">original</span>'
         '<span class="tag right" aria-hidden="true">completed</span>'
         '<input type="range" min="0" max="100" value="50" '
-        'aria-label="divider between the original and the completed picture" '
+        'aria-label="divider between the original and the completed image" '
         "oninput=\"this.parentElement.style.setProperty('--at', this.value + '%')\"></div>"
     )
 
@@ -47,16 +47,16 @@ def thumbnails(examples: Sequence[Record]) -> str:
     """CSS that shows every example above the name on its button."""
     rules = []
     for i, record in enumerate(examples):
-        with Image.open(record.image_orig) as picture:
-            source = _data_uri(picture.convert("RGB"), widest=112)
+        with Image.open(record.image_orig) as image:
+            source = _data_uri(image.convert("RGB"), widest=112)
         rules.append(f'#example-{i}::before {{ background-image: url("{source}"); }}')
     return "\n".join(rules)
 
 
-def enlarged(picture: Image.Image) -> Image.Image:
-    """A picture as large as it is shown: Gradio finds the place of a click only then."""
-    scale = ASKED / max(picture.size)
-    return picture.resize([max(1, round(n * scale)) for n in picture.size])
+def enlarged(image: Image.Image) -> Image.Image:
+    """An image as large as it is shown: Gradio finds the place of a click only then."""
+    scale = ASKED / max(image.size)
+    return image.resize([max(1, round(n * scale)) for n in image.size])
 
 
 def placeholder(sentence: str) -> str:
@@ -80,7 +80,7 @@ def attention(result: Result, point: tuple[float, float] | None) -> str:
 
     Args:
       result: with intermediates.
-      point: in parts of the original's sides; None for the hidden part of the object.
+      point: in parts of the original's sides; None for the occluded part of the object.
     """
     points = None
     if point is not None:
@@ -101,7 +101,7 @@ def inside(result: Result) -> str:
     names = {
         "alpha": "Alpha: the weight of the original",
         "alignment": "The reconstruction, aligned",
-        "codes": "How sure every cell of the completed picture is",
+        "codes": "How sure every cell of the completed image is",
     }
     return "".join(_figure(content, kind, names[kind]) for kind, content in drawn.items())
 
@@ -114,8 +114,8 @@ def said(text: str, confidence: float | None) -> str:
 
 
 def _figure(content: bytes, kind: str, name: str) -> str:
-    with Image.open(io.BytesIO(content)) as picture:
-        source = _data_uri(picture.convert("RGB"), widest=4096)
+    with Image.open(io.BytesIO(content)) as image:
+        source = _data_uri(image.convert("RGB"), widest=4096)
     return (
         f'<figure class="inside"><div class="scroll" tabindex="0" role="group" '
         f'aria-label="{escape(name)}"><img src="{source}" alt="{escape(name)}"></div>'
@@ -123,9 +123,9 @@ def _figure(content: bytes, kind: str, name: str) -> str:
     )
 
 
-def _data_uri(picture: Image.Image, widest: int = WIDEST) -> str:
-    """A picture inside of its address."""
-    if max(picture.size) > widest:
-        picture = picture.copy()
-        picture.thumbnail((widest, widest))
-    return data_uri(picture, 90)
+def _data_uri(image: Image.Image, widest: int = WIDEST) -> str:
+    """An image inside of its address."""
+    if max(image.size) > widest:
+        image = image.copy()
+        image.thumbnail((widest, widest))
+    return data_uri(image, 90)

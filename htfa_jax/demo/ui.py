@@ -12,7 +12,7 @@ import gradio as gr
 
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES
 from htfa_jax.data.records import Record
-from htfa_jax.data.storage import PackedPicture
+from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
 from htfa_jax.demo.page import (
     COVER,
@@ -71,8 +71,8 @@ QUESTIONS = (
 TITLE = "What is in the hand?"
 # No endpoint of Gradio's own API.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
-EMPTY = "The completed picture appears here."
-INSIDE = "Look at a picture first; then its inside is drawn here."
+EMPTY = "The completed image appears here."
+INSIDE = "Look at an image first; then its inside is drawn here."
 
 
 def examples() -> list[Record]:
@@ -116,7 +116,7 @@ class Page:
         gr.HTML(_header(actions.model, actions.serving.engine.step))
         with gr.Row(elem_id="board"):
             with gr.Column(min_width=320, elem_classes="card"):
-                self._pictures()
+                self._images()
             with gr.Column(min_width=320, elem_classes="card"):
                 self._results()
             with gr.Column(min_width=320, elem_classes="card"):
@@ -126,24 +126,24 @@ class Page:
         # What a look depends on, and what it changes.
         self.sent = [
             self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
-            *self.paint,
+            *self.completion,
         ]  # fmt: skip
         self.seen = [
-            self.compare, self.facts, self.picture, self.make_report, self.asker, self.asking,
+            self.compare, self.facts, self.image, self.make_report, self.asker, self.asking,
             self.chat, self.attention, self.inside,
         ]  # fmt: skip
         self._connect()
 
-    def _pictures(self) -> None:
-        gr.HTML("<h2>1 · Pictures</h2>")
-        picture = {"height": 210, "buttons": [], "sources": ["upload"]}
+    def _images(self) -> None:
+        gr.HTML("<h2>1 · Images</h2>")
+        image = {"height": 210, "buttons": [], "sources": ["upload"]}
         with gr.Row():
-            self.orig = upload(label="Original", alt_text="the original", elem_id="orig", **picture)
+            self.orig = upload(label="Original", alt_text="the original", elem_id="orig", **image)
             self.recon = upload(
                 label="Reconstruction",
                 alt_text="the reconstruction",
                 elem_id="recon",
-                **picture,
+                **image,
             )
         with gr.Row(elem_id="examples"):
             self.choices = [
@@ -162,7 +162,7 @@ class Page:
         # Of an example, until something is drawn: its own mask of what covers it.
         self.known_mask = gr.State(None)
         with gr.Accordion("How it is painted", open=False):
-            self.paint = [
+            self.completion = [
                 gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest)"),
                 gr.Slider(1, 8, 1, step=1, label="Passes"),
                 gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
@@ -175,7 +175,7 @@ class Page:
         self.compare = gr.HTML(show.placeholder(EMPTY), elem_id="compare")
         self.facts = gr.HTML(elem_id="facts")
         with gr.Row():
-            self.picture = gr.DownloadButton("Download picture", size="sm", interactive=False)
+            self.image = gr.DownloadButton("Download image", size="sm", interactive=False)
             self.make_report = gr.Button("Download report", size="sm", interactive=False)
         # Filled by the button above, then pressed by the page itself.
         self.report = gr.DownloadButton("report", elem_id="report", visible="hidden")
@@ -205,7 +205,7 @@ class Page:
             )
             self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
         with gr.Accordion("How answers are chosen", open=False):
-            most = self.actions.serving.limits.new_words
+            most = self.actions.serving.limits.max_new_tokens
             default = self.actions.serving.engine.config.eval.max_new_tokens
             self.words = [
                 gr.Slider(1, most, min(default, most), step=1, label="Words at most"),
@@ -229,7 +229,7 @@ class Page:
                         height=260,
                         type="pil",
                         format="png",
-                        elem_id="place-picture",
+                        elem_id="place-image",
                     )
                     with gr.Group(elem_id="place"):
                         self.place = [
@@ -253,7 +253,7 @@ class Page:
             choice.click(values, None, sent[:7], **quiet).success(
                 self.on_look, sent, seen, **looking
             ).success(self.on_drawing, None, figures, **PRIVATE)
-        # A new picture has other boxes and another mask.
+        # A new image has other boxes and another mask.
         belongs = [*self.boxes, self.drawing, self.known_mask]
         self.orig.upload(lambda path: ["", "", canvas(path), None], self.orig, belongs, **quiet)
         self.orig.clear(lambda: ["", "", None, None], None, belongs, **quiet)
@@ -319,9 +319,9 @@ class Page:
         return await self.actions.attention(request, (across / 100, down / 100))
 
     @sentences
-    async def on_click(self, request: gr.Request, picture: Any, event: gr.SelectData) -> list[Any]:
+    async def on_click(self, request: gr.Request, image: Any, event: gr.SelectData) -> list[Any]:
         """What a clicked place attends to, and where it is in percent."""
-        place = [(i + 0.5) / n for i, n in zip(event.index, picture.size, strict=True)]
+        place = [(i + 0.5) / n for i, n in zip(event.index, image.size, strict=True)]
         figure = await self.actions.attention(request, tuple(place))
         return [figure, *(round(100 * part) for part in place)]
 
@@ -357,7 +357,7 @@ def sent_of(*values: Any) -> Sent:
     painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
     mask = drawn_mask(drawing)
     if mask is None and known is not None:
-        marks, mask = COVER, PackedPicture("the example's mask", Path(known).read_bytes())
+        marks, mask = COVER, PackedImage("the example's mask", Path(known).read_bytes())
     return Sent(*places, marks, mask, painting)
 
 
@@ -376,7 +376,7 @@ def example_values(record: Record) -> list[Any]:
 
 
 def canvas(path: str) -> dict[str, Any]:
-    """A picture to draw on."""
+    """An image to draw on."""
     return {"background": path, "layers": [], "composite": None}
 
 

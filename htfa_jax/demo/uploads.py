@@ -1,4 +1,4 @@
-"""Pictures that callers send: checked as a dataset's are, and written nowhere."""
+"""Images that callers send: checked as a dataset's are, and written nowhere."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from PIL import Image
 from htfa_jax.config import Config
 from htfa_jax.data.decode import FORMATS
 from htfa_jax.data.records import Record, checked_box
-from htfa_jax.data.storage import PackedPicture
+from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo.options import Limits
 from htfa_jax.errors import DataError
-from htfa_jax.inference.inputs import FIELDS, Scene, read_scene
+from htfa_jax.inference.inputs import FIELDS, LoadedPair, load_pair
 
 # A file's name and content, or a mask in memory.
-Upload = PackedPicture | np.ndarray
+Upload = PackedImage | np.ndarray
 
 
 def read_upload(
-    pictures: Mapping[str, Upload | None], boxes: Mapping[str, Any], config: Config, limits: Limits
-) -> Scene:
+    images: Mapping[str, Upload | None], boxes: Mapping[str, Any], config: Config, limits: Limits
+) -> LoadedPair:
     """A pair out of what was sent; nothing of it is written anywhere.
 
     Args:
-      pictures: by the names of a record's pictures; None where there is none.
+      images: by the names of a record's images; None where there is none.
       boxes: `bbox_orig`, `bbox_recon`: [x, y, w, h], or None.
       config: of the run.
       limits: of what is taken.
@@ -39,32 +39,32 @@ def read_upload(
     def fail(reason: str) -> DataError:
         return DataError(reason)
 
-    if pictures.get("image_orig") is None:
-        raise fail("image_orig is missing: send the picture where something hides the object")
-    for field, picture in pictures.items():
-        if isinstance(picture, PackedPicture):
-            _check_size(field, picture, limits.megapixels)
+    if images.get("image_orig") is None:
+        raise fail("image_orig is missing: send the image where something hides the object")
+    for field, image in images.items():
+        if isinstance(image, PackedImage):
+            _check_size(field, image, limits.megapixels)
     record = Record(
         where="the upload",
-        id=str(getattr(pictures["image_orig"], "name", "drawn")),
+        id=str(getattr(images["image_orig"], "name", "drawn")),
         image_target=None,
         turns=(),
-        **{field: pictures.get(field) for field in FIELDS[:4]},
+        **{field: images.get(field) for field in FIELDS[:4]},
         **{field: checked_box(boxes.get(field), field, fail) for field in FIELDS[4:]},
     )
-    return read_scene(record, config)
+    return load_pair(record, config)
 
 
-def _check_size(field: str, picture: PackedPicture, megapixels: int) -> None:
+def _check_size(field: str, image: PackedImage, megapixels: int) -> None:
     """Refuses what is too large, before it is decoded."""
     try:
-        with Image.open(io.BytesIO(picture.content), formats=FORMATS) as image:
-            fits = image.width * image.height <= megapixels * 1e6
+        with Image.open(io.BytesIO(image.content), formats=FORMATS) as opened:
+            fits = opened.width * opened.height <= megapixels * 1e6
     except Image.DecompressionBombError:
         fits = False
-    except Exception:  # it is no picture: the reader says so
+    except Exception:  # it is no image: the reader says so
         return
     if not fits:
         raise DataError(
-            f"{field}: {picture.name} has more than {megapixels} million pixels: make it smaller"
+            f"{field}: {image.name} has more than {megapixels} million pixels: make it smaller"
         )

@@ -1,4 +1,4 @@
-"""Evaluation of a run: answers by decoding, completed pictures against four references."""
+"""Evaluation of a run: answers by decoding, completed images against four references."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from htfa_jax.data.pipeline import Loaded, evaluation_batches
 from htfa_jax.data.records import Dataset, Record, Split, Turn
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.evaluation.image_metrics import flat_fill, picture_scores, picture_sums
-from htfa_jax.evaluation.metrics import Answer, score_answers
+from htfa_jax.evaluation.image_metrics import flat_fill, image_scores, image_sums
+from htfa_jax.evaluation.metrics import Prediction, score_answers
 from htfa_jax.evaluation.panel import PanelRow
-from htfa_jax.inference.generate import paint, read_pictures
+from htfa_jax.inference.generate import expected_image, read_images
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampler import Answerer, Said
+from htfa_jax.inference.sampler import Answer, Sampler
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.level2_spatial_attention import attention_entropy
 from htfa_jax.models.losses import Counts, count, loss_and_metrics
-from htfa_jax.models.registration import SOURCES, denormalize, normalize
+from htfa_jax.models.registration import SOURCES, denormalize_image, normalize_image
 from htfa_jax.sharding.layout import Layout, to_host
 
 log = logging.getLogger(__name__)
@@ -45,14 +45,14 @@ class Report:
     """Result of an evaluation.
 
     Attributes:
-      scores: numbers, as written to JSON: losses, answers by kind and bucket, pictures by
+      scores: numbers, as written to JSON: losses, answers by kind and bucket, images by
         region and candidate, how samples were aligned.
       answers: every single answer.
       panel: the first scenes, to look at.
     """
 
     scores: dict[str, Any]
-    answers: list[Answer]
+    answers: list[Prediction]
     panel: list[PanelRow]
 
 
@@ -70,13 +70,13 @@ class Evaluator:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.layout = layout
         if config.level3.generation and not config.vq.has_decoder:
-            log.warning("this VQ tokenizer has no decoder: codes are scored, pictures are not")
+            log.warning("this VQ tokenizer has no decoder: codes are scored, images are not")
         everywhere = layout.replicated
         self._losses = jax.jit(layout.inside(self._loss_sums), out_shardings=everywhere)
         # Each device keeps the keys and values of its own samples.
         outputs = (layout.stacked_batch, everywhere, everywhere)
         self._look = jax.jit(layout.inside(self._look_at), out_shardings=outputs)
-        self._answerer = Answerer(
+        self._sampler = Sampler(
             config, tokenizer, lambda params: model.merge(params).decoder, layout
         )
 
@@ -89,7 +89,7 @@ class Evaluator:
           max_samples: only so many of it, None for all.
         """
         totals: collections.Counter[str] = collections.Counter()
-        answers: list[Answer] = []
+        answers: list[Prediction] = []
         panel: list[PanelRow] = []
         num = len(records) if max_samples is None else min(max_samples, len(records))
         with progress(num, "evaluation", unit="scene") as bar:
@@ -101,7 +101,7 @@ class Evaluator:
                 found = [records[i] if i >= 0 else None for i in index_B]
                 cache, sums, seen = self._look(params, batch)
                 said = [self._ask(params, cache, prompts) for prompts in self._prompts(found)]
-                shares = jax.device_get(seen.pop("hidden_share"))
+                shares = jax.device_get(seen.pop("occlusion_ratio"))
                 rows = _answers(found, said, index_B, shares)
                 answers += [answer for row in rows for answer in row]
                 totals.update(jax.device_get(self._losses(params, batch)))
@@ -126,16 +126,16 @@ class Evaluator:
     def _look_at(
         self, params: Flat, batch: Batch
     ) -> tuple[Cache, dict[str, jax.Array], dict[str, jax.Array]]:
-        """The decoder's cache, sums of what pictures tell, pictures to look at."""
+        """The decoder's cache, sums of what images tell, images to look at."""
         model, weight_B = self.model.merge(params), batch.weight
-        prefix = read_pictures(model, batch, with_weights=True)
+        prefix = read_images(model, batch, with_weights=True)
         pair = prefix.fusion.pair
-        rgb = functools.partial(denormalize, config=self.config.data)
+        rgb = functools.partial(denormalize_image, config=self.config.data)
         seen = {
             "original": rgb(pair.orig_BHWC),
-            "reconstruction": rgb(pair.recon_BHWC),
-            "target": rgb(normalize(batch.image_target, batch.region_orig, self.config.data)),
-            "hidden_share": hidden_share(batch),
+            "reconstruction": rgb(pair.own_recon_BHWC),
+            "target": rgb(normalize_image(batch.image_target, batch.region_orig, self.config.data)),
+            "occlusion_ratio": occlusion_ratios(batch),
         }
         source_BX = jax.nn.one_hot(pair.source_B, len(SOURCES))
         aligned_X = jnp.sum(source_BX * weight_B[:, None], axis=0)
@@ -152,15 +152,15 @@ class Evaluator:
                 jnp.zeros(self.config.vq.codebook_size).at[codes_BM].add(weight_B[:, None])
             )
         if prefix.code_logits_BMC is not None and self.config.vq.has_decoder:
-            seen["completion"] = rgb(paint(model, prefix.code_logits_BMC))
+            seen["completion"] = rgb(expected_image(model, prefix.code_logits_BMC))
             candidates = {
                 "completed": seen["completion"],
                 "original": seen["original"],
-                "aligned_reconstruction": rgb(pair.aligned_BHWC),
+                "aligned_reconstruction": rgb(pair.aligned_recon_BHWC),
                 "flat_fill": flat_fill(seen["original"], batch),
                 "vq_round_trip": rgb(model.vq.decode(codes_BM)),
             }
-            sums |= picture_sums(candidates, seen["target"], batch)
+            sums |= image_sums(candidates, seen["target"], batch)
         return prefix.cache, sums, seen
 
     def _prompts(self, found: Sequence[Record | None]) -> list[list[np.ndarray]]:
@@ -168,7 +168,9 @@ class Evaluator:
         if self.config.loss.text_weight == 0:
             return []
         per_scene = [
-            [self.tokenizer.encode_prompt([*rules(r), q]) for q, _ in questions(r)] if r else []
+            [self.tokenizer.encode_prompt([*system_prompts(r), q]) for q, _ in questions(r)]
+            if r
+            else []
             for r in found
         ]
         nothing = np.array([self.tokenizer.pad_id], np.int32)
@@ -177,9 +179,9 @@ class Evaluator:
             for k in range(max(map(len, per_scene), default=0))
         ]
 
-    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[Said]:
+    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[Answer]:
         decoding = Decoding(max_new_tokens=self.config.eval.max_new_tokens)
-        return self._answerer.answers(params, cache, prompts, decoding)
+        return self._sampler.answers(params, cache, prompts, decoding)
 
 
 def questions(record: Record) -> list[tuple[Turn, Turn]]:
@@ -191,46 +193,46 @@ def questions(record: Record) -> list[tuple[Turn, Turn]]:
     return [(a, b) for a, b in pairs if a.role == "user" and b.role == "assistant"]
 
 
-def rules(record: Record) -> list[Turn]:
+def system_prompts(record: Record) -> list[Turn]:
     """The system turns that a conversation begins with; they stand before every question."""
     return list(itertools.takewhile(lambda turn: turn.role == "system", record.turns))
 
 
-def hidden_share(batch: Batch) -> jax.Array:
-    """Covered part of the object [B], from the masks; not a number where one is missing."""
+def occlusion_ratios(batch: Batch) -> jax.Array:
+    """Occlusion ratio of the object [B], from the masks; not a number where one is missing."""
     object_B = batch.object_mask.sum(axis=(1, 2))
-    hidden_B = (batch.object_mask & batch.occluder_mask).sum(axis=(1, 2))
+    occluded_B = (batch.object_mask & batch.occluder_mask).sum(axis=(1, 2))
     known_B = batch.has_object_mask & batch.has_occluder_mask & (object_B > 0)
-    return jnp.where(known_B, hidden_B / jnp.maximum(object_B, 1), jnp.nan)
+    return jnp.where(known_B, occluded_B / jnp.maximum(object_B, 1), jnp.nan)
 
 
-def stated_share(record: Record) -> float | None:
-    """Hidden part of the object, as the record states it, if it does."""
+def stated_ratio(record: Record) -> float | None:
+    """Occlusion ratio of the object, as the record states it, if it does."""
     stated = record.meta.get("occlusion")
     return float(stated) if isinstance(stated, int | float) else None
 
 
 def _answers(
     found: Sequence[Record | None],
-    said: list[list[Said]],
+    answers: list[list[Answer]],
     index_B: np.ndarray,
-    share_B: np.ndarray,
-) -> list[list[Answer]]:
-    rows: list[list[Answer]] = []
+    ratio_B: np.ndarray,
+) -> list[list[Prediction]]:
+    rows: list[list[Prediction]] = []
     for i, record in enumerate(found):
-        if record is None or not said:
+        if record is None or not answers:
             rows.append([])
             continue
         rows.append(
             [
-                Answer(
+                Prediction(
                     scene=int(index_B[i]),
                     kind=question.kind or "answer",
                     question=question.text,
-                    answer=said[k][i].text,
+                    answer=answers[k][i].text,
                     truth=truth.text,
-                    hidden=stated_share(record) if np.isnan(share_B[i]) else float(share_B[i]),
-                    confidence=said[k][i].confidence,
+                    occlusion=stated_ratio(record) if np.isnan(ratio_B[i]) else float(ratio_B[i]),
+                    confidence=answers[k][i].confidence,
                 )
                 for k, (question, truth) in enumerate(questions(record))
             ]
@@ -239,7 +241,7 @@ def _answers(
 
 
 def _panel_rows(
-    seen: dict[str, np.ndarray], found: Sequence[Record | None], rows: list[list[Answer]]
+    seen: dict[str, np.ndarray], found: Sequence[Record | None], rows: list[list[Prediction]]
 ) -> list[PanelRow]:
     return [
         PanelRow(record.id, {name: value[i] for name, value in seen.items()}, rows[i])
@@ -248,7 +250,7 @@ def _panel_rows(
     ]
 
 
-def _scores(totals: Mapping[str, Any], answers: list[Answer], config: Config) -> dict[str, Any]:
+def _scores(totals: Mapping[str, Any], answers: list[Prediction], config: Config) -> dict[str, Any]:
     scores: dict[str, Any] = {"samples": int(totals["samples"])}
     samples = max(totals["samples"], 1)
     losses = {}
@@ -261,9 +263,9 @@ def _scores(totals: Mapping[str, Any], answers: list[Answer], config: Config) ->
     scores["losses"] = losses
     if answers:
         scores["answers"] = score_answers(answers)
-    pictures = picture_scores(totals)
-    if pictures:
-        scores["pictures"] = pictures
+    images = image_scores(totals)
+    if images:
+        scores["images"] = images
     if "code_usage" in totals:
         scores["target_codes_used"] = int((totals["code_usage"] > 0).sum())
     scores["alignment"] = {s: int(totals[f"aligned/{s}"]) for s in SOURCES}

@@ -30,17 +30,19 @@ from htfa_jax.inference.answer_attention import END
 from htfa_jax.inference.options import View
 from htfa_jax.inference.results import Intermediates, Result
 
-Picture = np.ndarray | Image.Image
+ImageLike = np.ndarray | Image.Image
 
 # The whole of an answer's attention, unless another view is asked for.
 ALL = View()
 PANEL = 2.1  # inches
-MOST_COLUMNS, MOST_WORDS = 6, 7
+MOST_COLUMNS, MOST_TOKENS = 6, 7
 MARK = "#f0a500"
 RIM = [patheffects.withStroke(linewidth=3, foreground="black")]
 
 
-def figures(*results: Result, truth: Picture | None = None, view: View = ALL) -> dict[str, Figure]:
+def figures(
+    *results: Result, truth: ImageLike | None = None, view: View = ALL
+) -> dict[str, Figure]:
     """Every figure that there is something for, by name.
 
     Args:
@@ -54,7 +56,7 @@ def figures(*results: Result, truth: Picture | None = None, view: View = ALL) ->
     """
     first = results[0]
     found = {
-        "pictures": pictures_figure(first, truth),
+        "images": images_figure(first, truth),
         "alpha": alpha_figure(first),
         "alignment": alignment_figure(first),
         "level2": level2_figure(first),
@@ -74,8 +76,8 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def pictures_figure(result: Result, truth: Picture | None = None) -> Figure:
-    """Original, reconstruction, fused, completed and true picture side by side."""
+def images_figure(result: Result, truth: ImageLike | None = None) -> Figure:
+    """Original, reconstruction, fused, completed and true image side by side."""
     seen = _seen(result)
     shown = [
         ("original", seen.original_HWC, seen.region),
@@ -83,12 +85,12 @@ def pictures_figure(result: Result, truth: Picture | None = None) -> Figure:
         ("fused", seen.fused_HWC, seen.region),
     ]
     # These two have the original's own size: they are laid over its place in the square.
-    for name, picture in (("completed", result.completed), ("truth", truth)):
-        if picture is not None:
-            shown.append((name, _in_square(picture, seen), seen.region))
+    for name, image in (("completed", result.completed), ("truth", truth)):
+        if image is not None:
+            shown.append((name, _in_square(image, seen), seen.region))
     figure, axes = _panels(len(shown), scale=False, title_lines=2)
-    for ax, (name, picture, region) in zip(axes, shown, strict=True):
-        _draw(ax, picture, name, region)
+    for ax, (name, image, region) in zip(axes, shown, strict=True):
+        _draw(ax, image, name, region)
     return figure
 
 
@@ -100,23 +102,23 @@ def alpha_figure(result: Result) -> Figure:
     title = f"alpha, mean {seen.alpha_HW.mean():.2f}"
     image = _heat(axes[1], seen.original_HWC, seen.alpha_HW, title, "cividis", (0, 1))
     _crop(axes[1], seen.region)
-    _outline(axes[1], seen.hidden_HW, seen.alpha_HW.shape)
+    _outline(axes[1], seen.occluded_HW, seen.alpha_HW.shape)
     _draw(axes[2], seen.fused_HWC, "fused", seen.region)
     _scale(figure, image, axes, "weight of the original")
     return figure
 
 
 def alignment_figure(result: Result) -> Figure:
-    """The boxes of the object in both pictures, and the reconstruction moved by them."""
+    """The boxes of the object in both images, and the reconstruction moved by them."""
     seen = _seen(result)
     moved = f"aligned by {result.alignment}" if seen.box else f"not moved ({result.alignment})"
     figure, axes = _panels(3, moved, scale=False, title_lines=2)
-    for ax, picture, name, region, box in (
+    for ax, image, name, region, box in (
         (axes[0], seen.original_HWC, "original", seen.region, seen.box),
         (axes[1], seen.reconstruction_HWC, _recon_name(result), seen.region_recon, seen.box_recon),
         (axes[2], seen.aligned_HWC, "aligned", seen.region, seen.box),
     ):
-        _draw(ax, picture, name, region)
+        _draw(ax, image, name, region)
         if box is not None:
             x, y, w, h = box
             ax.add_patch(
@@ -132,7 +134,7 @@ def level2_figure(result: Result, points: Sequence[tuple[float, float]] | None =
       result: with intermediates.
       points: (x, y); the patches that hold them ask. By default those of the object's hidden
         part, or where the masks that tell it are missing, the centre of its box, or of the
-        picture.
+        image.
 
     Raises:
       DataError: if a point lies outside of the square.
@@ -140,8 +142,8 @@ def level2_figure(result: Result, points: Sequence[tuple[float, float]] | None =
     seen = _seen(result)
     size = seen.alpha_HW.shape
     heads, num_patches = seen.attention_NTS.shape[:2]
-    if points is None and seen.hidden_HW is not None and seen.hidden_HW.any():
-        cells, name = cells_of(seen.hidden_HW, num_patches), "asking: hidden part"
+    if points is None and seen.occluded_HW is not None and seen.occluded_HW.any():
+        cells, name = cells_of(seen.occluded_HW, num_patches), "asking: occluded part"
     else:
         if points is None:
             x, y, w, h = seen.box or seen.region
@@ -162,7 +164,7 @@ def level2_figure(result: Result, points: Sequence[tuple[float, float]] | None =
 
 
 def answer_figure(result: Result, view: View = ALL) -> Figure:
-    """Where the decoder looked for each word: the patches above, the codes below.
+    """Where the decoder looked for each token: the patches above, the codes below.
 
     Raises:
       ConfigError: if the decoder has no such layer or head.
@@ -171,42 +173,44 @@ def answer_figure(result: Result, view: View = ALL) -> Figure:
     seen, attention = _seen(result), result.attention
     if attention is None:
         raise DataError("this result has no answer, so there is no attention behind one")
-    over_TS = attention.over_pictures(view)
-    words = [_quoted(word) for word in attention.words]
-    columns = [("mean of words" if len(words) > 1 else words[0], over_TS.mean(axis=0))]
-    if len(words) > 1:
-        columns += list(zip(words, over_TS, strict=True))[:MOST_WORDS]
+    over_TS = attention.over_images(view)
+    tokens = [_quoted(token) for token in attention.tokens]
+    columns = [("mean of tokens" if len(tokens) > 1 else tokens[0], over_TS.mean(axis=0))]
+    if len(tokens) > 1:
+        columns += list(zip(tokens, over_TS, strict=True))[:MOST_TOKENS]
     branches = [("understanding", seen.original_HWC, slice(0, attention.num_patches))]
     if over_TS.shape[1] > attention.num_patches:
         branches.append(("generation", seen.fused_HWC, slice(attention.num_patches, None)))
-    more = f" (the first {MOST_WORDS} of {len(words)} words)" if len(words) > MOST_WORDS else ""
+    more = (
+        f" (the first {MOST_TOKENS} of {len(tokens)} tokens)" if len(tokens) > MOST_TOKENS else ""
+    )
     title = f"{printable(result.query)}\n{printable(result.answer) or '(nothing)'}{more}"
     figure, axes = _panels(len(columns) * len(branches), title, len(columns), title_lines=2)
     limits = (0.0, float(max(row_S.max() for _, row_S in columns)))
-    for line, (branch, picture, part) in enumerate(branches):
-        for column, (word, row_S) in enumerate(columns):
+    for line, (branch, shown, part) in enumerate(branches):
+        for column, (token, row_S) in enumerate(columns):
             ax = axes[line * len(columns) + column]
             share = f"{branch} {row_S[part].sum():.0%}"
-            image = _heat(ax, picture, row_S[part], f"{word}\n{share}", "magma", limits)
-    _scale(figure, image, axes, f"attention ({view})")
+            heat = _heat(ax, shown, row_S[part], f"{token}\n{share}", "magma", limits)
+    _scale(figure, heat, axes, f"attention ({view})")
     return figure
 
 
 def codes_figure(result: Result) -> Figure:
-    """How sure the model is of the completed picture's code in every cell."""
+    """Confidence of the completed image's code in every cell."""
     seen = _seen(result)
     if seen.code_probabilities_MC is None:
         raise DataError("this run has no codes, so there is no confidence in them")
     completed = result.completed
-    picture = seen.fused_HWC if completed is None else _in_square(completed, seen)
-    sureness_M = seen.code_probabilities_MC.max(axis=-1)
+    shown = seen.fused_HWC if completed is None else _in_square(completed, seen)
+    confidence_M = seen.code_probabilities_MC.max(axis=-1)
     figure, axes = _panels(2)
-    _draw(axes[0], picture, "fused" if completed is None else "completed", seen.region)
-    image = _heat(axes[1], picture, sureness_M, f"mean {sureness_M.mean():.2f}", "cividis", (0, 1))
+    _draw(axes[0], shown, "fused" if completed is None else "completed", seen.region)
+    heat = _heat(axes[1], shown, confidence_M, f"mean {confidence_M.mean():.2f}", "cividis", (0, 1))
     _crop(axes[1], seen.region)
     for ax in axes:
-        _outline(ax, seen.hidden_HW, seen.alpha_HW.shape)
-    _scale(figure, image, axes, "probability of the best code")
+        _outline(ax, seen.occluded_HW, seen.alpha_HW.shape)
+    _scale(figure, heat, axes, "probability of the best code")
     return figure
 
 
@@ -251,8 +255,8 @@ def _recon_name(result: Result) -> str:
     }[result.recon_source]
 
 
-def _quoted(word: str) -> str:
-    return word if word == END else f"“{printable(word.strip())}”"
+def _quoted(token: str) -> str:
+    return token if token == END else f"“{printable(token.strip())}”"
 
 
 def _panels(
@@ -262,7 +266,7 @@ def _panels(
     scale: bool = True,
     title_lines: int = 1,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with room for square pictures, for titles over them and a scale beside them."""
+    """A figure with room for square images, for titles over them and a scale beside them."""
     columns = min(columns, number)
     rows = -(-number // columns)
     width = PANEL * columns + (0.9 if scale else 0.0)
@@ -278,10 +282,10 @@ def _panels(
     return figure, axes[:number]
 
 
-def _draw(ax: Axes, picture: np.ndarray, title: str, region: Box | None = None) -> None:
-    """A picture of the square, or of a region of it."""
-    H, W = picture.shape[:2]
-    ax.imshow(picture, extent=(0, W, H, 0))
+def _draw(ax: Axes, image: np.ndarray, title: str, region: Box | None = None) -> None:
+    """An image of the square, or of a region of it."""
+    H, W = image.shape[:2]
+    ax.imshow(image, extent=(0, W, H, 0))
     ax.set_title(title, fontsize=9, parse_math=False)
     if region is not None:
         _crop(ax, region)
@@ -295,19 +299,19 @@ def _crop(ax: Axes, region: Box) -> None:
 
 def _heat(
     ax: Axes,
-    picture: np.ndarray,
+    image: np.ndarray,
     values: np.ndarray,
     title: str,
     colors: str,
     limits: tuple[float, float],
 ) -> AxesImage:
-    """Values of pixels [H, W] or of the cells of a square grid [S], over the picture in grey."""
+    """Values of pixels [H, W] or of the cells of a square grid [S], over the image in grey."""
     # Lighter than it is: what lies under a low value would be black on black.
-    grey = 0.25 + 0.75 * picture.mean(axis=-1, keepdims=True)
+    grey = 0.25 + 0.75 * image.mean(axis=-1, keepdims=True)
     _draw(ax, grey.repeat(3, axis=-1), title)
     if values.ndim == 1:
         values = values.reshape(math.isqrt(len(values)), -1)
-    H, W = picture.shape[:2]
+    H, W = image.shape[:2]
     return ax.imshow(
         values,
         cmap=colors,
@@ -327,7 +331,7 @@ def _outline(ax: Axes, mask: np.ndarray | None, size: tuple[int, int]) -> None:
         side = math.isqrt(len(mask))
         mask = mask.reshape(side, side)
         mask = mask.repeat(size[0] // side, axis=0).repeat(size[1] // side, axis=1)
-    # A rim of zeros closes the line at the picture's edge.
+    # A rim of zeros closes the line at the image's edge.
     H, W = size
     ax.contour(
         np.arange(-1, W + 1) + 0.5,
@@ -346,11 +350,11 @@ def _scale(figure: Figure, image: AxesImage, axes: Sequence[Axes], label: str) -
     bar.ax.tick_params(labelsize=8)
 
 
-def _in_square(picture: Picture, seen: Intermediates) -> np.ndarray:
-    """A picture of the original's frame, in [0, 1], at its place in the model's square."""
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
+def _in_square(image: ImageLike, seen: Intermediates) -> np.ndarray:
+    """An image of the original's frame, in [0, 1], at its place in the model's square."""
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
     x, y, w, h = map(int, seen.region)
     square = Image.new("RGB", seen.alpha_HW.shape[::-1])
-    square.paste(picture.convert("RGB").resize((w, h), Image.Resampling.BICUBIC), (x, y))
+    square.paste(image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC), (x, y))
     return np.asarray(square) / 255

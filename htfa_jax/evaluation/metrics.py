@@ -1,4 +1,4 @@
-"""Metrics of answers and of pictures."""
+"""Metrics of answers and of images."""
 
 import dataclasses
 import re
@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BUCKETS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
+OCCLUSION_BUCKETS = ((0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))
 PERCENT = re.compile(r"(\d+(?:\.\d+)?)\s*(?:percent|%)")
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class Prediction:
     """One question of one scene, answered.
 
     Attributes:
       scene: number of the record.
       kind: sort of question.
       question, answer, truth: texts; no truth outside an evaluation.
-      hidden: hidden share of the object in [0, 1], None if unknown.
+      occlusion: occlusion ratio of the object in [0, 1], None if unknown.
       confidence: that the model says it has, in [0, 1]; None if unknown.
     """
 
@@ -29,7 +29,7 @@ class Answer:
     question: str
     answer: str
     truth: str | None
-    hidden: float | None
+    occlusion: float | None
     confidence: float | None = None
 
 
@@ -59,7 +59,7 @@ def calibration_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def score_kind(answers: list[Answer]) -> dict[str, float]:
+def score_kind(answers: list[Prediction]) -> dict[str, float]:
     """Accuracy of the answers to one kind of question.
 
     With confidences, also their calibration error. Where every truth is a percentage, also the
@@ -83,13 +83,13 @@ def score_kind(answers: list[Answer]) -> dict[str, float]:
     return scores
 
 
-def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, float]]]:
-    """{kind: {"all" or bucket: scores}}, "both right" beside the kinds.
+def score_answers(answers: Iterable[Prediction]) -> dict[str, dict[str, dict[str, float]]]:
+    """{kind: {"all" or bucket: scores}}, "joint" beside the kinds.
 
-    "both_right" counts scenes whose category and colour are both right: neither picture alone
+    "joint" counts scenes whose category and colour are joint accuracy: neither image alone
     shows both.
     """
-    kinds: dict[str, list[Answer]] = {}
+    kinds: dict[str, list[Prediction]] = {}
     for answer in answers:
         kinds.setdefault(answer.kind, []).append(answer)
     table = {kind: _by_bucket(group) for kind, group in kinds.items()}
@@ -97,7 +97,7 @@ def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, fl
     both = [
         dataclasses.replace(
             a,
-            kind="both_right",
+            kind="joint",
             answer=f"{a.answer}, {colors[a.scene].answer}",
             truth=f"{a.truth}, {colors[a.scene].truth}",
             confidence=_product(a.confidence, colors[a.scene].confidence),
@@ -106,22 +106,24 @@ def score_answers(answers: Iterable[Answer]) -> dict[str, dict[str, dict[str, fl
         if a.scene in colors
     ]
     if both:
-        table["both_right"] = _by_bucket(both)
+        table["joint"] = _by_bucket(both)
     return table
 
 
 def _product(a: float | None, b: float | None) -> float | None:
-    """Confidence that two answers are both right."""
+    """Confidence that two answers are joint accuracy."""
     return None if a is None or b is None else a * b
 
 
-def _by_bucket(answers: list[Answer]) -> dict[str, dict[str, float]]:
+def _by_bucket(answers: list[Prediction]) -> dict[str, dict[str, float]]:
     rows = {"all": score_kind(answers)}
-    for low, high in BUCKETS:
+    for low, high in OCCLUSION_BUCKETS:
         inside = [
             a
             for a in answers
-            if a.hidden is not None and low <= a.hidden and (a.hidden < high or high == 1.0)
+            if a.occlusion is not None
+            and low <= a.occlusion
+            and (a.occlusion < high or high == 1.0)
         ]
         if inside:
             rows[f"{100 * low:.0f}-{100 * high:.0f}%"] = score_kind(inside)
@@ -155,7 +157,7 @@ def ssim_map(a_BHWC: jax.Array, b_BHWC: jax.Array, peak: float = 255.0) -> jax.A
     rows_TH, columns_SW = _gaussian_blur(H), _gaussian_blur(W)
 
     def blur(x: jax.Array) -> jax.Array:
-        # Of sums of shifted pictures XLA makes one loop on a GPU, which takes it minutes.
+        # Of sums of shifted images XLA makes one loop on a GPU, which takes it minutes.
         x = jnp.einsum("TH,BHWC->BTWC", rows_TH, x, precision="highest")
         return jnp.einsum("SW,BTWC->BTSC", columns_SW, x, precision="highest")
 

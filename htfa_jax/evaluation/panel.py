@@ -1,4 +1,4 @@
-"""Pictures to look at: the evaluation panel."""
+"""Images to look at: the evaluation panel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from htfa_jax.evaluation.metrics import Answer, is_right
+from htfa_jax.evaluation.metrics import Prediction, is_right
 
 COLUMNS = {
     "original": "original",
@@ -27,22 +27,22 @@ class PanelRow:
 
     Attributes:
       name: of the record.
-      pictures: by the names of `COLUMNS`, RGB [H, W, 3] in [0, 1] or PIL; "alpha" is [H, W].
+      images: by the names of `COLUMNS`, RGB [H, W, 3] in [0, 1] or PIL; "alpha" is [H, W].
       answers: its questions, answered.
     """
 
     name: str
-    pictures: dict[str, np.ndarray | Image.Image]
-    answers: list[Answer]
+    images: dict[str, np.ndarray | Image.Image]
+    answers: list[Prediction]
 
 
 def panel_png(rows: list[PanelRow]) -> bytes:
-    """A PNG with a row per scene: pictures, then questions, answers and truths."""
+    """A PNG with a row per scene: images, then questions, answers and truths."""
     # Not pyplot: it would choose a display and keep every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [name for name in COLUMNS if name in rows[0].pictures]
+    names = [name for name in COLUMNS if name in rows[0].images]
     figure = Figure(figsize=(1.9 * len(names) + 3.2, 1.95 * len(rows) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     *axes, last = figure.subplots(
@@ -55,9 +55,9 @@ def panel_png(rows: list[PanelRow]) -> bytes:
     for row, line in zip(rows, axes, strict=True):
         for name, ax in zip(names, line, strict=False):
             if name == "alpha":
-                alpha_image = ax.imshow(row.pictures[name], cmap="cividis", vmin=0, vmax=1)
+                alpha_image = ax.imshow(row.images[name], cmap="cividis", vmin=0, vmax=1)
             else:
-                ax.imshow(row.pictures[name])
+                ax.imshow(row.images[name])
             ax.set_axis_off()
         _write_answers(line[-1], row)
     for name, ax in zip(names, axes[0], strict=False):
@@ -79,7 +79,7 @@ def printable(text: str) -> str:
 
 
 def read_png(path: Path) -> np.ndarray:
-    """A picture as uint8 [H, W, 3]."""
+    """An image as uint8 [H, W, 3]."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 

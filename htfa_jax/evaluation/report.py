@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     from htfa_jax.evaluation.evaluator import Report
 
 
-def table(scores: dict[str, Any]) -> str:
+def score_table(scores: dict[str, Any]) -> str:
     """The scores as text tables."""
     blocks = [_losses(scores)]
     if "answers" in scores:
         blocks.append(_answers(scores["answers"]))
-    if "pictures" in scores:
-        blocks.append(_pictures(scores["pictures"]))
+    if "images" in scores:
+        blocks.append(_images(scores["images"]))
     aligned = {name: n for name, n in scores["alignment"].items() if n}
     blocks.append("aligned by " + ", ".join(f"{name}: {n}" for name, n in aligned.items()))
     alpha = scores["fusion"].get("alpha_mean")
     if alpha is not None:
-        blocks[-1] += f"; alpha {alpha:.3f} on average (1: the fused picture is the original)"
+        blocks[-1] += f"; alpha {alpha:.3f} on average (1: the fused image is the original)"
     return "\n\n".join(blocks)
 
 
@@ -37,7 +37,7 @@ def _losses(scores: dict[str, Any]) -> str:
 
 def _answers(kinds: dict[str, dict[str, dict[str, float]]]) -> str:
     buckets = list(dict.fromkeys(bucket for rows in kinds.values() for bucket in rows))
-    lines = [["answers right, by hidden share", *buckets]]
+    lines = [["accuracy by occlusion ratio", *buckets]]
     for kind, rows in kinds.items():
         lines.append([kind, *(_cell(rows, b, "accuracy") for b in buckets)])
         if "mean_absolute_error" in rows["all"]:
@@ -59,9 +59,9 @@ def _cell(rows: dict[str, dict[str, float]], bucket: str, name: str, form: str =
     return format(rows[bucket][name], form) if bucket in rows else "-"
 
 
-def _pictures(regions: dict[str, dict[str, dict[str, float]]]) -> str:
+def _images(regions: dict[str, dict[str, dict[str, float]]]) -> str:
     present = [region for region in REGIONS if region in regions]
-    titles = {"all": "all pixels", "covered": "covered by the hand", "hidden": "hidden object"}
+    titles = {"all": "all pixels", "occluder": "occluder region", "occluded": "occluded region"}
     lines = [["PSNR in dB (SSIM)", *(titles[r] for r in present)]]
     for name in regions[present[0]]:
         cells = (regions[r][name] for r in present)
@@ -84,11 +84,11 @@ def columns(lines: list[list[str]]) -> str:
 
 
 def scalars(scores: dict[str, Any]) -> dict[str, float]:
-    """The main numbers by short names, such as `loss`, `accuracy/color`, `psnr/hidden`."""
+    """The main numbers by short names, such as `loss`, `accuracy/color`, `psnr/occluded`."""
     flat = dict(scores["losses"]) | scores["fusion"]
     for kind, rows in scores.get("answers", {}).items():
         flat[f"accuracy/{kind}"] = rows["all"]["accuracy"]
-    for region, candidates in scores.get("pictures", {}).items():
+    for region, candidates in scores.get("images", {}).items():
         flat[f"psnr/{region}"] = candidates["completed"]["psnr"]
         flat[f"ssim/{region}"] = candidates["completed"]["ssim"]
     return flat
@@ -100,7 +100,7 @@ def write(result: Report, folder: Path) -> None:
     (folder / "metrics.json").write_text(
         json.dumps(result.scores, indent=2) + "\n", encoding="utf-8"
     )
-    (folder / "table.txt").write_text(table(result.scores) + "\n", encoding="utf-8")
+    (folder / "table.txt").write_text(score_table(result.scores) + "\n", encoding="utf-8")
     _write_lines(folder / "predictions.jsonl", map(dataclasses.asdict, result.answers))
     if result.panel:
         (folder / "panel.png").write_bytes(panel_png(result.panel))

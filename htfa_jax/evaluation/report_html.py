@@ -1,4 +1,4 @@
-"""One page about a batch: `predictions.jsonl` and its pictures as a file that needs no network."""
+"""One page about a batch: `predictions.jsonl` and its images as a file that needs no network."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from htfa_jax.errors import DataError
 PREDICTIONS, REPORT, TEMPLATE = "predictions.jsonl", "report.html", "report.html.jinja"
 
 CAPTIONS = {
-    "pictures": "What the model was given, and what it made of it.",
+    "images": "What the model was given, and what it made of it.",
     "alpha": "Level 1: how much of every pixel comes from the original. "
-    "Outlined: the hidden part of the object, where masks tell it.",
+    "Outlined: the occluded part of the object, where masks tell it.",
     "alignment": "The object's boxes, and the reconstruction moved from one to the other. "
     "Grey lies beyond its rim.",
     "level2": "Level 2: the outlined patches of the original ask, those of the aligned "
     "reconstruction answer.",
-    "codes": "How sure the model is of the completed picture, cell by cell.",
-    "answer": "Where the decoder looked when it chose each word: at the patches of the "
+    "codes": "Confidence of the completed image, cell by cell.",
+    "answer": "Where the decoder looked when it chose each token: at the patches of the "
     "understanding branch, and at the codes of the generation branch. Each percentage is the "
-    "share of a branch; the rest went to words.",
-    "completed": "The completed picture.",
+    "share of a branch; the rest went to text tokens.",
+    "completed": "The completed image.",
 }
 
 
@@ -36,7 +36,7 @@ def write_report(folder: Path, title: str) -> Path:
     """Writes report.html about the predictions in a folder, whole or not at all.
 
     Args:
-      folder: of predictions.jsonl and the pictures that its lines name.
+      folder: of predictions.jsonl and the images that its lines name.
       title: of the page.
 
     Raises DataError if there are no predictions, or if a line of them is damaged.
@@ -49,7 +49,7 @@ def write_report(folder: Path, title: str) -> Path:
 
 
 def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator[str]:
-    """The page, piece by piece: all pictures together may be large.
+    """The page, piece by piece: all images together may be large.
 
     What a prediction says is text to the template, which escapes it.
     """
@@ -69,27 +69,27 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
 
 def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
     """What a pair shows; no source where a file is gone. Each is read when it is asked for."""
-    pictures = entry.get("figures")
-    if pictures is None:
-        pictures = {"completed": entry["completed"]} if "completed" in entry else {}
-    for name, path in pictures.items():
+    images = entry.get("figures")
+    if images is None:
+        images = {"completed": entry["completed"]} if "completed" in entry else {}
+    for name, path in images.items():
         kind = name.partition("_")[0]
-        source = _picture(folder / path) if (folder / path).is_file() else None
+        source = _image(folder / path) if (folder / path).is_file() else None
         yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS[kind]}
 
 
-def _picture(path: Path) -> str:
+def _image(path: Path) -> str:
     with Image.open(path) as image:
         return data_uri(image.convert("RGB"), 88)
 
 
-def data_uri(picture: Image.Image, quality: int) -> str:
-    """A picture inside of its address, as WebP: a page of PNGs would be five times as large.
+def data_uri(image: Image.Image, quality: int) -> str:
+    """An image inside of its address, as WebP: a page of PNGs would be five times as large.
 
     Args:
-      picture: RGB.
+      image: RGB.
       quality: as Pillow counts it, up to 100.
     """
     buffer = io.BytesIO()
-    picture.save(buffer, "webp", quality=quality)
+    image.save(buffer, "webp", quality=quality)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""Many pairs in batches: pictures are read ahead, and a bad pair spoils only its own result."""
+"""Many pairs in batches: images are read ahead, and a bad pair spoils only its own result."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config
 from htfa_jax.errors import ConfigError, DataError, HTFAError
-from htfa_jax.inference.inputs import Pair, Scene, as_record, read_scene
+from htfa_jax.inference.inputs import LoadedPair, PairLike, as_record, load_pair
 from htfa_jax.inference.results import Result
 
 Query = str | Sequence[str | None] | None
 # From scenes, their queries and the number of rows they are padded to, to their results.
-Work = Callable[[list[Scene], list[Query], int], list[Result | list[Result]]]
+Work = Callable[[list[LoadedPair], list[Query], int], list[Result | list[Result]]]
 
 
 def in_batches(
     config: Config,
-    pairs: Sequence[Pair | Scene],
+    pairs: Sequence[PairLike | LoadedPair],
     queries: Sequence[Query] | str | None,
     batch_size: int,
     work: Work,
@@ -45,12 +45,12 @@ def in_batches(
     # A short last batch has a shape of its own only if it is the only one.
     rows = min(batch_size, 1 << (len(pairs) - 1).bit_length()) if pairs else 1
 
-    def read(i: int) -> Scene | DataError:
+    def read(i: int) -> LoadedPair | DataError:
         pair = pairs[i]
-        if isinstance(pair, Scene):
+        if isinstance(pair, LoadedPair):
             return pair
         try:
-            return read_scene(as_record(pair, f"pair {i}"), config)
+            return load_pair(as_record(pair, f"pair {i}"), config)
         except DataError as error:
             return error
 
@@ -63,7 +63,7 @@ def in_batches(
     ):
         ahead = group(0)
         for start in range(0, len(pairs), rows):
-            # The next pictures are read while the model works on these.
+            # The next images are read while the model works on these.
             ready, ahead = ahead, group(start + rows)
             found = [future.result() for future in ready]
             results = _batch(found, list(queries[start : start + len(found)]), rows, work)
@@ -72,10 +72,10 @@ def in_batches(
 
 
 def _batch(
-    found: list[Scene | DataError], queries: list[Query], rows: int, work: Work
+    found: list[LoadedPair | DataError], queries: list[Query], rows: int, work: Work
 ) -> list[Result | list[Result]]:
     results = [_failed(query, error) for query, error in zip(queries, found, strict=True)]
-    read = {i: scene for i, scene in enumerate(found) if isinstance(scene, Scene)}
+    read = {i: scene for i, scene in enumerate(found) if isinstance(scene, LoadedPair)}
     if read:
         scenes, asked = list(read.values()), [queries[i] for i in read]
         try:
@@ -88,7 +88,7 @@ def _batch(
     return results
 
 
-def _alone(scene: Scene, query: Query, work: Work) -> Result | list[Result]:
+def _alone(scene: LoadedPair, query: Query, work: Work) -> Result | list[Result]:
     try:
         return work([scene], [query], 1)[0]
     except HTFAError as error:

@@ -1,4 +1,4 @@
-"""Conversations about one pair of pictures."""
+"""Conversations about one pair of images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from htfa_jax.config import Config
 from htfa_jax.data.records import Turn
 from htfa_jax.errors import DataError
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampler import Answerer
+from htfa_jax.inference.sampler import Sampler
 from htfa_jax.models.kv_cache import Cache
 
 
 class Chat:
-    """Several turns about one pair; the pictures are encoded once, words read once.
+    """Several turns about one pair; the images are encoded once, tokens read once.
 
     Attributes:
       turns: the conversation so far.
       confidence: of the newest answer, as in `Result`; None before the first.
     """
 
-    def __init__(self, answerer: Answerer, params: Any, cache: Cache):
+    def __init__(self, answerer: Sampler, params: Any, cache: Cache):
         self._answerer, self._params, self._cache = answerer, params, cache
         self._read = np.zeros(0, np.int32)
         self.turns: list[Turn] = []
@@ -38,7 +38,7 @@ class Chat:
     ) -> Iterator[str]:
         """The answer piece by piece. A turn that is not read to its end is not remembered.
 
-        The conversation is put into words as if it were new, and only what differs from what the
+        The conversation is tokenised as if it were new, and only what differs from what the
         cache holds is read: the answer is that of a fresh prompt with all turns.
 
         Raises:
@@ -46,7 +46,7 @@ class Chat:
         """
         answerer, params = self._answerer, self._params
         decoding = (decoding or Decoding()).for_run(answerer.config)
-        question = Turn("user", query_of(answerer.config, query))
+        question = Turn("user", checked_query(answerer.config, query))
         prompt = answerer.tokenizer.encode_prompt([*self.turns, question])
         kept = common_prefix(prompt[:-1], self._read)
         start = answerer.start(params, self._cache, [prompt], decoding, kept)
@@ -63,13 +63,13 @@ class Chat:
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """How many words two texts begin with in common."""
+    """How many tokens two texts begin with in common."""
     length = min(len(a), len(b))
     differs = np.flatnonzero(a[:length] != b[:length])
     return int(differs[0]) if len(differs) else length
 
 
-def query_of(config: Config, query: str | None) -> str:
+def checked_query(config: Config, query: str | None) -> str:
     """A question, or the run's own. Raises DataError if it is not a text."""
     query = config.data.default_query if query is None else query
     if not isinstance(query, str) or not query.strip():

@@ -17,6 +17,7 @@ from htfa_jax.common.files import whole_folder
 from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.config import Config, DataConfig, get, override
 from htfa_jax.config.io import save_config
+from htfa_jax.config.renamed import current_scores
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.inference.model_card import model_card
@@ -90,9 +91,10 @@ def export_run(
                 (partial / "evaluation" / split / name).write_text(text, encoding="utf-8")
         shapes = {path: shape for path, (shape, _) in kinds.items()}
         test = scores.get("test", {})
-        measured = (
-            parse_json(test[METRICS], METRICS, CheckpointError, allow_nan=True) if test else None
-        )
+        measured = None
+        if test:
+            measured = parse_json(test[METRICS], METRICS, CheckpointError, allow_nan=True)
+            measured = current_scores(measured)
         card = model_card(out.name, config, step, shapes, dtype, measured, test.get(TABLE), license)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return out

@@ -1,4 +1,4 @@
-"""Decoding as pure functions: the pictures once, then words from a key-value cache, and codes."""
+"""Decoding as pure functions: the images once, then tokens from a key-value cache, and codes."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from htfa_jax.data.batch import Batch
-from htfa_jax.inference.sampling import Sampling, choose
+from htfa_jax.inference.sampling import Sampling, sample_tokens
 from htfa_jax.models.decoding import Decoder
 from htfa_jax.models.htfa import HTFA, Fusion
 from htfa_jax.models.kv_cache import Cache, with_room
@@ -17,14 +17,14 @@ from htfa_jax.models.kv_cache import Cache, with_room
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Prefix:
-    """A batch's pictures, as far as the decoder has read them.
+    """A batch's images, as far as the decoder has read them.
 
     Attributes:
       fusion: Levels 1 and 2.
-      cache: keys and values of the picture tokens.
+      cache: keys and values of the image tokens.
       codes_BMD: tokens of the cells to be completed, None without a generation branch.
-      code_logits_BMC: logits of the completed picture's codes, None without codes.
-      attention: the decoder's weights between picture tokens, mean over its heads
+      code_logits_BMC: logits of the completed image's codes, None without codes.
+      attention: the decoder's weights between image tokens, mean over its heads
         [layers, B, S, S]; None unless asked for.
     """
 
@@ -35,8 +35,8 @@ class Prefix:
     attention: jax.Array | None
 
 
-def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> Prefix:
-    """Encodes the pictures and runs the decoder over them; the batch's text is not looked at.
+def read_images(model: HTFA, batch: Batch, *, with_weights: bool = False) -> Prefix:
+    """Encodes the images and runs the decoder over them; the batch's text is not looked at.
 
     The attention weights of Level 2 and of the decoder come with it if they are wanted.
     """
@@ -47,13 +47,13 @@ def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> P
     if with_weights:
         positions_BT = jnp.broadcast_to(jnp.arange(length)[None], (B, length))
         # Of all heads they would be too many: thousands of tokens squared, for every layer.
-        seen = model.decoder.with_attention(
+        output = model.decoder.with_attention(
             prefix_BTD, positions_BT, cache, lambda w: w.mean(axis=1)
         )
-        hidden_BTD, cache, attention = seen.hidden_BTD, seen.cache, seen.attention
+        hidden_BTD, cache, attention = output.hidden_BTD, output.cache, output.attention
     else:
         hidden_BTD, cache = model.decode(prefix_BTD, 0, cache)
-    # The cells of the picture that is completed stand last.
+    # The cells of the image that is completed stand last.
     code_start = length - config.code_grid**2
     return Prefix(
         fusion=fusion,
@@ -68,18 +68,18 @@ def read_pictures(model: HTFA, batch: Batch, *, with_weights: bool = False) -> P
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class State:
+class DecodeState:
     """Answers in the making.
 
     Attributes:
-      cache: holds everything before each row's newest word.
+      cache: holds everything before each row's newest token.
       length_B: how many slots of it are filled.
-      token_B: the newest word, not in the cache yet.
-      step: words chosen so far.
-      tokens_BT: those words; behind a row's stop word nothing counts.
-      probability_BT: of each word under the model alone: temperature 1, no penalty, all words.
-      done_B: rows that said a stop word.
-      seen_BV: words that the conversation holds, for the repetition penalty.
+      token_B: the newest token, not in the cache yet.
+      step: tokens chosen so far.
+      tokens_BT: those tokens; behind a row's stop token nothing counts.
+      probability_BT: of each token under the model alone: temperature 1, no penalty, all tokens.
+      done_B: rows that have a stop token.
+      seen_BV: tokens that the conversation holds, for the repetition penalty.
       sampling: options.
     """
 
@@ -106,27 +106,27 @@ def prefill(
     stop_ids: tuple[int, ...],
     num_slots: int,
     max_new_tokens: int,
-) -> State:
-    """Reads a prompt and chooses the first word of the answer.
+) -> DecodeState:
+    """Reads a prompt and chooses the first token of the answer.
 
     Args:
       decoder: with text.
       cache: filled up to `start`.
-      start: position of the prompt's first word.
-      prompt_BT: words, padded behind.
+      start: position of the prompt's first token.
+      prompt_BT: tokens, padded behind.
       prompt_length_B: of each prompt, at least 1.
-      seen_BV: words of the whole conversation.
+      seen_BV: tokens of the whole conversation.
       sampling: options.
-      stop_ids: words that end an answer.
+      stop_ids: tokens that end an answer.
       num_slots: of the cache that comes out, enough for prompt and answer.
-      max_new_tokens: words that the state has room for.
+      max_new_tokens: tokens that the state has room for.
     """
     B, T = prompt_BT.shape
     positions_BT = jnp.broadcast_to(start + jnp.arange(T)[None], (B, T))
     cache = with_room(cache, num_slots)
     hidden_BTD, cache = decoder(decoder.embed(prompt_BT), positions_BT, cache)
     last_BTD = jnp.take_along_axis(hidden_BTD, prompt_length_B[:, None, None] - 1, axis=1)
-    state = State(
+    state = DecodeState(
         cache=cache,
         length_B=start + prompt_length_B,
         token_B=jnp.zeros(B, jnp.int32),
@@ -137,30 +137,30 @@ def prefill(
         seen_BV=seen_BV,
         sampling=sampling,
     )
-    return _add_word(state, decoder.logits(last_BTD)[:, 0], stop_ids)
+    return _add_token(state, decoder.logits(last_BTD)[:, 0], stop_ids)
 
 
 def decode_until(
-    decoder: Decoder, state: State, until: jax.Array, *, stop_ids: tuple[int, ...]
-) -> State:
-    """Chooses words until every row has stopped or has `until` of them."""
+    decoder: Decoder, state: DecodeState, until: jax.Array, *, stop_ids: tuple[int, ...]
+) -> DecodeState:
+    """Chooses tokens until every row has stopped or has `until` of them."""
 
-    def running(state: State) -> jax.Array:
+    def running(state: DecodeState) -> jax.Array:
         return (state.step < until) & ~state.done_B.all()
 
-    def step(state: State) -> State:
+    def step(state: DecodeState) -> DecodeState:
         hidden_B1D, cache = decoder(
             decoder.embed(state.token_B[:, None]), state.length_B[:, None], state.cache
         )
         length_B = jnp.where(state.done_B, state.length_B, state.length_B + 1)
         state = dataclasses.replace(state, cache=cache, length_B=length_B)
-        return _add_word(state, decoder.logits(hidden_B1D)[:, 0], stop_ids)
+        return _add_token(state, decoder.logits(hidden_B1D)[:, 0], stop_ids)
 
     return jax.lax.while_loop(running, step, state)
 
 
-def _add_word(state: State, logits_BV: jax.Array, stop_ids: tuple[int, ...]) -> State:
-    token_B = choose(logits_BV, state.seen_BV, state.sampling, state.step)
+def _add_token(state: DecodeState, logits_BV: jax.Array, stop_ids: tuple[int, ...]) -> DecodeState:
+    token_B = sample_tokens(logits_BV, state.seen_BV, state.sampling, state.step)
     token_B = jnp.where(state.done_B, state.token_B, token_B)
     logit_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]
     probability_B = jnp.exp(logit_B - jax.nn.logsumexp(logits_BV, axis=-1))
@@ -181,47 +181,47 @@ def complete(
     prefix: Prefix,
     seed_B: jax.Array,
     temperature: jax.Array,
-    passes: jax.Array | None = None,
+    steps: jax.Array | None = None,
 ) -> jax.Array:
-    """What the completed picture is painted from: a vector for every cell, [B, M, E].
+    """The code vector of every cell of the completed image, [B, M, E], to be decoded to pixels.
 
-    With one pass those of all cells are chosen together. With k passes the surest of them
-    stay, more after every pass, and take the place of the fused picture's codes; the others are
-    predicted again with these in view (after Chang et al., "MaskGIT: Masked Generative Image
+    With one step those of all cells are chosen together. With k refinement steps the most confident
+    of them stay, more after every step, and take the place of the fused image's codes; the others
+    are predicted again with these in view (after Chang et al., "MaskGIT: Masked Generative Image
     Transformer", 2022; its cosine schedule).
 
     Args:
       model: with codes.
-      prefix: of `read_pictures`.
+      prefix: of `read_images`.
       seed_B: of each row.
       temperature: of the codes that are drawn; 0 draws none, but takes the mean of all code
         vectors by their probability: where several codes are likely, any one of them is far off.
-      passes: k; None for the shorter program of a single one.
+      steps: k; None for the shorter program of a single one.
     """
     M = prefix.code_logits_BMC.shape[1]
     start = model.config.num_patches + model.config.num_codes - M
     table_CE = model.vq.vectors()
     draw = functools.partial(_choose, table_CE, seed_B=seed_B, temperature=temperature)
 
-    def one_pass(i: jax.Array, carry: tuple[jax.Array, jax.Array]):
-        vectors_BME, sureness_BM = carry
-        num_kept = M - jnp.floor(M * jnp.cos(math.pi / 2 * i / passes)).astype(jnp.int32)
-        rank_BM = jnp.argsort(jnp.argsort(-sureness_BM, axis=1), axis=1)
+    def refine(i: jax.Array, carry: tuple[jax.Array, jax.Array]):
+        vectors_BME, confidence_BM = carry
+        num_kept = M - jnp.floor(M * jnp.cos(math.pi / 2 * i / steps)).astype(jnp.int32)
+        rank_BM = jnp.argsort(jnp.argsort(-confidence_BM, axis=1), axis=1)
         kept_BM = rank_BM < num_kept
         known_BMD = model.level3.generate(vectors_BME)
         tokens_BMD = jnp.where(kept_BM[..., None], known_BMD, prefix.codes_BMD)
         hidden_BMD, _ = model.decode(tokens_BMD, start, prefix.cache)
-        new_BME, new_sureness_BM = draw(model.level3.code_logits(hidden_BMD), pass_=i)
+        new_BME, new_confidence_BM = draw(model.level3.code_logits(hidden_BMD), step=i)
         # What was kept once stays.
         return (
             jnp.where(kept_BM[..., None], vectors_BME, new_BME),
-            jnp.where(kept_BM, jnp.inf, new_sureness_BM),
+            jnp.where(kept_BM, jnp.inf, new_confidence_BM),
         )
 
-    first = draw(prefix.code_logits_BMC, pass_=jnp.int32(0))
-    if passes is None:
+    first = draw(prefix.code_logits_BMC, step=jnp.int32(0))
+    if steps is None:
         return first[0]
-    return jax.lax.fori_loop(1, passes, one_pass, first)[0]
+    return jax.lax.fori_loop(1, steps, refine, first)[0]
 
 
 def _choose(
@@ -230,12 +230,12 @@ def _choose(
     *,
     seed_B: jax.Array,
     temperature: jax.Array,
-    pass_: jax.Array,
+    step: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Vectors [B, M, E] of drawn codes or the expected ones, and how sure the model is, [B, M]."""
+    """Vectors [B, M, E] of drawn codes or the expected ones, and log confidence [B, M]."""
 
     def draw(seed: jax.Array, logits_MC: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed), pass_)
+        key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.random.categorical(key, logits_MC / jnp.maximum(temperature, 1e-6))
 
     codes_BM = jnp.where(
@@ -253,6 +253,6 @@ def _expected_vectors(table_CE: jax.Array, logits_BMC: jax.Array) -> jax.Array:
     return jax.nn.softmax(logits_BMC.astype(jnp.float32), axis=-1) @ table_CE
 
 
-def paint(model: HTFA, code_logits_BMC: jax.Array) -> jax.Array:
-    """The completed picture [B, H, W, 3], normalised, of one pass in which nothing is drawn."""
-    return model.vq.paint(_expected_vectors(model.vq.vectors(), code_logits_BMC))
+def expected_image(model: HTFA, code_logits_BMC: jax.Array) -> jax.Array:
+    """The completed image [B, H, W, 3], normalised, in one step in which nothing is drawn."""
+    return model.vq.decode_vectors(_expected_vectors(model.vq.vectors(), code_logits_BMC))

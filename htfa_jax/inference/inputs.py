@@ -1,4 +1,4 @@
-"""Picture pairs that a caller brings: checked, as a batch, and back in their own frame."""
+"""Image pairs that a caller brings: checked, as a batch, and back in their own frame."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Array, Batch
 from htfa_jax.data.decode import decode_field, decode_original, load_mask
-from htfa_jax.data.preprocess import Placement, load_pictures, place
+from htfa_jax.data.preprocess import Placement, load_images, placement_of
 from htfa_jax.data.records import ROLES, Record, checked_box, parse_record
 from htfa_jax.errors import DataError
 
@@ -29,15 +29,15 @@ FIELDS = (
     "bbox_orig",
     "bbox_recon",
 )
-Pair = Record | Mapping[str, Any] | Sequence[Any]
+PairLike = Record | Mapping[str, Any] | Sequence[Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Scene:
+class LoadedPair:
     """A pair, read.
 
     Attributes:
-      sample: `Batch` fields of the pictures.
+      sample: `Batch` fields of the images.
       original: upright RGB, in its own size.
       occluder: its occluder mask, in the mask's own size, if there is one.
       placement: of the original in the model's square.
@@ -49,12 +49,12 @@ class Scene:
     placement: Placement
 
 
-def as_record(pair: Pair, where: str) -> Record:
+def as_record(pair: PairLike, where: str) -> Record:
     """A pair as a record without conversation. Raises DataError that names `where`.
 
     Args:
       pair: (original, reconstruction or None), a mapping with names of `FIELDS`, or a record;
-        pictures are paths, PIL pictures or uint8 arrays.
+        images are paths, PIL images or uint8 arrays.
       where: for messages.
     """
     if isinstance(pair, Record):
@@ -73,37 +73,35 @@ def as_record(pair: Pair, where: str) -> Record:
         raise fail(f"unknown field {key}; " + (f"did you mean {near[0]}?" if near else "valid are "
                    + ", ".join(FIELDS)))  # fmt: skip
 
-    def picture(field: str) -> Any:
+    def image(field: str) -> Any:
         value = pair.get(field)
         if isinstance(value, str):
             return Path(value).expanduser()
         if value is None or isinstance(value, Path | Image.Image | np.ndarray):
             return value
-        raise fail(
-            f"{field} must be a path, a PIL picture or an array, it is {type(value).__name__}"
-        )
+        raise fail(f"{field} must be a path, a PIL image or an array, it is {type(value).__name__}")
 
     if pair.get("image_orig") is None:
         raise fail("image_orig is missing")
-    fields: dict[str, Any] = {field: picture(field) for field in FIELDS[:4]}
+    fields: dict[str, Any] = {field: image(field) for field in FIELDS[:4]}
     fields |= {field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]}
     return Record(where=where, id=name, image_target=None, turns=(), **fields)
 
 
-def read_scene(record: Record, config: Config) -> Scene:
-    """Decodes a pair's pictures. Raises DataError naming the field and the file."""
+def load_pair(record: Record, config: Config) -> LoadedPair:
+    """Decodes a pair's images. Raises DataError naming the field and the file."""
     original = decode_original(record)
     record = dataclasses.replace(record, image_orig=original, image_target=None)
-    sample = load_pictures(record, config.image_size, config.data.resize)
-    return Scene(
+    sample = load_images(record, config.image_size, config.data.resize)
+    return LoadedPair(
         sample=sample,
         original=original,
         occluder=decode_field(record, "occluder_mask", load_mask),
-        placement=place(original.size, config.image_size, config.data.resize),
+        placement=placement_of(original.size, config.image_size, config.data.resize),
     )
 
 
-def stack(scenes: Sequence[Scene], rows: int) -> Batch:
+def stack_pairs(scenes: Sequence[LoadedPair], rows: int) -> Batch:
     """Scenes as a batch without text; rows that are too many repeat the last one."""
     scenes = [*scenes, *[scenes[-1]] * (rows - len(scenes))]
     nothing = np.zeros((rows, 0), np.int32)
@@ -118,15 +116,15 @@ def stack(scenes: Sequence[Scene], rows: int) -> Batch:
     )
 
 
-def with_own_completion(batch: Batch, missing_B: np.ndarray, painted_BHWC: np.ndarray) -> Batch:
-    """The batch with completed pictures as reconstructions where there is none.
+def with_own_completion(batch: Batch, missing_B: np.ndarray, completed_BHWC: np.ndarray) -> Batch:
+    """The batch with completed images as reconstructions where there is none.
 
-    They show the original's frame: the same box in both pictures moves nothing.
+    They show the original's frame: the same box in both images moves nothing.
 
     Args:
       batch: of `stack`.
       missing_B: rows to fill.
-      painted_BHWC: uint8.
+      completed_BHWC: uint8.
     """
 
     def fill(old: Array, new: Any) -> np.ndarray:
@@ -135,7 +133,7 @@ def with_own_completion(batch: Batch, missing_B: np.ndarray, painted_BHWC: np.nd
     region = batch.region_orig
     return dataclasses.replace(
         batch,
-        image_recon=fill(batch.image_recon, painted_BHWC),
+        image_recon=fill(batch.image_recon, completed_BHWC),
         region_recon=fill(batch.region_recon, region),
         bbox_orig=fill(batch.bbox_orig, region),
         bbox_recon=fill(batch.bbox_recon, region),
@@ -145,17 +143,19 @@ def with_own_completion(batch: Batch, missing_B: np.ndarray, painted_BHWC: np.nd
     )
 
 
-def in_own_frame(painted_HWC: np.ndarray, scene: Scene, paste_back: bool) -> Image.Image:
-    """A picture of the model's square in the original's frame and size.
+def to_original_frame(
+    completed_HWC: np.ndarray, scene: LoadedPair, paste_back: bool
+) -> Image.Image:
+    """An image of the model's square in the original's frame and size.
 
     Args:
-      painted_HWC: uint8.
+      completed_HWC: uint8.
       scene: what it completes.
       paste_back: take only what the occluder mask covers from it: every other pixel stays the
         original's own. Raises DataError without such a mask.
     """
     x, y, w, h = scene.placement.region
-    square = Image.fromarray(painted_HWC).crop((x, y, x + w, y + h))
+    square = Image.fromarray(completed_HWC).crop((x, y, x + w, y + h))
     completed = square.resize(scene.placement.size, Image.Resampling.BICUBIC)
     if not paste_back:
         return completed
@@ -168,7 +168,7 @@ def in_own_frame(painted_HWC: np.ndarray, scene: Scene, paste_back: bool) -> Ima
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class PredictionJob:
     """A pair to look at, and what to ask.
 
     Attributes:
@@ -184,7 +184,7 @@ class Job:
     queries: tuple[str, ...] | None
 
 
-def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
+def read_jobs(path: Path, queries: tuple[str, ...]) -> list[PredictionJob]:
     """The lines of a file of pairs.
 
     A line has the fields of a dataset's record. Its questions are `query` (a text or a list),
@@ -195,7 +195,7 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
     """
     if not path.is_file():
         raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
-    jobs: list[Job] = []
+    jobs: list[PredictionJob] = []
     for line_number, line in json_lines(path, DataError):
         number = line_number - 1
         where, name = f"{path}, line {line_number}", str(number)
@@ -206,9 +206,9 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[Job]:
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
             record = parse_record(raw, where, path.parent.joinpath, with_turns=False)
-            job = Job(number, name, record, _queries(raw, record) or queries or None)
+            job = PredictionJob(number, name, record, _queries(raw, record) or queries or None)
         except DataError as error:
-            job = Job(number, name, error, None)
+            job = PredictionJob(number, name, error, None)
         jobs.append(job)
     first: dict[str, int] = {}
     for job in jobs:

@@ -22,7 +22,7 @@ CARD = """\
 
 # {name}
 
-HTFA (Hierarchical Trinity Fusion Architecture) looks at two pictures of a scene: the original,
+HTFA (Hierarchical Trinity Fusion Architecture) looks at two images of a scene: the original,
 where something hides part of an object, and a reconstruction of the object.
 It {abilities}.
 
@@ -56,15 +56,15 @@ same from the command line.
 
 ## Intended use
 
-Research on pictures in which a hand or another thing hides part of an object. For pictures unlike
+Research on images in which a hand or another thing hides part of an object. For images unlike
 those of the training data, measure first:
 `python -m htfa_jax.evaluate --checkpoint FOLDER --config.data.test=FILE`.
 
 ## Limits
 
-- What it paints or says about hidden parts is a likely guess, not a measurement: nothing in the
-  pictures shows them. It can be wrong and sure; `confidence` is the model's own probability of its
-  words and is not calibrated.
+- What it completes or says about occluded parts is a likely guess, not a measurement: nothing in
+  the images shows them. It can be wrong and confident; `confidence` is the model's own probability
+  of its tokens and is not calibrated.
 - It knows the objects, questions and wording of its training data, and their biases.
 - Answers and completions should not decide anything about the safety or the rights of people.
 
@@ -97,8 +97,10 @@ def model_card(
       license: as the hub names it, or None.
     """
     answers = config.loss.text_weight > 0
-    paints = config.loss.code_weight > 0 and config.vq.has_decoder
-    abilities = ["answers questions about the object"] * answers + ["paints it whole"] * paints
+    completes = config.loss.code_weight > 0 and config.vq.has_decoder
+    abilities = ["answers questions about the object"] * answers + [
+        "completes its image"
+    ] * completes
     results = _eval_results(config, scores or {})
     front = ModelCardData(
         library_name="htfa_jax",
@@ -139,7 +141,7 @@ def _eval_results(config: Config, scores: Mapping[str, Any]) -> list[EvalResult]
         for kind, rows in scores.get("answers", {}).items()
     ]
     # Evaluations that are kept may have the older name.
-    if images := scores.get("images", scores.get("pictures")):
+    if images := scores.get("images"):
         found.append(
             scored(
                 task_type=IMAGE_TO_IMAGE,
@@ -160,7 +162,7 @@ def _facts(
     facts = {
         "parameters": f"{sum(map(math.prod, shapes.values())):,}, stored in {dtype}",
         "training steps": f"{step:,}",
-        "pictures": f"{config.image_size} x {config.image_size} pixels",
+        "images": f"{config.image_size} x {config.image_size} pixels",
         "SigLIP": sizes(config.siglip),
         "decoder (InternLM2)": sizes(config.decoder),
     }
@@ -178,7 +180,7 @@ def _data(config: Config) -> str:
             f"hands that hold objects (seed {held.seed})."
         )
     else:
-        text = f"`{config.data.train}`, picture pairs with conversations."
+        text = f"`{config.data.train}`, image pairs with conversations."
     if given := _started_from(config):
         text += f" It started from other weights: {', '.join(given)}."
     return text

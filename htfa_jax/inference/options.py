@@ -7,6 +7,7 @@ import math
 from typing import Literal
 
 from htfa_jax.config import Config
+from htfa_jax.config.renamed import takes_old_names
 from htfa_jax.errors import ConfigError
 
 ExportDType = Literal["bfloat16", "float32"]
@@ -20,10 +21,10 @@ class Decoding:
     """How an answer is decoded. Raises ConfigError for values that cannot work."""
 
     max_new_tokens: int | None = None  # longest answer (None: the run's eval.max_new_tokens)
-    temperature: float = 0.0  # 0: always the most probable word
-    top_k: int = 0  # choose among so many words only (0: all)
-    top_p: float = 1.0  # choose among the likeliest words that together are this probable
-    repetition_penalty: float = 1.0  # above 1: words of the conversation become less likely
+    temperature: float = 0.0  # 0: always the most probable token
+    top_k: int = 0  # choose among so many tokens only (0: all)
+    top_p: float = 1.0  # choose among the likeliest tokens that together are this probable
+    repetition_penalty: float = 1.0  # above 1: tokens of the conversation become less likely
     stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
     seed: int = 0  # of the sampling
 
@@ -34,7 +35,7 @@ class Decoding:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             problems.append(f"temperature={self.temperature} must be 0 or above")
         if self.top_k < 0:
-            problems.append(f"top_k={self.top_k} must be 0 (all words) or above")
+            problems.append(f"top_k={self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p={self.top_p} must be in (0, 1]")
         if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
@@ -53,24 +54,25 @@ class Decoding:
         return dataclasses.replace(self, max_new_tokens=config.eval.max_new_tokens)
 
 
+@takes_old_names
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """How a picture is completed."""
+    """How an image is completed."""
 
     temperature: float = 0.0  # of drawn codes (0: none is drawn, each cell gets the expected one)
-    passes: int = 1  # more: the surest codes stay, the others are predicted again
+    refinement_steps: int = 1  # more: the most confident codes stay, others are predicted again
     paste_back: bool = False  # replace only what the occluder mask covers
     seed: int = 0  # of the sampling
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.passes < 1 or not 0 <= self.seed < 2**32:
+        if self.temperature < 0 or self.refinement_steps < 1 or not 0 <= self.seed < 2**32:
             raise ConfigError(
-                f"{self} cannot work: temperature must be 0 or above, passes at least 1, seed in "
-                "[0, 2^32)"
+                f"{self} cannot work: temperature must be 0 or above, refinement_steps at least 1, "
+                "seed in [0, 2^32)"
             )
 
 
-# The expected code of every cell.
+# The expected code of every cell, in one step.
 ONE_PASS = Completion()
 
 

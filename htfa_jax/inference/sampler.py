@@ -12,10 +12,10 @@ import numpy as np
 from htfa_jax.config import Config
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import DataError
-from htfa_jax.inference.answer_attention import END, AnswerAttention, watch_text
-from htfa_jax.inference.generate import Prefix, State, decode_until, prefill
+from htfa_jax.inference.answer_attention import END, AnswerAttention, text_attention
+from htfa_jax.inference.generate import DecodeState, Prefix, decode_until, prefill
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampling import sampling_of
+from htfa_jax.inference.sampling import make_sampling
 from htfa_jax.kernels import compiler
 from htfa_jax.models.decoding import Decoder
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE
@@ -24,24 +24,24 @@ from htfa_jax.sharding.layout import Layout, to_host
 
 # Prompts and rooms for answers are rounded up to multiples of these, so that few shapes compile:
 # of the first as long as they are short, which most are, then of the second.
-BUCKETS = 32, 128
-# With stop texts, words between two looks at the text.
+LENGTH_BUCKETS = 32, 128
+# With stop sequences, tokens between two looks at the text.
 STOP_CHECK = 8
 # What an incomplete UTF-8 character decodes to.
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class Answer:
     """An answer, or what there is of it.
 
     Attributes:
       text: without what ended it.
-      confidence: mean probability of its words, the one that ended it included, under the model
+      confidence: mean probability of its tokens, the one that ended it included, under the model
         itself: temperature 1, no penalty, nothing cut off.
-      tokens: its words, the one that ended it included.
-      ended: whether a stop word or stop text ended it.
-      attention: behind each word; None unless it was watched.
+      tokens: its tokens, the one that ended it included.
+      ended: whether a stop token or stop sequence ended it.
+      attention: behind each token; None unless asked for.
     """
 
     text: str
@@ -51,8 +51,8 @@ class Said:
     attention: AnswerAttention | None = None
 
 
-class Answerer:
-    """Answers prompts from caches that hold the pictures.
+class Sampler:
+    """Answers prompts from caches that hold the images.
 
     Args:
       config: of the run.
@@ -69,7 +69,7 @@ class Answerer:
         layout: Layout,
     ):
         self.config, self.tokenizer = config, tokenizer
-        self.num_picture_tokens = config.num_patches + config.num_codes
+        self.num_image_tokens = config.num_patches + config.num_codes
         stop_ids = tuple(sorted(tokenizer.stop_ids))
 
         def first(params, *inputs, num_slots, max_new_tokens):
@@ -84,18 +84,18 @@ class Answerer:
         def further(params, state, until):
             return decode_until(decoder_of(params), state, until, stop_ids=stop_ids)
 
-        def watch(params, *inputs):
-            return watch_text(decoder_of(params), *inputs)
+        def attend(params, *inputs):
+            return text_attention(decoder_of(params), *inputs)
 
         static = ("num_slots", "max_new_tokens")
         self._prefill = jax.jit(layout.inside(first), static_argnames=static)
-        # Donated, so that the words go into the cache that is there.
+        # Donated, so that the tokens go into the cache that is there.
         self._decode = jax.jit(
             layout.inside(further),
             donate_argnums=1,
             compiler_options=compiler.DECODING.get(layout.platform),
         )
-        self._watch = jax.jit(layout.inside(watch))
+        self._attention = jax.jit(layout.inside(attend))
 
     def start(
         self,
@@ -104,20 +104,20 @@ class Answerer:
         prompts: Sequence[np.ndarray],
         decoding: Decoding,
         kept: int = 0,
-    ) -> State:
-        """Reads prompts and chooses each answer's first word.
+    ) -> DecodeState:
+        """Reads prompts and chooses each answer's first token.
 
         Args:
           params: what `decoder_of` takes.
-          cache: of the pictures, and of the first `kept` words of the prompts.
+          cache: of the images, and of the first `kept` tokens of the prompts.
           prompts: the whole conversation of each row.
           decoding: options.
-          kept: words that need not be read again.
+          kept: tokens that need not be read again.
         """
         fed = [prompt[kept:] for prompt in prompts]
         longest = kept + max(map(len, fed))
         self.check_room(longest, decoding)
-        room = self.num_picture_tokens + bucket(longest + decoding.max_new_tokens)
+        room = self.num_image_tokens + bucket(longest + decoding.max_new_tokens)
         prompt_BT, length_B = pad_prompts(fed, self.tokenizer.pad_id)
         vocab = round_up(self.config.decoder.vocab_size, VOCAB_MULTIPLE)
         seen_BV = np.zeros((len(prompts), vocab), bool)
@@ -126,11 +126,11 @@ class Answerer:
         return self._prefill(
             params,
             cache,
-            np.int32(self.num_picture_tokens + kept),
+            np.int32(self.num_image_tokens + kept),
             prompt_BT,
             length_B,
             seen_BV,
-            sampling_of(decoding, len(prompts)),
+            make_sampling(decoding, len(prompts)),
             num_slots=max(room, num_slots(cache)),
             max_new_tokens=bucket(decoding.max_new_tokens),
         )
@@ -138,51 +138,53 @@ class Answerer:
     def check_room(self, prompt_length: int, decoding: Decoding) -> None:
         """Raises DataError unless prompt and answer fit into what the decoder can read."""
         limit = self.config.decoder.max_positions
-        needed = self.num_picture_tokens + prompt_length + decoding.max_new_tokens
+        needed = self.num_image_tokens + prompt_length + decoding.max_new_tokens
         if limit is not None and needed > limit:
             raise DataError(
-                f"{self.num_picture_tokens} picture tokens, {prompt_length} of the conversation "
+                f"{self.num_image_tokens} image tokens, {prompt_length} of the conversation "
                 f"and max_new_tokens={decoding.max_new_tokens} are {needed} positions, and the "
                 f"decoder reads decoder.max_positions={limit}: ask something shorter, begin a "
                 "new conversation or lower max_new_tokens"
             )
 
-    def proceed(self, params: Any, state: State, decoding: Decoding, words: int) -> State:
-        """At most `words` more words; `state` is used up."""
-        until = min(int(state.step) + words, decoding.max_new_tokens)
+    def proceed(
+        self, params: Any, state: DecodeState, decoding: Decoding, tokens: int
+    ) -> DecodeState:
+        """At most `tokens` more tokens; `state` is used up."""
+        until = min(int(state.step) + tokens, decoding.max_new_tokens)
         return self._decode(params, state, np.int32(until))
 
     def answers(
         self, params: Any, cache: Cache, prompts: Sequence[np.ndarray], decoding: Decoding
-    ) -> list[Said]:
+    ) -> list[Answer]:
         """The answer to each prompt."""
         state = self.start(params, cache, prompts, decoding)
         return self.finish(params, state, decoding)[1]
 
-    def watch(
-        self, params: Any, prefix: Prefix, prompts: Sequence[np.ndarray], said: Sequence[Said]
-    ) -> list[Said]:
+    def with_attention(
+        self, params: Any, prefix: Prefix, prompts: Sequence[np.ndarray], said: Sequence[Answer]
+    ) -> list[Answer]:
         """The answers with their attention, from one more pass over each finished conversation.
 
         Args:
           params: what `decoder_of` takes.
-          prefix: of the pictures, with their attention.
+          prefix: of the images, with their attention.
           prompts: what each row was asked.
           said: what it answered.
         """
-        # A word is chosen at the position before its own.
+        # A token is chosen at the position before its own.
         texts = [np.append(p, s.tokens[:-1]) for p, s in zip(prompts, said, strict=True)]
         text_BT, _ = pad_prompts(texts, self.tokenizer.pad_id)
         rows_BR = np.zeros((len(texts), bucket(max(len(s.tokens) for s in said))), np.int32)
         for row, prompt, s in zip(rows_BR, prompts, said, strict=True):
             row[: len(s.tokens)] = len(prompt) - 1 + np.arange(len(s.tokens))
         weights, rollout_BRS = jax.device_get(
-            self._watch(params, prefix.cache, prefix.attention, text_BT, rows_BR)
+            self._attention(params, prefix.cache, prefix.attention, text_BT, rows_BR)
         )
         out = []
         for i, s in enumerate(said):
             attention = AnswerAttention(
-                words=tuple(map(self._word, s.tokens)),
+                tokens=tuple(map(self._token_text, s.tokens)),
                 weights=weights[:, i, :, : len(s.tokens)],
                 rollout_TS=rollout_BRS[i, : len(s.tokens)],
                 num_patches=self.config.num_patches,
@@ -190,25 +192,27 @@ class Answerer:
             out.append(dataclasses.replace(s, attention=attention))
         return out
 
-    def _word(self, token: int) -> str:
+    def _token_text(self, token: int) -> str:
         return END if token in self.tokenizer.stop_ids else self._text([token])
 
-    def finish(self, params: Any, state: State, decoding: Decoding) -> tuple[State, list[Said]]:
+    def finish(
+        self, params: Any, state: DecodeState, decoding: Decoding
+    ) -> tuple[DecodeState, list[Answer]]:
         """All answers to their ends."""
-        words = STOP_CHECK if decoding.stop else decoding.max_new_tokens
+        tokens = STOP_CHECK if decoding.stop else decoding.max_new_tokens
         while True:
-            state = self.proceed(params, state, decoding, words)
+            state = self.proceed(params, state, decoding, tokens)
             said = self.read(state, decoding)
             if self.is_full(state, decoding) or all(s.ended for s in said):
                 return state, said
 
     def stream(
-        self, params: Any, state: State, decoding: Decoding
-    ) -> Iterator[tuple[str, State, Said]]:
+        self, params: Any, state: DecodeState, decoding: Decoding
+    ) -> Iterator[tuple[str, DecodeState, Answer]]:
         """One row's answer piece by piece: new text, state and answer so far.
 
         The pieces together are the answer's text. No piece ends inside a character, and none
-        holds any part of a stop text.
+        holds any part of a stop sequence.
         """
         shown = 0
         while True:
@@ -222,11 +226,11 @@ class Answerer:
             shown = max(shown, len(text))
             state = self.proceed(params, state, decoding, 1)
 
-    def is_full(self, state: State, decoding: Decoding) -> bool:
+    def is_full(self, state: DecodeState, decoding: Decoding) -> bool:
         """Whether the answers may not grow any more."""
         return int(state.step) >= decoding.max_new_tokens
 
-    def read(self, state: State, decoding: Decoding) -> list[Said]:
+    def read(self, state: DecodeState, decoding: Decoding) -> list[Answer]:
         """The answers so far."""
         tokens_BT, probability_BT, step = (
             to_host(x) for x in (state.tokens_BT, state.probability_BT, state.step)
@@ -241,24 +245,24 @@ class Answerer:
             if any(s in text for s in decoding.stop):
                 text, ids, ended = *self._cut(ids, decoding.stop), True
             text = text.strip().rstrip(INCOMPLETE)
-            out.append(Said(text, float(probability_T[: len(ids)].mean()), ids, ended))
+            out.append(Answer(text, float(probability_T[: len(ids)].mean()), ids, ended))
         return out
 
     def _cut(self, ids: np.ndarray, stop: tuple[str, ...]) -> tuple[str, np.ndarray]:
-        """The text before the first stop text, and the words up to the one that completes it."""
+        """The text before the first stop sequence, and the tokens up to that which completes it."""
         for count in range(1, len(ids) + 1):
             text = self._text(ids[:count])
             places = [text.find(s) for s in stop if s in text]
             if places:
                 return text[: min(places)], ids[:count]
-        raise AssertionError("no stop text")
+        raise AssertionError("no stop sequence")
 
     def _text(self, ids: np.ndarray) -> str:
         return self.tokenizer.decode(ids, strip=False)
 
 
 def settled(text: str, stop: tuple[str, ...]) -> str:
-    """The part of an unfinished text that later words cannot change or cut off."""
+    """The part of an unfinished text that later tokens cannot change or cut off."""
     end = len(text.rstrip(INCOMPLETE))
     for s in stop:
         held = next((n for n in range(len(s) - 1, 0, -1) if text[:end].endswith(s[:n])), 0)
@@ -269,7 +273,7 @@ def settled(text: str, stop: tuple[str, ...]) -> str:
 
 def bucket(length: int) -> int:
     """The length, rounded up to one that is compiled for."""
-    short, long = BUCKETS
+    short, long = LENGTH_BUCKETS
     return round_up(length, short if length <= long else long)
 
 

@@ -1,4 +1,4 @@
-"""How the next word is chosen: one pure function of the logits."""
+"""How the next token is chosen: one pure function of the logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sampling:
     sample: bool = dataclasses.field(metadata={"static": True})
 
 
-def sampling_of(decoding: Decoding, rows: int) -> Sampling:
+def make_sampling(decoding: Decoding, rows: int) -> Sampling:
     """The options as arrays, each row with the same seed."""
     return Sampling(
         temperature=np.float32(decoding.temperature),
@@ -42,18 +42,18 @@ def sampling_of(decoding: Decoding, rows: int) -> Sampling:
     )
 
 
-def choose(
+def sample_tokens(
     logits_BV: jax.Array, seen_BV: jax.Array, sampling: Sampling, step: jax.Array
 ) -> jax.Array:
-    """The next word of each row, int32 [B].
+    """The next token of each row, int32 [B].
 
     A row's choice is a function of its logits, its seed and the step: never of the other rows.
 
     Args:
       logits_BV: float32.
-      seen_BV: words that the conversation holds already.
+      seen_BV: tokens that the conversation holds already.
       sampling: the options.
-      step: number of the word in its answer.
+      step: number of the token in its answer.
     """
     logits_BV = penalize(logits_BV, seen_BV, sampling.penalty)
     if not sampling.sample:
@@ -67,7 +67,7 @@ def choose(
 
 
 def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> jax.Array:
-    """Logits of seen words divided by the penalty, or multiplied where they are negative.
+    """Logits of seen tokens divided by the penalty, or multiplied where they are negative.
 
     Keskar et al., "CTRL: A Conditional Transformer Language Model for Controllable Generation"
     (2019), with the sign rule that transformers uses.
@@ -79,7 +79,7 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> ja
 def truncate(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits of minus infinity outside the `top_k` best and outside the `top_p` nucleus of these.
 
-    The nucleus is the shortest list of likeliest words whose probabilities add up to `top_p`
+    The nucleus is the shortest list of likeliest tokens whose probabilities add up to `top_p`
     (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)

@@ -17,7 +17,7 @@ def block_params(width: int, mlp: int, kv_width: int, mlp_matrices: int) -> int:
 
 
 def siglip(config: Config) -> float:
-    """One SigLIP pass over one picture."""
+    """One SigLIP pass over one image."""
     c, tokens = config.siglip, config.patch_grid**2
     block = 2 * tokens * block_params(c.embed_dim, c.mlp_dim, c.embed_dim, 2)
     block += 4 * tokens * tokens * c.embed_dim
@@ -25,7 +25,7 @@ def siglip(config: Config) -> float:
 
 
 def vq_encoder(config: VQConfig, image_size: int) -> float:
-    """One pass of the VQ encoder over one picture."""
+    """One pass of the VQ encoder over one image."""
     side = image_size // config.stem
     widths = [config.base_channels * m for m in config.channel_multipliers]
     total = side**2 * 9 * 3 * config.stem**2 * config.base_channels
@@ -47,7 +47,7 @@ def vq_encoder(config: VQConfig, image_size: int) -> float:
 
 
 def decoder(config: Config, text_length: int) -> float:
-    """One causal pass over the joint sequence, text head included."""
+    """One causal pass over the joint sequence, LM head included."""
     c = config.decoder
     tokens = sequence_length(config, text_length)
     kv_width = c.num_kv_heads * (c.embed_dim // c.num_heads)
@@ -77,8 +77,8 @@ def sequence_length(config: Config, text_length: int) -> int:
 
 def training_step(config: Config, text_length: int) -> dict[str, float]:
     """Operations of one sample in one training step, by part."""
-    # Only the fused picture's pass carries gradients past a frozen encoder, if Level 1 learns.
-    is_fused, read = config.fusion == "levels", config.pictures_read
+    # Only the fused image's pass carries gradients past a frozen encoder, if Level 1 learns.
+    is_fused, read = config.fusion == "levels", config.images_read
     learns = config.has_alpha and not config.freeze.level1
     passes = 2 if learns else read
     unlearned = 2 if is_fused and not config.data.cache_features else 0

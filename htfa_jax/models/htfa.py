@@ -17,8 +17,8 @@ from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
 from htfa_jax.models.registration import (
-    Pair,
-    normalize,
+    RegisteredPair,
+    normalize_image,
     object_at_cells,
     register,
     resample_tokens,
@@ -34,26 +34,26 @@ class Fusion:
     """What Levels 1 and 2 make of a batch, or what stands in their place (`Config.fusion`).
 
     Attributes:
-      pair: the pictures, registered.
+      pair: the images, registered.
       alpha_BHW: weight of the original; None without Level 1.
-      pictures: what the generation branch encodes, [B, H, W, 3] each: the fused picture, or those
+      images: what the generation branch encodes, [B, H, W, 3] each: the fused image, or those
         that are read without fusion, the original last.
       spatial_BPD: what the understanding branch reads: F_spatial [B, P, D], with
         `level2.append_reconstruction` the aligned reconstruction's features behind it
-        [B, P, 2 D]; without fusion the features of those pictures one after the other.
+        [B, P, 2 D]; without fusion the features of those images one after the other.
       attention_BNTS: Level 2's weights, None unless asked for.
     """
 
-    pair: Pair
+    pair: RegisteredPair
     alpha_BHW: jax.Array | None
-    pictures: list[jax.Array]
+    images: list[jax.Array]
     spatial_BPD: jax.Array
     attention_BNTS: Any
 
     @property
     def fused_BHWC(self) -> jax.Array:
-        """The fused picture; without fusion the one that the completed codes stand on."""
-        return self.pictures[-1]
+        """The fused image; without fusion the one that the completed codes stand on."""
+        return self.images[-1]
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +64,7 @@ class Output:
     Attributes:
       fusion: Levels 1 and 2.
       text_BLD: hidden states of the text positions, None without text loss.
-      code_logits_BMC: logits of the completed picture's codes, None without code loss.
+      code_logits_BMC: logits of the completed image's codes, None without code loss.
     """
 
     fusion: Fusion
@@ -100,11 +100,11 @@ class HTFA(nnx.Module):
                 config.level2, config.siglip.embed_dim, dtype=dtype, rngs=rngs
             )
         if config.level3.generation:
-            paints = self.has_codes and config.vq.has_decoder
-            sizes = dataclasses.replace(config.vq, has_decoder=paints)
+            completes = self.has_codes and config.vq.has_decoder
+            sizes = dataclasses.replace(config.vq, has_decoder=completes)
             self.vq = VQ(sizes, dtype=dtype, rngs=rngs)
-            # The tokenizer gives the targets and paints, so it must not move: an encoder that
-            # trains is a second one, which starts as a copy.
+            # The tokenizer gives the targets and decodes completions, so it must not move: an
+            # encoder that trains is a second one, which starts as a copy.
             if not config.is_frozen("vq"):
                 self.vq_encoder = VQEncoder(config.vq, dtype=dtype, rngs=rngs)
         self.level3 = EncoderDecoupling(
@@ -148,13 +148,13 @@ class HTFA(nnx.Module):
     def encode(
         self, batch: Batch, key: jax.Array | None = None, *, with_weights: bool = False
     ) -> tuple[jax.Array, Fusion]:
-        """The picture tokens [B, P + M, D] that stand before the text, and what led to them."""
+        """The image tokens [B, P + M, D] that stand before the text, and what led to them."""
         fusion_key, understand_key, generate_key = split_key(key, 3)
         fusion = self.fuse(batch, fusion_key, with_weights=with_weights)
         tokens = [self.level3.understand(fusion.spatial_BPD, understand_key)]
         if self.config.level3.generation:
             encoder = self.vq.encoder if self.config.is_frozen("vq") else self.vq_encoder
-            vectors = [self.vq.straight_through(encoder(x))[0] for x in fusion.pictures]
+            vectors = [self.vq.straight_through(encoder(x))[0] for x in fusion.images]
             vectors_BME = jnp.concatenate(vectors, axis=1)
             tokens.append(self.level3.generate(vectors_BME, generate_key))
         return jnp.concatenate(tokens, axis=1), fusion
@@ -179,11 +179,10 @@ class HTFA(nnx.Module):
         pair = register(batch, self.config)
         if self.config.fusion != "levels":
             return self.unfused(pair)
-        recon_BHWC = self.seen_recon(pair)
-        fused_BHWC, alpha_BHW = self.level1(pair.orig_BHWC, recon_BHWC, pair.object_BHW)
+        fused_BHWC, alpha_BHW = self.level1(pair.orig_BHWC, pair.recon_BHWC, pair.object_BHW)
         orig_BPD, recon_BPD, *fused = self.features(batch, pair, fused_BHWC)
         if alignment == "features":
-            recon_BPD = resample_tokens(recon_BPD, pair.affine, recon_BHWC.shape[1:3])
+            recon_BPD = resample_tokens(recon_BPD, pair.affine, pair.recon_BHWC.shape[1:3])
         recon_BPD *= object_at_cells(pair, grid)[..., None].astype(recon_BPD.dtype)
         spatial_BPD, attention_BNTS = self.level2(
             orig_BPD,
@@ -197,53 +196,49 @@ class HTFA(nnx.Module):
             spatial_BPD = jnp.concatenate([spatial_BPD, recon_BPD], axis=-1)
         return Fusion(pair, alpha_BHW, [fused_BHWC], spatial_BPD, attention_BNTS)
 
-    def unfused(self, pair: Pair) -> Fusion:
-        """One picture, or both side by side, in place of Levels 1 and 2."""
-        recon_BHWC = self.seen_recon(pair)
-        pictures = {
+    def unfused(self, pair: RegisteredPair) -> Fusion:
+        """One image, or both side by side, in place of Levels 1 and 2."""
+        images = {
             "original": [pair.orig_BHWC],
-            "reconstruction": [recon_BHWC],
-            "tokens": [recon_BHWC, pair.orig_BHWC],
+            "reconstruction": [pair.recon_BHWC],
+            "tokens": [pair.recon_BHWC, pair.orig_BHWC],
         }[self.config.fusion]
-        features = jnp.concatenate(self.encode_pictures(pictures), axis=1)
-        return Fusion(pair, None, pictures, features, None)
+        features = jnp.concatenate(self.encode_images(images), axis=1)
+        return Fusion(pair, None, images, features, None)
 
-    def seen_recon(self, pair: Pair) -> jax.Array:
-        """The reconstruction [B, H, W, 3] as Level 1 and SigLIP see it."""
-        return pair.aligned_BHWC if self.config.level2.alignment == "pixels" else pair.recon_BHWC
-
-    def features(self, batch: Batch, pair: Pair, fused_BHWC: jax.Array) -> list[jax.Array]:
+    def features(
+        self, batch: Batch, pair: RegisteredPair, fused_BHWC: jax.Array
+    ) -> list[jax.Array]:
         """SigLIP's features [B, P, D] of original, reconstruction, and fused if Level 2 asks."""
         fused = [fused_BHWC] if self.config.level2.values == "fused" else []
         if self.config.is_frozen("siglip"):
             return [*self.frozen_features(batch, pair), *map(self.siglip, fused)]
-        return self.encode_pictures([pair.orig_BHWC, self.seen_recon(pair), *fused])
+        return self.encode_images([pair.orig_BHWC, pair.recon_BHWC, *fused])
 
-    def encode_pictures(self, pictures: list[jax.Array]) -> list[jax.Array]:
-        """SigLIP's features [B, P, D] of one or more pictures of each sample, in one pass."""
-        # A sample's pictures lie together, so that the devices of a mesh send each other none.
-        pictures_BNHWC = jnp.stack(pictures, axis=1)
-        features = self.siglip(pictures_BNHWC.reshape(-1, *pictures_BNHWC.shape[2:]))
-        features_BNPD = features.reshape(*pictures_BNHWC.shape[:2], *features.shape[1:])
-        return [features_BNPD[:, i] for i in range(len(pictures))]
+    def encode_images(self, images: list[jax.Array]) -> list[jax.Array]:
+        """SigLIP's features [B, P, D] of one or more images of each sample, in one pass."""
+        # Along the batch a sample's images stay together: stacked image after image, XLA sends
+        # images and features between the devices of a mesh.
+        images_BNHWC = jnp.stack(images, axis=1)
+        features = self.siglip(images_BNHWC.reshape(-1, *images_BNHWC.shape[2:]))
+        features_BNPD = features.reshape(*images_BNHWC.shape[:2], *features.shape[1:])
+        return [features_BNPD[:, i] for i in range(len(images))]
 
-    def frozen_features(self, batch: Batch, pair: Pair) -> list[jax.Array]:
+    def frozen_features(self, batch: Batch, pair: RegisteredPair) -> list[jax.Array]:
         """A frozen SigLIP's features of original and reconstruction, each [B, P, D]."""
         if batch.features is None:
             # Nothing before these two learns, so they store nothing for the backward pass.
-            return self.encode_pictures(
-                jax.lax.stop_gradient([pair.orig_BHWC, self.seen_recon(pair)])
-            )
+            return self.encode_images(jax.lax.stop_gradient([pair.orig_BHWC, pair.recon_BHWC]))
         orig_BPD, recon_BPD = batch.features[:, 0], batch.features[:, 1]
         # A sample that lost its reconstruction has the original in its place.
         return [orig_BPD, jnp.where(batch.has_recon[:, None, None], recon_BPD, orig_BPD)]
 
-    def target_codes(self, batch: Batch, pair: Pair) -> jax.Array:
-        """Codes [B, M] of the completed picture, or of the aligned reconstruction without one."""
+    def target_codes(self, batch: Batch, pair: RegisteredPair) -> jax.Array:
+        """Codes [B, M] of the completed image, or of the aligned reconstruction without one."""
         if batch.target_codes is not None:
             return batch.target_codes
-        target_BHWC = normalize(batch.image_target, batch.region_orig, self.config.data)
+        target_BHWC = normalize_image(batch.image_target, batch.region_orig, self.config.data)
         target_BHWC = jnp.where(
-            batch.has_target[:, None, None, None], target_BHWC, pair.aligned_BHWC
+            batch.has_target[:, None, None, None], target_BHWC, pair.aligned_recon_BHWC
         )
         return jax.lax.stop_gradient(self.vq.encode(target_BHWC))

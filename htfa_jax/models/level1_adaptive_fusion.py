@@ -1,6 +1,6 @@
 """Level 1: adaptive weighted fusion, fused = alpha * original + (1 - alpha) * reconstruction.
 
-alpha = sigmoid(raw). raw is a learned map, the same for every picture; `alpha="predicted"` adds
+alpha = sigmoid(raw). raw is a learned map, the same for every image; `alpha="predicted"` adds
 what a small convolutional head sees in this pair, so that alpha can know where the hand is.
 With `learnable=False` alpha is the constant it starts at, and the level has no parameters.
 """
@@ -15,7 +15,7 @@ from htfa_jax.config import Level1Config
 from htfa_jax.models.feature_maps import Conv
 from htfa_jax.models.registration import resize
 
-# The head works on pictures shrunk by this factor: it needs to see a hand, not single pixels,
+# The head works on images shrunk by this factor: it needs to see a hand, not single pixels,
 # and costs a sixteenth.
 HEAD_SHRINK = 4
 
@@ -43,14 +43,14 @@ class AlphaHead(nnx.Module):
 
 
 class AdaptiveFusion(nnx.Module):
-    """Fuses two pictures at one or several scales.
+    """Fuses two images at one or several scales.
 
-    With `num_scales` above 1, scale s fuses both pictures shrunk by 2^s with a map of its own,
+    With `num_scales` above 1, scale s fuses both images shrunk by 2^s with a map of its own,
     the results are enlarged again and summed with softmax(scale_weights).
 
     Args:
       config: Level 1 part of the configuration.
-      image_size: side of the map in pixels; pictures of another size resize alpha.
+      image_size: side of the map in pixels; images of another size resize alpha.
       dtype: of the predicting head; the blend itself is float32.
     """
 
@@ -72,7 +72,7 @@ class AdaptiveFusion(nnx.Module):
     def __call__(
         self, orig_BHWC: jax.Array, recon_BHWC: jax.Array, mask_BHW: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns the fused picture [B, H, W, 3] and alpha [B, H, W] of the finest scale.
+        """Returns the fused image [B, H, W, 3] and alpha [B, H, W] of the finest scale.
 
         Args:
           orig_BHWC: original.
@@ -98,7 +98,7 @@ class AdaptiveFusion(nnx.Module):
         return fused_BHWC, alphas[0]
 
     def _map(self, scale: int, size: tuple[int, int]) -> jax.Array:
-        """Alpha [1, H, W] of a scale, the same for every picture."""
+        """Alpha [1, H, W] of a scale, the same for every image."""
         if self.constant is not None:
             return jnp.full((1, *size), self.constant, jnp.float32)
         return resize(jax.nn.sigmoid(self.raw[scale][...])[None, ..., None], size)[..., 0]

@@ -1,7 +1,7 @@
 """Level 2: spatial attention, queries from the original, keys from the aligned reconstruction.
 
 F_spatial = LayerNorm(softmax(Q K^T / sqrt(d)) V + F_orig): Q from the original's features, K
-from the reconstruction's in the original's frame, V from those too or from the fused picture's.
+from the reconstruction's in the original's frame, V from those too or from the fused image's.
 """
 
 import functools
@@ -17,7 +17,7 @@ from htfa_jax.models.layers import drop, keep_mask, layer_norm, linear
 
 
 class SpatialAttention(nnx.Module):
-    """Cross-attention over the patches of two or three pictures.
+    """Cross-attention over the patches of two or three images.
 
     Args:
       config: Level 2 part of the configuration.
@@ -48,7 +48,7 @@ class SpatialAttention(nnx.Module):
         Args:
           orig_BPD: features of the original.
           recon_BPD: features of the reconstruction, already in the original's frame.
-          values_BPD: features that are attended to, of the reconstruction or the fused picture.
+          values_BPD: features that are attended to, of the reconstruction or the fused image.
           key_mask_BP: keys that may be attended to; None means all. A sample with no key left
             keeps the original's features.
           key: dropout key, None in evaluation.
@@ -73,8 +73,9 @@ class SpatialAttention(nnx.Module):
         return self.norm(out_BPD + orig_BPD), weights_BNTS if with_weights else None
 
 
-# The backward pass computes the weights again: kept, they would be most of what the whole
-# model keeps. Which of them stay is about a tenth of that, and drawing it again takes longer.
+# The backward pass computes the weights again: kept, they would be most of what the whole model
+# keeps for it. The dropout mask is an argument and so is kept: it takes a tenth of the weights'
+# memory, and to draw it again takes longer.
 @functools.partial(jax.checkpoint, static_argnums=5)
 def attention_and_weights(
     q_BTNH: jax.Array,

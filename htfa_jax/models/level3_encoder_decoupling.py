@@ -8,7 +8,7 @@ from htfa_jax.config import Level3Config
 from htfa_jax.models.layers import dropout, layer_norm, linear, split_key
 
 # Logit of a cell's own code with which a fresh generation head starts, about.
-FIRST_LOGIT = 6.0
+TIED_LOGIT = 6.0
 
 
 class MLPAdapter(nnx.Module):
@@ -46,7 +46,7 @@ class MLPAdapter(nnx.Module):
 
 
 class EncoderDecoupling(nnx.Module):
-    """The two adapters and the generation head; the text head is the decoder's own.
+    """The two adapters and the generation head; the LM head is the decoder's own.
 
     Args:
       config: Level 3 part of the configuration.
@@ -85,10 +85,10 @@ class EncoderDecoupling(nnx.Module):
         return self.adapter_understand(spatial_BPD, key)
 
     def generate(self, vectors_BME: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Code vectors of the fused picture to decoder tokens [B, M, D]."""
+        """Code vectors of the fused image to decoder tokens [B, M, D]."""
         return self.adapter_generate(vectors_BME, key)
 
-    def first_head(self, vectors_CE: jax.Array) -> jax.Array:
+    def tied_head_kernel(self, vectors_CE: jax.Array) -> jax.Array:
         """The kernel [D, C] that a fresh generation head starts from: the tokens of all codes.
 
         The input embedding serves as the output embedding (Press and Wolf, "Using the Output
@@ -96,7 +96,7 @@ class EncoderDecoupling(nnx.Module):
         of a cell is the one that it has, and what the head must learn is where to leave it.
         """
         tokens_CD = self.generate(vectors_CE[None])[0]
-        return FIRST_LOGIT / tokens_CD.shape[-1] * tokens_CD.T.astype(jnp.float32)
+        return TIED_LOGIT / tokens_CD.shape[-1] * tokens_CD.T.astype(jnp.float32)
 
     def code_logits(self, hidden_BMD: jax.Array) -> jax.Array:
         """Hidden states of the generation positions to logits [B, M, C] in float32."""

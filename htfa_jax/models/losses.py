@@ -1,7 +1,7 @@
 """The two losses: text cross-entropy in chunks, code cross-entropy, their weighted sum.
 
 Each is a mean over the valid tokens of the whole update. The counts are known before the
-forward pass, so every micro-step divides by the update's count and gradients simply add up.
+forward pass, so every accumulation step divides by the update's count and gradients simply add up.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ def text_weights(batch: Batch) -> jax.Array:
 
 
 def code_weights(batch: Batch, config: Config) -> jax.Array:
-    """Weight of each cell [B, M]: up to `hidden_cell_weight` where it is covered.
+    """Weight of each cell [B, M]: up to `occluded_cell_weight` where it is covered.
 
     0 in padding, and in samples that have neither target nor reconstruction: all that is left of
-    them to paint is the original, occluder and all.
+    them to complete is the original, occluder and all.
     """
     size, grid = batch.image_orig.shape[1:3], config.code_grid
     inside_BM = cell_means(box_mask(batch.region_orig, size), grid) > 0.5
     covered_BM = cell_means(batch.occluder_mask, grid)
-    weight_BM = 1.0 + (config.loss.hidden_cell_weight - 1.0) * covered_BM
+    weight_BM = 1.0 + (config.loss.occluded_cell_weight - 1.0) * covered_BM
     known_B = batch.has_target | batch.has_recon
     return inside_BM * weight_BM * (batch.weight * known_B)[:, None]
 
@@ -105,7 +105,7 @@ def chunked_cross_entropy(
       logits_by: (matrix, hidden states) -> logits.
       kernel_DV: the matrix.
       hidden_BLD: hidden states.
-      labels_BL: words to find.
+      labels_BL: tokens to find.
       weights_BL: of the positions.
       num_classes, smoothing: as in `cross_entropy`.
       chunk: positions.
@@ -127,9 +127,11 @@ def chunked_cross_entropy(
         first, *rest = (chunks(x) for x in (hidden, labels, weights))
         if size == L:
             return one(kernel, first[0], *(x[0] for x in rest))
-        # In this type the chunks' gradients of the matrix add up; logits are computed as before.
+        # The chunks' gradients of the matrix add up in the matrix's dtype. Logits are computed in
+        # the dtype of the hidden states all the same.
         kernel = kernel.astype(jnp.float32)
-        # Of the kind that `one` gives: inside a mesh each device has a sum of its own.
+        # A plain 0.0 would be replicated, and the scan would refuse to add what differs from device
+        # to device: inside a mesh each has a sum of its own. So the zero is made from the weights.
         zero = 0 * weights[0, 0]
         total_, _ = jax.lax.scan(
             lambda sum_, x: (sum_ + jax.checkpoint(one)(kernel, *x), None), zero, (first, *rest)
@@ -139,15 +141,15 @@ def chunked_cross_entropy(
     if (mesh := ambient_mesh()) is None or mesh.size == 1:
         return total(kernel_DV, hidden_BLD, labels_BL, weights_BL)
 
-    def local_total(kernel, *cut):
+    def local_total(kernel, *shards):
         kernel = jax.lax.pcast(kernel, BATCH_AXES, to="varying")
-        return jax.lax.psum(total(kernel, *cut), BATCH_AXES)
+        return jax.lax.psum(total(kernel, *shards), BATCH_AXES)
 
-    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(BATCH_AXES)
+    replicated, sharded = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(BATCH_AXES)
     return jax.shard_map(
         local_total,
-        in_specs=(whole, cut, cut, cut),
-        out_specs=whole,
+        in_specs=(replicated, sharded, sharded, sharded),
+        out_specs=replicated,
         axis_names=set(BATCH_AXES),
     )(kernel_DV.astype(jnp.float32), hidden_BLD, labels_BL, weights_BL)
 

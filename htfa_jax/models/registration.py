@@ -1,4 +1,4 @@
-"""The two pictures of a batch, normalised, and the affine that registers them."""
+"""The two images of a batch, normalised, and the affine that registers them."""
 
 import dataclasses
 import math
@@ -23,14 +23,14 @@ BOXES, MASK, INTENSITY, NO_BOX, OFF, NO_RECON = range(len(SOURCES))
 RIM_TOLERANCE = 0.1
 
 
-def normalize(image_BHWC: Array, region_B4: Array, config: DataConfig) -> jax.Array:
+def normalize_image(image_BHWC: Array, region_B4: Array, config: DataConfig) -> jax.Array:
     """8-bit RGB to (x / 255 - mean) / std, and 0 outside the region (the letterbox's padding)."""
     mean, std = _channels(config)
     x_BHWC = (image_BHWC.astype(jnp.float32) / 255.0 - mean) / std
     return x_BHWC * box_mask(region_B4, image_BHWC.shape[1:3])[..., None]
 
 
-def denormalize(x_BHWC: jax.Array, config: DataConfig) -> jax.Array:
+def denormalize_image(x_BHWC: jax.Array, config: DataConfig) -> jax.Array:
     """Back to RGB in [0, 1]."""
     mean, std = _channels(config)
     return jnp.clip(x_BHWC * std + mean, 0.0, 1.0)
@@ -70,7 +70,7 @@ def to_8bit(rgb_BHWC: jax.Array) -> jax.Array:
 def box_of(mask_BHW: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Extent [B, 4] of the true pixels, and whether there are any [B].
 
-    An empty mask gives the whole picture.
+    An empty mask gives the whole image.
     """
     H, W = mask_BHW.shape[1:]
     start_size = []
@@ -104,7 +104,7 @@ def foreground(rgb_BHWC: jax.Array, region_B4: jax.Array, threshold: float) -> j
 def dark_background(foreground_BHW: jax.Array, region_B4: jax.Array) -> jax.Array:
     """Whether the intensity rule can be trusted [B]: nearly no foreground along the rim.
 
-    On an ordinary photograph everything is foreground, and the box would be the whole picture.
+    On an ordinary photograph everything is foreground, and the box would be the whole image.
     """
     size = foreground_BHW.shape[1:]
     inner_B4 = region_B4 + jnp.array([1, 1, -2, -2], region_B4.dtype)[None]
@@ -119,11 +119,11 @@ def find_box(
     threshold: float,
     known: list[tuple[jax.Array, jax.Array, int]],
 ) -> tuple[jax.Array, jax.Array]:
-    """The object's box [B, 4] in a picture, and its source [B] (index into `SOURCES`).
+    """The object's box [B, 4] in an image, and its source [B] (index into `SOURCES`).
 
     Args:
-      rgb_BHWC: picture in [0, 1].
-      region_B4: where the picture is, without padding.
+      rgb_BHWC: image in [0, 1].
+      region_B4: where the image is, without padding.
       threshold: of the intensity rule, which comes last.
       known: (boxes [B, 4], which samples have one [B], source), the best first.
     """
@@ -150,18 +150,18 @@ class Affine:
     shift_B2: jax.Array
 
 
-def affine_of(box_orig_B4: jax.Array, box_recon_B4: jax.Array) -> Affine:
+def affine_between(box_orig_B4: jax.Array, box_recon_B4: jax.Array) -> Affine:
     """The affine that takes the reconstruction's box to the original's."""
     scale_B2 = box_orig_B4[:, 2:] / jnp.maximum(box_recon_B4[:, 2:], 1.0)
     return Affine(scale_B2, box_orig_B4[:, :2] - scale_B2 * box_recon_B4[:, :2])
 
 
-def identity(batch: int) -> Affine:
+def identity_affine(batch: int) -> Affine:
     """The affine that moves nothing."""
     return Affine(jnp.ones((batch, 2), jnp.float32), jnp.zeros((batch, 2), jnp.float32))
 
 
-def select(condition_B: jax.Array, yes: Affine, no: Affine) -> Affine:
+def select_affine(condition_B: jax.Array, yes: Affine, no: Affine) -> Affine:
     """Per sample, one of two affines."""
     return jax.tree.map(lambda a, b: jnp.where(condition_B[:, None], a, b), yes, no)
 
@@ -220,7 +220,7 @@ def _hat(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
-class Pair:
+class RegisteredPair:
     """Original and reconstruction.
 
     A missing reconstruction is the original: blending then returns the original whatever alpha
@@ -228,20 +228,23 @@ class Pair:
 
     Attributes:
       orig_BHWC: normalised original.
-      recon_BHWC: normalised reconstruction, in its own frame.
-      aligned_BHWC: reconstruction in the original's frame.
+      recon_BHWC: normalised reconstruction as the levels read it: one of the next two, by
+        `level2.alignment`.
+      aligned_recon_BHWC: in the original's frame.
+      own_recon_BHWC: in its own frame.
       affine: reconstruction point -> original point; None if nothing is to be aligned.
       box_orig_B4: the object's box in the original, of which the affine was made.
       box_recon_B4: the same in the reconstruction.
-      source_B: index into `alignment.SOURCES`: where the affine came from.
+      source_B: index into `SOURCES`: where the affine came from.
       object_BHW: object mask that the model may use, zeros where there is none.
       has_object_B: whether there is one.
-      region_B4: where `recon_BHWC` is, without padding.
+      region_B4: where `own_recon_BHWC` is, without padding.
     """
 
     orig_BHWC: jax.Array
     recon_BHWC: jax.Array
-    aligned_BHWC: jax.Array
+    aligned_recon_BHWC: jax.Array
+    own_recon_BHWC: jax.Array
     affine: Affine | None
     box_orig_B4: jax.Array
     box_recon_B4: jax.Array
@@ -251,21 +254,21 @@ class Pair:
     region_B4: jax.Array
 
 
-def register(batch: Batch, config: Config) -> Pair:
-    """Normalises the pictures and aligns the reconstruction, each sample by its own boxes."""
+def register(batch: Batch, config: Config) -> RegisteredPair:
+    """Normalises the images and aligns the reconstruction, each sample by its own boxes."""
     has_recon_B = batch.has_recon
     has_object_B = batch.has_object_mask & config.data.use_object_mask
     object_BHW = batch.object_mask & has_object_B[:, None, None]
-    orig_BHWC = normalize(batch.image_orig, batch.region_orig, config.data)
-    recon_BHWC = jnp.where(
+    orig_BHWC = normalize_image(batch.image_orig, batch.region_orig, config.data)
+    own_recon_BHWC = jnp.where(
         has_recon_B[:, None, None, None],
-        normalize(batch.image_recon, batch.region_recon, config.data),
+        normalize_image(batch.image_recon, batch.region_recon, config.data),
         orig_BHWC,
     )
     threshold = config.level2.intensity_threshold
     mask_box_B4, mask_found_B = box_of(object_BHW)
     box_orig_B4, source_orig_B = find_box(
-        denormalize(orig_BHWC, config.data),
+        denormalize_image(orig_BHWC, config.data),
         batch.region_orig,
         threshold,
         [
@@ -274,7 +277,7 @@ def register(batch: Batch, config: Config) -> Pair:
         ],
     )
     box_recon_B4, source_recon_B = find_box(
-        denormalize(recon_BHWC, config.data),
+        denormalize_image(own_recon_BHWC, config.data),
         batch.region_recon,
         threshold,
         [(batch.bbox_recon, batch.has_bbox_recon, BOXES)],
@@ -283,18 +286,20 @@ def register(batch: Batch, config: Config) -> Pair:
     if config.level2.alignment == "none":
         source_B = jnp.full_like(source_B, OFF)
     source_B = jnp.where(has_recon_B, source_B, NO_RECON)
-    affine, aligned_BHWC = None, recon_BHWC
+    affine, aligned_recon_BHWC = None, own_recon_BHWC
     if config.level2.alignment != "none":
-        affine = select(
+        affine = select_affine(
             source_B <= INTENSITY,
-            affine_of(box_orig_B4, box_recon_B4),
-            identity(len(source_B)),
+            affine_between(box_orig_B4, box_recon_B4),
+            identity_affine(len(source_B)),
         )
-        aligned_BHWC = resample(recon_BHWC, affine, orig_BHWC.shape[1:3])
-    return Pair(
+        aligned_recon_BHWC = resample(own_recon_BHWC, affine, orig_BHWC.shape[1:3])
+    on_pixels = config.level2.alignment == "pixels"
+    return RegisteredPair(
         orig_BHWC=orig_BHWC,
-        recon_BHWC=recon_BHWC,
-        aligned_BHWC=aligned_BHWC,
+        recon_BHWC=aligned_recon_BHWC if on_pixels else own_recon_BHWC,
+        aligned_recon_BHWC=aligned_recon_BHWC,
+        own_recon_BHWC=own_recon_BHWC,
         affine=affine,
         box_orig_B4=box_orig_B4,
         box_recon_B4=box_recon_B4,
@@ -305,15 +310,15 @@ def register(batch: Batch, config: Config) -> Pair:
     )
 
 
-def object_at_cells(pair: Pair, grid: int) -> jax.Array:
+def object_at_cells(pair: RegisteredPair, grid: int) -> jax.Array:
     """The object mask at the cells of a square grid [B, P]; ones without a mask."""
     return jnp.where(pair.has_object_B[:, None], at_cells(pair.object_BHW, grid), 1.0)
 
 
-def visible_keys(pair: Pair, grid: int) -> jax.Array:
+def visible_keys(pair: RegisteredPair, grid: int) -> jax.Array:
     """Cells [B, P] that the aligned reconstruction covers, inside the object mask."""
-    covered_BHW = box_mask(pair.region_B4, pair.orig_BHWC.shape[1:3])
+    shown_BHW = box_mask(pair.region_B4, pair.orig_BHWC.shape[1:3])
     if pair.affine is not None:
-        region_BHW1 = covered_BHW[..., None].astype(jnp.float32)
-        covered_BHW = resample(region_BHW1, pair.affine, covered_BHW.shape[1:])[..., 0]
-    return (at_cells(covered_BHW, grid) >= 0.5) & (object_at_cells(pair, grid) >= 0.5)
+        region_BHW1 = shown_BHW[..., None].astype(jnp.float32)
+        shown_BHW = resample(region_BHW1, pair.affine, shown_BHW.shape[1:])[..., 0]
+    return (at_cells(shown_BHW, grid) >= 0.5) & (object_at_cells(pair, grid) >= 0.5)

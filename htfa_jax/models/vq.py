@@ -38,7 +38,7 @@ class ResBlock(nnx.Module):
 
 
 class AttentionBlock(nnx.Module):
-    """Single-head self-attention over the places of a feature map."""
+    """Single-head self-attention over the positions of a feature map."""
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, dtype=dtype, rngs=rngs)
@@ -136,7 +136,7 @@ class VQEncoder(nnx.Module):
         x_BHWD = self.conv_out(self.norm_out(self.middle(x_BHWD), jax.nn.silu))
         z_BHWE = self.quant_conv(x_BHWD).astype(jnp.float32)
         z_BME = z_BHWE.reshape(len(z_BHWE), -1, z_BHWE.shape[-1])
-        return normalize(z_BME) if self.normalize_codes else z_BME
+        return l2_normalize(z_BME) if self.normalize_codes else z_BME
 
 
 class VQDecoder(nnx.Module):
@@ -192,7 +192,7 @@ class VQ(nnx.Module):
     def vectors(self) -> jax.Array:
         """The code vectors [C, E], as they are compared and decoded."""
         codebook_CE = self.codebook[...].astype(jnp.float32)
-        return normalize(codebook_CE) if self.normalize_codes else codebook_CE
+        return l2_normalize(codebook_CE) if self.normalize_codes else codebook_CE
 
     def nearest(self, z_BME: jax.Array) -> jax.Array:
         """Index [B, M] of the code vector nearest to each continuous code."""
@@ -213,23 +213,23 @@ class VQ(nnx.Module):
         return self.nearest(self.encoder(image_BHWC))
 
     def decode(self, codes_BM: jax.Array) -> jax.Array:
-        """Image [B, H, W, 3] of codes, as `paint`."""
-        return self.paint(self.vectors()[codes_BM])
+        """Image [B, H, W, 3] of codes, as `decode_vectors`."""
+        return self.decode_vectors(self.vectors()[codes_BM])
 
-    def paint(self, vectors_BME: jax.Array) -> jax.Array:
+    def decode_vectors(self, vectors_BME: jax.Array) -> jax.Array:
         """Image [B, H, W, 3] of code vectors, or of means of them.
 
         Raises CheckpointError if the tokenizer has no decoder.
         """
         if not self.has_decoder:
             raise CheckpointError(
-                "this VQ tokenizer has no decoder (vq.has_decoder=False): it reads pictures but "
-                "cannot paint. Convert it again with `--decoder_from` a checkpoint that has one"
+                "this VQ tokenizer has no decoder (vq.has_decoder=False): it reads images but "
+                "cannot make them. Convert it again with `--decoder_from` a checkpoint that has one"
             )
         return self.decoder(vectors_BME)
 
 
-def normalize(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Vectors of length 1 along the last axis, in float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))

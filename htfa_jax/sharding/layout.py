@@ -1,11 +1,11 @@
 """How arrays lie on devices: a mesh (data, fsdp, tensor), a table of paths, three modes.
 
-`replicated` keeps everything on every device. `zero2` cuts float32 weights, optimizer moments and
-gradients over `fsdp`, as DeepSpeed's ZeRO stage 2 does (Rajbhandari et al., "ZeRO: Memory
-Optimizations Toward Training Trillion Parameter Models", 2020); the copy that a step computes
-with is whole on every device. `fsdp` cuts that copy and the frozen weights too. In every mode
-`tensor` cuts the matrices of the decoder and of SigLIP between heads and between hidden units,
-and a batch is cut over (data, fsdp). XLA's partitioner inserts the communication.
+`replicated` keeps everything on every device. `zero2` shards float32 weights, optimizer moments
+and gradients over `fsdp`, as DeepSpeed's ZeRO stage 2 does (Rajbhandari et al., "ZeRO: Memory
+Optimizations Toward Training Trillion Parameter Models", 2020); the compute-dtype parameters of a
+step are replicated. `fsdp` shards these and the frozen weights too. In every mode `tensor` shards
+the matrices of the decoder and of SigLIP between heads and between hidden units, and a batch is
+sharded over (data, fsdp). XLA's partitioner inserts the communication.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ MAX_FSDP, MANY_DEVICES = 16, 32
 
 _COLUMNS = r"(siglip|decoder)\.layers\.(attention\.[qkv]_proj|gate_proj|up_proj|fc1)"
 _ROWS = r"(siglip|decoder)\.layers\.(attention\.o_proj|down_proj|fc2)"
-# Mesh axes of a parameter's last dimensions. What names no `fsdp` is cut along its largest one.
-# The embedding is cut along its width: by words, every device would need all the others' tokens.
+# Mesh axes of a parameter's last dimensions. What names no `fsdp` is sharded along its largest one.
+# The embedding is sharded along its width. Along the vocabulary, every lookup would need an
+# all-gather of token ids.
 TABLE: tuple[tuple[str, tuple[Any, ...]], ...] = (
     (_COLUMNS + r"\.kernel", ("fsdp", "tensor")),
     (_COLUMNS + r"\.bias", ("tensor",)),
@@ -58,7 +59,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
       devices: to use; None for all of all processes.
 
     Raises ConfigError if the sizes do not give that number of devices, or if `tensor` does not
-    divide the heads and widths that it cuts.
+    divide the heads and widths that it shards.
     """
     devices = jax.devices() if devices is None else list(devices)
     total, wanted = len(devices), config.sharding
@@ -94,11 +95,11 @@ class Layout:
 
     Attributes:
       mesh: the devices.
-      platform: of the devices, in JAX's words.
+      platform: of the devices, as JAX names it.
       num_shards: parts of a batch.
       batch: of arrays whose first axis is samples.
-      stacked_batch: of arrays [micro-steps or layers, samples, ...].
-      replicated: of arrays that every device has whole.
+      stacked_batch: of arrays [accumulation steps or layers, samples, ...].
+      replicated: of arrays that every device has in full.
     """
 
     def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
@@ -111,15 +112,15 @@ class Layout:
 
     def stored(self, path: str, shape: Sequence[int]) -> NamedSharding:
         """Of a trained parameter, its moments and its gradient."""
-        return self._named(path, shape, cut=self.mode != "replicated")
+        return self._named(path, shape, sharded=self.mode != "replicated")
 
     def used(self, path: str, shape: Sequence[int]) -> NamedSharding:
-        """Of what the forward pass reads: the compute copy, and frozen parameters."""
-        return self._named(path, shape, cut=self.mode == "fsdp")
+        """Of what the forward pass reads: the compute-dtype parameters, and frozen parameters."""
+        return self._named(path, shape, sharded=self.mode == "fsdp")
 
-    def _named(self, path: str, shape: Sequence[int], *, cut: bool) -> NamedSharding:
+    def _named(self, path: str, shape: Sequence[int], *, sharded: bool) -> NamedSharding:
         spec = parameter_spec(path, shape, self.mesh.shape)
-        if not cut:
+        if not sharded:
             spec = [_without_fsdp(entry) for entry in spec]
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
@@ -127,7 +128,7 @@ class Layout:
         """Shardings of a training state (or of the shapes of one).
 
         What has the path and shape of a parameter lies as it does, also if an axis is only one
-        long (scales of 8-bit moments), which is whole then; the rest is replicated.
+        long (scales of 8-bit moments), which is not sharded then; the rest is replicated.
         """
         shapes = {path: tuple(leaf.shape) for path, leaf in state["params"].items()}
 
@@ -192,7 +193,7 @@ class Layout:
         return groups.index(tuple(sorted(rows[jax.process_index()]))), len(groups)
 
     def put(self, tree: Any, sharding: NamedSharding | None = None) -> Any:
-        """This process's part of a batch as global arrays, cut along the samples.
+        """This process's part of a batch as global arrays, sharded along the samples.
 
         Args:
           tree: host arrays.
@@ -204,11 +205,11 @@ class Layout:
         _, parts = self.process_share
         axis = sharding.spec.index(BATCH_AXES)
 
-        def whole(x: np.ndarray) -> jax.Array:
+        def global_array(x: np.ndarray) -> jax.Array:
             shape = (*x.shape[:axis], x.shape[axis] * parts, *x.shape[axis + 1 :])
             return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
-        return jax.tree.map(whole, tree)
+        return jax.tree.map(global_array, tree)
 
     def put_parameter(self, value: Any, dtype: Any, sharding: NamedSharding) -> jax.Array:
         """A host array that every process has, cast and laid out; devices see their parts only."""
@@ -220,15 +221,15 @@ class Layout:
 
     def put_parameters(self, params: Mapping[str, Any]) -> Flat:
         """Parameters that nothing trains, laid out as the forward pass reads them."""
-        places = self.frozen(params)
-        return {p: self.put_parameter(x, x.dtype, places[p]) for p, x in params.items()}
+        shardings = self.frozen(params)
+        return {p: self.put_parameter(x, x.dtype, shardings[p]) for p, x in params.items()}
 
 
 def parameter_spec(path: str, shape: Sequence[int], mesh: Mapping[str, int]) -> list[Any]:
     """Mesh axes of each dimension of a trained parameter.
 
     Args:
-      path: of the parameter; layers that are stacked have their own axis first, never cut.
+      path: of the parameter; layers that are stacked have their own axis first, never sharded.
       shape: its shape.
       mesh: sizes by axis.
     """

@@ -4,7 +4,7 @@ As in Dettmers et al., "8-bit Optimizers via Block-wise Quantization" (2022), mo
 bits with a scale for each block, and the arithmetic is float32. What differs:
 
 - A block is a row, a parameter's last axis, not 2048 values of the flattened array. So moments
-  have their parameter's shape and lie on devices as it does. A row of an embedding is a word.
+  have their parameter's shape and lie on devices as it does. A row of an embedding is a token.
 - The code is a float8, not a table of 256 numbers: Adam divides one moment by the root of the
   other, so each value needs the same relative precision. The second moment, a square, spans twice
   the first one's orders of magnitude and has the float8 with the wider exponent.
@@ -85,8 +85,8 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         new = Adam8bitState(small, {}, {}, {}, {})
         key = jax.random.fold_in(jax.random.key(0), small.count)
         for path, grad in large.items():
-            mu = decode(state.mu[path], state.mu_scale[path])
-            nu = decode(state.nu[path], state.nu_scale[path])
+            mu = dequantize(state.mu[path], state.mu_scale[path])
+            nu = dequantize(state.nu[path], state.nu_scale[path])
             mu, nu = b1 * mu + (1 - b1) * grad, b2 * nu + (1 - b2) * grad**2
             updates[path] = optax.tree.bias_correction(mu, b1, small.count) / (
                 jnp.sqrt(optax.tree.bias_correction(nu, b2, small.count)) + eps
@@ -94,17 +94,18 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
             top = jnp.max(jnp.abs(grad), axis=-1, keepdims=True)
             mu_scale = new.mu_scale[path] = b1 * state.mu_scale[path] + (1 - b1) * top
             nu_scale = new.nu_scale[path] = b2 * state.nu_scale[path] + (1 - b2) * top**2
-            # A second moment of 0 beside a first one that is not would be a leap at the next step.
-            nu = jnp.maximum(nu, decode(jnp.finfo(SECOND).smallest_subnormal, nu_scale))
+            # Rounded to 0, a small second moment would make the next update many times too large:
+            # it is divided by. So the smallest number that float8 has stands in its place.
+            nu = jnp.maximum(nu, dequantize(jnp.finfo(SECOND).smallest_subnormal, nu_scale))
             noises = two_noises(jax.random.fold_in(key, zlib.crc32(path.encode())), grad.shape)
-            new.mu[path] = encode(mu, mu_scale, FIRST, noises[0])
-            new.nu[path] = encode(nu, nu_scale, SECOND, noises[1])
+            new.mu[path] = quantize(mu, mu_scale, FIRST, noises[0])
+            new.nu[path] = quantize(nu, nu_scale, SECOND, noises[1])
         return updates, new
 
     return optax.GradientTransformation(init, update)
 
 
-def encode(x: jax.Array, scale: jax.Array, dtype: Any, noise: jax.Array) -> jax.Array:
+def quantize(x: jax.Array, scale: jax.Array, dtype: Any, noise: jax.Array) -> jax.Array:
     """float32 to float8: to one of the two neighbours, on the average to `x`.
 
     Args:
@@ -122,7 +123,7 @@ def encode(x: jax.Array, scale: jax.Array, dtype: Any, noise: jax.Array) -> jax.
     return jnp.clip(jnp.floor(x / step + noise) * step, -top, top).astype(dtype)
 
 
-def decode(code: jax.Array, scale: jax.Array) -> jax.Array:
+def dequantize(code: jax.Array, scale: jax.Array) -> jax.Array:
     """The float32 values that `encode` rounded, from float8 [..., row] and scales [..., 1]."""
     return code.astype(jnp.float32) * (scale / float(jnp.finfo(code.dtype).max))
 

@@ -11,7 +11,7 @@ from htfa_jax.data.pipeline import SampleLoader, num_steps, samples_per_step
 from htfa_jax.data.records import EMBEDDED, SPLITS, Split
 from htfa_jax.data.splits import open_named
 from htfa_jax.sharding.layout import Layout
-from htfa_jax.training.plan import describe
+from htfa_jax.training.plan import describe_plan
 from htfa_jax.training.vq_stage import cached_folder, needs_vq_stage
 
 # Records of each split that are read and decoded.
@@ -37,7 +37,7 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     if needs_vq_stage(config):
         said = "was trained before" if _has_vq(config) else f"{config.vq_train.num_steps:,} steps"
         lines.append(f"VQ stage     {said}, before the first of these")
-    lines.append(describe(config))
+    lines.append(describe_plan(config))
     return "\n".join(lines)
 
 

@@ -177,7 +177,7 @@ def _make(
                 bar.update(len(rows))
         except DataError as error:
             raise DataError(
-                f"{error}. {ENCODERS[name][1]} needs the pictures of every record: mend this one "
+                f"{error}. {ENCODERS[name][1]} needs the images of every record: mend this one "
                 "or leave it out of the file"
             ) from error
         finally:

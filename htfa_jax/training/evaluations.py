@@ -59,7 +59,7 @@ class Evaluations:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(panel_png(result.panel))
             self.writer.write_images(step, {"panel": read_png(path)[None]})
-        shown = ("loss", "accuracy/", "psnr/hidden")
+        shown = ("loss", "accuracy/", "psnr/occluded")
         log.info(
             "validation at step %d (%s): %s",
             step,
@@ -81,6 +81,6 @@ class Evaluations:
         if is_first():
             report.write(result, folder)
         log.info("step %d on split %s (%s):", step, name, folder / "panel.png")
-        for line in report.table(result.scores).splitlines():
+        for line in report.score_table(result.scores).splitlines():
             log.info("%s", line)
         return result.scores

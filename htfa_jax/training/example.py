@@ -9,7 +9,7 @@ from pathlib import Path
 
 from htfa_jax.config import Config
 from htfa_jax.data.records import Dataset, Record
-from htfa_jax.data.storage import StoredPicture
+from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
 from htfa_jax.inference.inputs import FIELDS
 
@@ -26,7 +26,7 @@ def write_example(workdir: Path, config: Config, records: Dataset) -> None:
     words = ["--checkpoint", ".", "--output_dir", f"{EXAMPLE}/out"]
     for field in FIELDS:
         value = getattr(record, field)
-        if isinstance(value, Path | StoredPicture):
+        if isinstance(value, Path | StoredImage):
             name = f"{EXAMPLE}/{field}{value.suffix}"
             (workdir / name).write_bytes(value.read_bytes())
             words += [f"--{field}", name]

@@ -97,18 +97,18 @@ class Abstract:
     def device_bytes(self) -> dict[str, int]:
         """Bytes on each device, by kind."""
 
-        def total(tree: Any, places: Any) -> int:
+        def total(tree: Any, shardings: Any) -> int:
             sizes = jax.tree.map(
-                lambda x, place: math.prod(place.shard_shape(x.shape)) * x.dtype.itemsize,
+                lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize,
                 tree,
-                places,
+                shardings,
             )
             return sum(jax.tree.leaves(sizes))
 
-        places = self.layout.state(self.state)
+        shardings = self.layout.state(self.state)
         return {
-            "trained weights": total(self.state["params"], places["params"]),
-            "optimizer state": total(self.state["opt_state"], places["opt_state"]),
+            "trained weights": total(self.state["params"], shardings["params"]),
+            "optimizer state": total(self.state["opt_state"], shardings["opt_state"]),
             "frozen weights": total(self.frozen, self.layout.frozen(self.frozen)),
         }
 
@@ -116,17 +116,17 @@ class Abstract:
         """Bytes on each device that a step needs beside, by kind, activations not counted."""
         layout, params = self.layout, self.state["params"]
 
-        def shard(path: str, place: Any) -> int:
-            return math.prod(place(path, params[path].shape).shard_shape(params[path].shape))
+        def shard(path: str, sharding_of: Any) -> int:
+            return math.prod(sharding_of(path, params[path].shape).shard_shape(params[path].shape))
 
         width = params_dtype(config).itemsize
         copy = 0
         if layout.mesh.size > 1 or width < 4:
             copy = width * sum(shard(path, layout.used) for path in params)
-        # Of several micro-steps they add up in float32.
+        # Of several accumulation steps they add up in float32.
         width = 4 if config.train.accumulation_steps > 1 else width
         gradients = width * sum(shard(path, layout.stored) for path in params)
-        return {"compute copy": copy, "gradients": gradients}
+        return {"compute-dtype parameters": copy, "gradients": gradients}
 
 
 def abstract_step(
@@ -190,7 +190,7 @@ def make_plan(abstract: Abstract, config: Config) -> Plan:
     )
 
 
-def describe(config: Config, target: Target | None = None) -> str:
+def describe_plan(config: Config, target: Target | None = None) -> str:
     """The plan as text.
 
     Args:
@@ -217,7 +217,7 @@ def describe(config: Config, target: Target | None = None) -> str:
         + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in found.operations.items())
         + ")",
         f"samples      {train.batch_size} x {abstract.layout.num_shards} parts of the batch per "
-        f"micro-step, {train.accumulation_steps} micro-steps per update",
+        f"accumulation step, {train.accumulation_steps} accumulation steps per update",
         "collectives  "
         + (", ".join(f"{n} {kind}" for kind, n in found.collectives.items()) or "none")
         + " in the program (in loops once)",
@@ -284,7 +284,7 @@ def remedies(config: Config) -> list[str]:
 
 def _planned(config: Config) -> str:
     try:
-        return describe(config)
+        return describe_plan(config)
     except Exception as error:  # a device without memory may not even compile
         return f"  nothing now: {str(error)[:300]}"
 
@@ -326,7 +326,7 @@ def _number(arrays: Mapping[str, Any]) -> int:
     return sum(math.prod(x.shape) for x in arrays.values())
 
 
-def table(names: Sequence[str]) -> str:
+def preset_table(names: Sequence[str]) -> str:
     """Configurations by row, as text."""
     lines = [["preset", "trainable", "frozen", "tokens", "TFLOP", "memory"]]
     for name in names:

@@ -38,7 +38,7 @@ def load_pretrained(config: Config, model: Model) -> Flat:
             _say_random(config, part)
             continue
         shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
-        # Position embeddings are made for one size of pictures.
+        # Position embeddings are made for one size of images.
         facts = {"image_size": config.image_size} if part == "siglip" else {}
         unused = "|".join(
             names

@@ -71,7 +71,7 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
     return again, alone
 
 
-def described(metrics: Metrics) -> str:
+def metrics_text(metrics: Metrics) -> str:
     """The metrics that tell of the loss, as text."""
     shown = {k: v for k, v in metrics.items() if k.endswith("loss") or k == "grad_norm"}
     return " ".join(f"{k} {v:.6g}{'' if math.isfinite(v) else ' (!)'}" for k, v in shown.items())

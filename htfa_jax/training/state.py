@@ -41,7 +41,8 @@ def frozen_dtype(path: str, config: Config) -> jnp.dtype:
 def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tuple[Flat, Flat]:
     """Trainable (float32) and frozen parameters, laid out: `loaded` ones, the others at random.
 
-    A generation head that is not loaded starts from the codes; see `EncoderDecoupling.first_head`.
+    A generation head that is not loaded starts from the codes; see
+    `EncoderDecoupling.tied_head_kernel`.
 
     Args:
       config: the run's configuration.
@@ -69,11 +70,11 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
         params[path] = layout.put_parameter(value, dtypes[path], shardings[path])
     if CODE_HEAD in params.keys() - loaded.keys():
 
-        def first_head(params: Flat) -> jax.Array:
+        def tied(params: Flat) -> jax.Array:
             module = model.merge(params)
-            return module.level3.first_head(module.vq.vectors()).astype(dtypes[CODE_HEAD])
+            return module.level3.tied_head_kernel(module.vq.vectors()).astype(dtypes[CODE_HEAD])
 
-        params[CODE_HEAD] = jax.jit(first_head, out_shardings=shardings[CODE_HEAD])(params)
+        params[CODE_HEAD] = jax.jit(tied, out_shardings=shardings[CODE_HEAD])(params)
     return {p: params[p] for p in trainable}, {p: params[p] for p in frozen}
 
 

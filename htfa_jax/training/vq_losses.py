@@ -1,4 +1,4 @@
-"""What the VQ stage learns from: pictures of a record, losses, the revival of dead codes."""
+"""What the VQ stage learns from: images of a record, losses, the revival of dead codes."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from htfa_jax.data.batch import Batch
 from htfa_jax.models.factory import Model
 from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.level1_adaptive_fusion import blend
-from htfa_jax.models.registration import Pair, normalize, register, resize
+from htfa_jax.models.registration import RegisteredPair, normalize_image, register, resize
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
 
-# Pictures [B, H, W, 3] to features [B, P, D].
+# Images [B, H, W, 3] to features [B, P, D].
 See = Callable[[jax.Array], jax.Array]
 
 # Coarse random weights of the blends: cells along a side, and their spread before the sigmoid.
 BLEND_CELLS, BLEND_SPREAD = 4, 3.0
 
 
-def training_pictures(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
-    """One picture of each record, [B, H, W, 3]: original, reconstruction, target or a blend.
+def training_images(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
+    """One image of each record, [B, H, W, 3]: original, reconstruction, target or a blend.
 
     Blends of original and aligned reconstruction, because that is what the generation branch
-    will encode. A record that lacks the chosen picture gives its original.
+    will encode. A record that lacks the chosen image gives its original.
     """
     blend_key, choice_key = jax.random.split(key)
-    pictures = jnp.stack(list(all_pictures(batch, blend_key, config).values()))
-    B = pictures.shape[1]
-    choice_B = jax.random.randint(choice_key, (B,), 0, len(pictures))
-    return pictures[choice_B, jnp.arange(B)]
+    images = jnp.stack(list(all_images(batch, blend_key, config).values()))
+    B = images.shape[1]
+    choice_B = jax.random.randint(choice_key, (B,), 0, len(images))
+    return images[choice_B, jnp.arange(B)]
 
 
-def all_pictures(batch: Batch, key: jax.Array, config: Config) -> dict[str, jax.Array]:
-    """Each record's pictures [B, H, W, 3] by kind, and a blend of two; see `training_pictures`."""
+def all_images(batch: Batch, key: jax.Array, config: Config) -> dict[str, jax.Array]:
+    """Each record's images [B, H, W, 3] by kind, and a blend of two; see `training_images`."""
     pair = register(batch, config)
-    target_BHWC = normalize(batch.image_target, batch.region_orig, config.data)
+    target_BHWC = normalize_image(batch.image_target, batch.region_orig, config.data)
     return {
         "original": pair.orig_BHWC,
-        "reconstruction": pair.recon_BHWC,
+        "reconstruction": pair.own_recon_BHWC,
         "target": jnp.where(batch.has_target[:, None, None, None], target_BHWC, pair.orig_BHWC),
         "blend": random_blend(pair, key),
     }
 
 
-def random_blend(pair: Pair, key: jax.Array) -> jax.Array:
+def random_blend(pair: RegisteredPair, key: jax.Array) -> jax.Array:
     """Original and aligned reconstruction [B, H, W, 3], mixed by smooth random weights."""
     B, H, W, _ = pair.orig_BHWC.shape
     raw = BLEND_SPREAD * jax.random.normal(key, (B, BLEND_CELLS, BLEND_CELLS, 1))
     alpha_BHW = resize(jax.nn.sigmoid(raw), (H, W))[..., 0]
-    return blend(alpha_BHW, pair.orig_BHWC, pair.aligned_BHWC)
+    return blend(alpha_BHW, pair.orig_BHWC, pair.aligned_recon_BHWC)
 
 
 def perceptual_encoder(config: Config) -> tuple[Model, Flat]:
@@ -86,7 +86,7 @@ def losses(
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Reconstruction, codebook and commitment loss of a VQ autoencoder.
 
-    van den Oord et al., "Neural Discrete Representation Learning" (2017). Means over the pictures
+    van den Oord et al., "Neural Discrete Representation Learning" (2017). Means over the images
     by their weights. With `see`, the squared error of a frozen encoder's features counts too
     (Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution", 2016).
     """
@@ -101,14 +101,14 @@ def losses(
     vectors_BME = model.vectors()[codes_BM]
     codebook = mean((vectors_BME - jax.lax.stop_gradient(z_BME)) ** 2)
     commitment = mean((z_BME - jax.lax.stop_gradient(vectors_BME)) ** 2)
-    painted = model.decoder(z_BME + jax.lax.stop_gradient(vectors_BME - z_BME))
-    l1 = mean(jnp.abs(painted - image_BHWC))
-    l2 = mean((painted - image_BHWC) ** 2)
+    decoded = model.decoder(z_BME + jax.lax.stop_gradient(vectors_BME - z_BME))
+    l1 = mean(jnp.abs(decoded - image_BHWC))
+    l2 = mean((decoded - image_BHWC) ** 2)
     total = weights.l1_weight * l1 + weights.l2_weight * l2
     total += codebook + weights.commitment_weight * commitment
     aux = {"l1": l1, "l2": l2, "commitment": commitment, "codes": codes_BM, "z": z_BME}
     if see is not None:
-        aux["perceptual"] = mean((see(painted) - see(image_BHWC)).astype(jnp.float32) ** 2)
+        aux["perceptual"] = mean((see(decoded) - see(image_BHWC)).astype(jnp.float32) ** 2)
         total += weights.perceptual_weight * aux["perceptual"]
     return total, aux
 

@@ -1,4 +1,4 @@
-"""The VQ stage: trains the tokenizer on the pictures of a dataset.
+"""The VQ stage: trains the tokenizer on the images of a dataset.
 
 The main job runs it first when no pretrained VQ is given.
 """
@@ -39,7 +39,7 @@ from htfa_jax.evaluation.metrics import psnr, squared_error
 from htfa_jax.kernels.compiler import jit_light
 from htfa_jax.models.factory import Model
 from htfa_jax.models.layers import make_rngs
-from htfa_jax.models.registration import box_mask, denormalize, normalize, to_8bit
+from htfa_jax.models.registration import box_mask, denormalize_image, normalize_image, to_8bit
 from htfa_jax.models.vq import VQ
 from htfa_jax.sharding.layout import Layout, to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
@@ -47,7 +47,7 @@ from htfa_jax.training.loop import Loop, duration
 from htfa_jax.training.loss_guard import LossGuard, guarded_update, is_usable
 from htfa_jax.training.plan import out_of_memory_explained
 from htfa_jax.training.state import TrainState
-from htfa_jax.training.vq_losses import losses, perceptual_encoder, revive, training_pictures
+from htfa_jax.training.vq_losses import losses, perceptual_encoder, revive, training_images
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +102,8 @@ def make_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         see = eye and eye.merge(eye_params)
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        picture_key, revive_key = jax.random.split(key)
-        image_BHWC = training_pictures(batch, picture_key, config)
+        image_key, revive_key = jax.random.split(key)
+        image_BHWC = training_images(batch, image_key, config)
         grad = jax.value_and_grad(
             lambda params: losses(model.merge(params), image_BHWC, batch.weight, config, see),
             has_aux=True,
@@ -158,10 +158,12 @@ def evaluate(
     def sums(params: Flat, batch: Batch):
         vq = model.merge(params)
         has_target_B111 = batch.has_target[:, None, None, None]
-        pictures = jnp.where(has_target_B111, batch.image_target, batch.image_orig)
-        image_BHWC = normalize(pictures, batch.region_orig, config.data)
+        images = jnp.where(has_target_B111, batch.image_target, batch.image_orig)
+        image_BHWC = normalize_image(images, batch.region_orig, config.data)
         codes_BM = vq.encode(image_BHWC)
-        rgb = [to_8bit(denormalize(x, config.data)) for x in (vq.decode(codes_BM), image_BHWC)]
+        rgb = [
+            to_8bit(denormalize_image(x, config.data)) for x in (vq.decode(codes_BM), image_BHWC)
+        ]
         inside_BHW = box_mask(batch.region_orig, image_BHWC.shape[1:3])
         counts_BHW = inside_BHW & (batch.weight > 0)[:, None, None]
         usage_C = jnp.zeros(config.vq.codebook_size).at[codes_BM].add(batch.weight[:, None])
@@ -194,7 +196,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     if settings.batch_size % layout.num_shards:
         raise ConfigError(
             f"vq_train.batch_size={settings.batch_size} must be a multiple of the "
-            f"{layout.num_shards} parts that the devices cut a batch into"
+            f"{layout.num_shards} parts that a batch is sharded into"
         )
     records = open_split(config, "train")
     model = build_vq(config)
@@ -306,7 +308,7 @@ def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> 
         return train_vq(config, workdir / key, stop)
 
     def make() -> None:
-        log.info("no pretrained VQ: training one on the pictures of %s", config.data.train)
+        log.info("no pretrained VQ: training one on the images of %s", config.data.train)
         trained = train_vq(config, workdir / key, stop)
         if trained is not None:
             parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))

@@ -43,7 +43,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "understanding_only": TEXT_ONLY,
     "generation_only": {"loss.text_weight": 0.0, "loss.code_weight": 1.0},
 }
-# No levels: one picture, moved as in the full structure, or both as they are.
+# No levels: one image, moved as in the full structure, or both as they are.
 BASELINES: dict[str, dict[str, Any]] = {
     "original_only": {"fusion": "original"},
     "reconstruction_only": {"fusion": "reconstruction"},
@@ -59,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "affine_on_features": {"level2.alignment": "features"},
     "pytorch_original": preset_changes("pytorch_original"),
     "all_keys": {"level2.mask_keys": False},
-    "all_cells_alike": {"loss.hidden_cell_weight": 1.0},
+    "all_cells_alike": {"loss.occluded_cell_weight": 1.0},
 }
 VARIANTS = ABLATIONS | BASELINES | OPTIONS
 

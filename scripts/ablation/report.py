@@ -20,14 +20,14 @@ from ablation.one_run import BUDGET, FULL, RESULT, STRESSES, VARIANTS
 from scipy import stats
 
 from htfa_jax.common.cli import command
-from htfa_jax.evaluation.metrics import BUCKETS, calibration_error, is_right
+from htfa_jax.evaluation.metrics import OCCLUSION_BUCKETS, calibration_error, is_right
 
 TABLES, PLOTS = "RESULTS.md", "ablations.png"
 LEVEL = 0.05  # below which an adjusted p is called significant
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 NONE = "-"
-# Variants that see one picture.
+# Variants that see one image.
 SINGLE = ("original_only", "reconstruction_only")
 
 
@@ -37,7 +37,7 @@ class Run:
 
     Attributes:
       scores: {"test" or stress: scores of `htfa_jax.evaluate`}.
-      right: {scene: whether category and colour are both right}, of the test split.
+      right: {scene: whether category and colour are joint accuracy}, of the test split.
       confidences, rights: of every answer of the test split.
     """
 
@@ -88,11 +88,11 @@ def accuracy(kind: str, name: str = "accuracy", rows: str = "all", split: str = 
     return measure
 
 
-def picture(name: str, region: str = "hidden", candidate: str = "completed", split: str = "test"):
-    """A measure of one kind of picture."""
+def image(name: str, region: str = "occluded", candidate: str = "completed", split: str = "test"):
+    """A measure of one kind of image."""
 
     def measure(run: Run) -> float | None:
-        regions = run.scores[split].get("pictures", {})
+        regions = run.scores[split].get("images", {})
         return regions.get(region, {}).get(candidate, {}).get(name)
 
     return measure
@@ -101,17 +101,17 @@ def picture(name: str, region: str = "hidden", candidate: str = "completed", spl
 def gap_closed(run: Run) -> float | None:
     """How far completion comes from the flat fill (0) to the VQ's round trip (1), in dB."""
     completed, flat, ceiling = (
-        picture("psnr", candidate=c)(run) for c in ("completed", "flat_fill", "vq_round_trip")
+        image("psnr", candidate=c)(run) for c in ("completed", "flat_fill", "vq_round_trip")
     )
     return None if completed is None else (completed - flat) / (ceiling - flat)
 
 
 def above_flat(split: str):
-    """PSNR of the hidden part above that of the flat fill of the same scenes."""
+    """PSNR of the occluded part above that of the flat fill of the same scenes."""
 
     def measure(run: Run) -> float | None:
         completed, flat = (
-            picture("psnr", candidate=c, split=split)(run) for c in ("completed", "flat_fill")
+            image("psnr", candidate=c, split=split)(run) for c in ("completed", "flat_fill")
         )
         return None if completed is None else completed - flat
 
@@ -129,11 +129,11 @@ def calibration(run: Run) -> float | None:
     return calibration_error(run.confidences, run.rights) if run.rights else None
 
 
-# What the full structure is compared in beside both right: a measure and its unit.
+# What the full structure is compared in beside joint accuracy: a measure and its unit.
 ALSO = {
-    "hidden share within 10, points": (accuracy("hidden_share", "within_10_points"), 100.0),
-    "PSNR hidden, dB": (picture("psnr"), 1.0),
-    "PSNR of all pixels, dB": (picture("psnr", "all"), 1.0),
+    "occlusion ratio within 10, points": (accuracy("occlusion_ratio", "within_10_points"), 100.0),
+    "PSNR hidden, dB": (image("psnr"), 1.0),
+    "PSNR of all pixels, dB": (image("psnr", "all"), 1.0),
 }
 
 
@@ -229,11 +229,11 @@ def main_table(runs: Runs) -> str:
     columns = {
         "category": (accuracy("category"), True),
         "colour": (accuracy("color"), True),
-        "both right": (accuracy("both_right"), True),
-        "hidden share within 10 points": (accuracy("hidden_share", "within_10_points"), True),
+        "joint accuracy": (accuracy("joint"), True),
+        "occlusion ratio within 10 points": (accuracy("occlusion_ratio", "within_10_points"), True),
         "calibration error": (calibration, False),
-        "PSNR hidden": (picture("psnr"), False),
-        "SSIM hidden": (picture("ssim"), False),
+        "PSNR hidden": (image("psnr"), False),
+        "SSIM hidden": (image("ssim"), False),
         "gap closed": (gap_closed, False),
     }
     forms = {"PSNR hidden": ".2f"}
@@ -247,14 +247,14 @@ def main_table(runs: Runs) -> str:
 
 
 def bucket_table(runs: Runs) -> str:
-    """Both right by hidden share."""
-    names = [f"{100 * low:.0f}-{100 * high:.0f}%" for low, high in BUCKETS]
+    """Both right by occlusion ratio."""
+    names = [f"{100 * low:.0f}-{100 * high:.0f}%" for low, high in OCCLUSION_BUCKETS]
     rows = []
     for variant, found in runs.items():
-        cells = [cell(found, accuracy("both_right", rows=name)) for name in names]
+        cells = [cell(found, accuracy("joint", rows=name)) for name in names]
         if cells[0] != NONE:
             rows.append([variant, *cells])
-    return markdown(["both right where hidden", *names], rows)
+    return markdown(["joint accuracy where hidden", *names], rows)
 
 
 def differences(runs: Runs) -> dict[str, tuple[Difference, float]]:
@@ -276,7 +276,9 @@ def difference_table(runs: Runs) -> str:
             rows.append([variant, _points(d), f"{p:.2g}", verdict, *row])
         elif variant != FULL and set(row) != {NONE}:
             rows.append([variant, NONE, NONE, NONE, *row])
-    return markdown(["full minus", "both right, points", "p (Holm)", f"at {LEVEL}", *ALSO], rows)
+    return markdown(
+        ["full minus", "joint accuracy, points", "p (Holm)", f"at {LEVEL}", *ALSO], rows
+    )
 
 
 def _points(d: Difference) -> str:
@@ -309,18 +311,18 @@ def claims_table(runs: Runs) -> str:
         met = p < LEVEL and d.mean > 0 if least is None else d.mean >= least
         rows.append([text, _points(d), "met" if met else "missed"])
 
-    both = {v: values(runs.get(v, {}), accuracy("both_right")) for v in SINGLE}
+    both = {v: values(runs.get(v, {}), accuracy("joint")) for v in SINGLE}
     singles = [v for v in SINGLE if both[v]]
     if singles:
         best = max(singles, key=lambda v: np.mean(both[v]))
-        claim(f"both right: 10 points above the better single picture ({best})", best, 0.10)
-    claim("both right: 3 points above concatenation", "concatenation", 0.03)
-    claim("both right: Level 1 is worth something", "no_level1", None)
-    claim("both right: Level 2's affine is worth something", "no_level2_affine", None)
+        claim(f"joint accuracy: 10 points above the better single image ({best})", best, 0.10)
+    claim("joint accuracy: 3 points above concatenation", "concatenation", 0.03)
+    claim("joint accuracy: Level 1 is worth something", "no_level1", None)
+    claim("joint accuracy: Level 2's affine is worth something", "no_level2_affine", None)
     for level, other, name in (
         ("Level 1", "no_level1", "PSNR of all pixels, dB"),
         ("Level 2's affine", "no_level2_affine", "PSNR hidden, dB"),
-        ("Level 2's affine", "no_level2_affine", "hidden share within 10, points"),
+        ("Level 2's affine", "no_level2_affine", "occlusion ratio within 10, points"),
     ):
         if gained := gains(runs, other, *ALSO[name]):
             half = seed_interval(gained)
@@ -330,7 +332,7 @@ def claims_table(runs: Runs) -> str:
     if closed:
         met = "met" if np.mean(closed) >= 0.5 else "missed"
         shown = cell(runs[FULL], gap_closed)
-        rows.append(["hidden part: half of the way from flat fill to VQ round trip", shown, met])
+        rows.append(["occluded part: half of the way from flat fill to VQ round trip", shown, met])
     return markdown(["claim", "measured", ""], rows)
 
 
@@ -347,16 +349,16 @@ def inside_table(runs: Runs) -> str:
 
 def stress_table(runs: Runs, scenes: int) -> str:
     """What a wrong reconstruction does, on the same first scenes of the test split."""
-    head, rows = ["both right", "right reconstruction"], []
+    head, rows = ["joint accuracy", "right reconstruction"], []
     for variant, found in runs.items():
         cells = [cell(found, lambda run: first_right(run, scenes))]
-        cells += [cell(found, accuracy("both_right", split=stress)) for stress in STRESSES]
+        cells += [cell(found, accuracy("joint", split=stress)) for stress in STRESSES]
         if cells[0] != NONE:
             rows.append([variant, *cells])
     return markdown([*head, *(stress.replace("_", " ") for stress in STRESSES)], rows)
 
 
-def stress_picture_table(runs: Runs) -> str:
+def stress_image_table(runs: Runs) -> str:
     """The same for what is painted."""
     splits = ("test", *STRESSES)
     rows = [[v, *(cell(r, above_flat(s), "+.2f") for s in splits)] for v, r in runs.items()]
@@ -376,12 +378,12 @@ def reference_table(runs: Runs) -> str:
         "flat_fill": "covered pixels filled with the mean colour",
         "vq_round_trip": "VQ round trip of the target",
     }
-    regions = ("all", "covered", "hidden")
+    regions = ("all", "occluder", "occluded")
     rows = [
         [text]
         + [
-            f"{values(first, picture('psnr', r, c))[0]:.2f} "
-            f"({values(first, picture('ssim', r, c))[0]:.3f})"
+            f"{values(first, image('psnr', r, c))[0]:.2f} "
+            f"({values(first, image('ssim', r, c))[0]:.3f})"
             for r in regions
         ]
         for c, text in names.items()
@@ -390,7 +392,7 @@ def reference_table(runs: Runs) -> str:
 
 
 def plot(runs: Runs, scenes: int, path: Path) -> None:
-    """Four panels: both right, by hidden share, completion, wrong reconstructions."""
+    """Four panels: joint accuracy, by occlusion ratio, completion, wrong reconstructions."""
     # Not pyplot: it would choose a display and keep every figure.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -398,26 +400,26 @@ def plot(runs: Runs, scenes: int, path: Path) -> None:
     figure = Figure(figsize=(13, 0.35 * len(runs) + 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    _bars(axes[0][0], runs, accuracy("both_right"), "category and colour both right", True)
+    _bars(axes[0][0], runs, accuracy("joint"), "category and colour joint accuracy", True)
     ax = axes[0][1]
-    names = [f"{100 * low:.0f}-{100 * high:.0f}%" for low, high in BUCKETS]
+    names = [f"{100 * low:.0f}-{100 * high:.0f}%" for low, high in OCCLUSION_BUCKETS]
     marks = zip(runs.items(), [c for c in COLORS for _ in range(2)], strict=False)
     for i, ((variant, found), color) in enumerate(marks):
-        means = [np.mean(values(found, accuracy("both_right", rows=n)) or np.nan) for n in names]
+        means = [np.mean(values(found, accuracy("joint", rows=n)) or np.nan) for n in names]
         style = "-" if i % 2 == 0 else "--"
         ax.plot(names, means, style, marker="os^Dv<>"[i % 7], color=color, label=variant)
-    ax.set_title("both right, by hidden share")
+    ax.set_title("joint accuracy, by occlusion ratio")
     _legend(ax)
     ax = axes[1][0]
-    _bars(ax, runs, picture("psnr"), "PSNR of the hidden part, dB")
+    _bars(ax, runs, image("psnr"), "PSNR of the occluded part, dB")
     for candidate, style in (("flat_fill", ":"), ("vq_round_trip", "--")):
-        found = [x for r in runs.values() for x in values(r, picture("psnr", candidate=candidate))]
+        found = [x for r in runs.values() for x in values(r, image("psnr", candidate=candidate))]
         if found:
             ax.axvline(found[0], color="0.3", ls=style, label=candidate.replace("_", " "))
             _legend(ax)
     ax = axes[1][1]
     measures = {"right": lambda run: first_right(run, scenes)}
-    measures |= {stress: accuracy("both_right", split=stress) for stress in STRESSES}
+    measures |= {stress: accuracy("joint", split=stress) for stress in STRESSES}
     for k, (name, measure) in enumerate(measures.items()):
         found = [values(r, measure) for r in runs.values()]
         means = [float(np.mean(x)) if x else 0.0 for x in found]
@@ -425,7 +427,7 @@ def plot(runs: Runs, scenes: int, path: Path) -> None:
         ax.barh(np.arange(len(runs)) + 0.2 * k, means, 0.2, color=COLORS[k], label=label)
     ax.set_yticks(np.arange(len(runs)) + 0.3, list(runs))
     ax.invert_yaxis()
-    ax.set_title(f"both right of {scenes} scenes, by reconstruction")
+    ax.set_title(f"joint accuracy of {scenes} scenes, by reconstruction")
     _legend(ax)
     figure.savefig(path, format="png", dpi=110)
 
@@ -470,7 +472,7 @@ def write(out: Path, variants: Sequence[str], budget: dict[str, Any]) -> None:
         claims_table(runs),
         inside_table(runs),
         stress_table(runs, budget["stress_scenes"]),
-        stress_picture_table(runs),
+        stress_image_table(runs),
         reference_table(runs),
     ]
     (out / TABLES).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""How many samples a second the data pipeline gives, beside bare decoding of the same pictures.
+"""How many samples a second the data pipeline gives, beside bare decoding of the same images.
 
     python scripts/benchmarks/data_pipeline.py --pairs 256 --rounds 7
 
-Pictures are noise with the spectrum of photographs, the reconstruction cut out on black, as JPEG
+Images are noise with the spectrum of photographs, the reconstruction cut out on black, as JPEG
 of quality 90. Bare decoding opens, decodes, resizes where that is needed and makes an array of
-both pictures of a pair, in as many processes as there are processors. The pipeline reads records,
+both images of a pair, in as many processes as there are processors. The pipeline reads records,
 decodes, checks, letterboxes, tokenizes two questions and answers and hands out whole updates on
 the host, in order: once with threads of one process, once with worker processes. They take turns,
 each from empty buffers, so that what else the machine does falls on all alike.
@@ -35,7 +35,7 @@ QUESTIONS = (
 )
 
 
-def picture(rng: np.random.Generator, size: int) -> np.ndarray:
+def image(rng: np.random.Generator, size: int) -> np.ndarray:
     """Noise whose amplitude falls with the frequency; its channels are alike, as in photographs."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
     frequency[0, 0] = 1
@@ -50,7 +50,7 @@ def write_pairs(folder: Path, num: int, size: int) -> Path:
     rng, lines = np.random.default_rng(0), []
     y, x = np.mgrid[:size, :size] / size - 0.5
     for i in range(num):
-        orig, recon = picture(rng, size), picture(rng, size)
+        orig, recon = image(rng, size), image(rng, size)
         recon[x**2 + y**2 > 0.12] = 0
         for name, array in (("orig", orig), ("recon", recon)):
             Image.fromarray(array).save(folder / f"{name}{i}.jpg", quality=90)
@@ -63,7 +63,7 @@ def write_pairs(folder: Path, num: int, size: int) -> Path:
 
 
 def decode_pair(files: tuple[Path, Path], size: int) -> None:
-    """Two pictures as arrays, and nothing else."""
+    """Two images as arrays, and nothing else."""
     for path in files:
         with Image.open(path) as image:
             if image.size != (size, size):
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(folder)
         path = write_pairs(folder, args.pairs, args.source_size)
         size = sum(p.stat().st_size for p in folder.glob("*.jpg")) / args.pairs / 2
-        print(f"{args.pairs} pairs of {args.source_size} pixels, {size / 1e3:.0f} kB a picture")
+        print(f"{args.pairs} pairs of {args.source_size} pixels, {size / 1e3:.0f} kB an image")
         threads = Pipeline(path, args.size, folder / "run", 0, count)
         workers = Pipeline(path, args.size, folder / "run", count, 1)
         kinds = {

@@ -41,7 +41,7 @@ from htfa_jax.common.param_paths import flatten, unflatten
 from htfa_jax.config import DecoderConfig, load_config
 from htfa_jax.inference.generate import decode_until, prefill
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampling import sampling_of
+from htfa_jax.inference.sampling import make_sampling
 from htfa_jax.kernels import compiler
 from htfa_jax.models.decoding import Decoder, DecodingInternLM2, decoding_layout
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
@@ -178,7 +178,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
             ids,
             np.full(rows, prompt, np.int32),
             np.zeros((rows, vocab), bool),
-            sampling_of(Decoding(), rows),
+            make_sampling(Decoding(), rows),
         )
         tensor = torch.from_numpy(ids).long().to(theirs.device)
 
@@ -239,7 +239,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
 
 
 def matrix_rate(dtype: str) -> float:
-    """Floating-point operations per second of a large matrix product."""
+    """Floating-point operations per second of a large matmul."""
     x = jnp.ones((2048, 2048), dtype)
     product = jax.jit(jnp.matmul)
     product(x, x)

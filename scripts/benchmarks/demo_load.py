@@ -4,9 +4,9 @@ python scripts/benchmarks/demo_load.py                      # 16 clients, 60 sec
 python scripts/benchmarks/demo_load.py --clients 80         # more than the queue takes: refusals
 python scripts/benchmarks/demo_load.py --checkpoint runs/x
 
-It starts a server of its own. Every client asks, listens to a streamed answer and has a picture
+It starts a server of its own. Every client asks, listens to a streamed answer and has an image
 completed, in turns and without a pause; one refused waits as long as it was told. Beside them one
-sends its pictures drop by drop, and one leaves as soon as it has asked. Printed are the answers by
+sends its images drop by drop, and one leaves as soon as it has asked. Printed are the answers by
 status, seconds per request of the whole and of the luckiest and unluckiest client, and the server's
 memory over time.
 """
@@ -143,12 +143,12 @@ async def work(url: str, number: int, client: Client, end: float) -> None:
 def form(number: int) -> dict[str, tuple[str, bytes]]:
     """One of the demo's example pairs."""
     record = EXAMPLE_PAIRS[number % len(EXAMPLE_PAIRS)].record
-    pictures = {"image_orig": record.image_orig, "image_recon": record.image_recon}
-    return {name: (path.name, path.read_bytes()) for name, path in pictures.items()}
+    images = {"image_orig": record.image_orig, "image_recon": record.image_recon}
+    return {name: (path.name, path.read_bytes()) for name, path in images.items()}
 
 
 async def slow(url: str) -> None:
-    """Sends a picture byte by byte, again and again."""
+    """Sends an image byte by byte, again and again."""
 
     async def drops() -> AsyncIterator[bytes]:
         yield b'--x\r\ncontent-disposition: form-data; name="image_orig"; filename="a.png"\r\n\r\n'

@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/inference_options.py --checkpoint runs/x --num 200
 
-Answers right and PSNR of the hidden part with the run's own weights and with int8 ones (`pip
+Answers right and PSNR of the occluded part with the run's own weights and with int8 ones (`pip
 install 'htfa-jax[int8]'`), PSNR after several passes of completion, and pairs per second in
 batches and one by one.
 """
@@ -28,11 +28,11 @@ from htfa_jax.evaluation.metrics import is_right, psnr
 def hidden_psnr(records: list[Record], completed: list[Image.Image]) -> float:
     """Of all hidden pixels together, in dB."""
     errors = []
-    for record, picture in zip(records, completed, strict=True):
+    for record, image in zip(records, completed, strict=True):
         masks = (load_mask(m) for m in (record.object_mask, record.occluder_mask))
         hidden = np.logical_and(*(np.asarray(m) > 127 for m in masks))
         target = np.asarray(load_image(record.image_target), np.float32)
-        errors.append(((np.asarray(picture, np.float32) - target) ** 2).mean(axis=-1)[hidden])
+        errors.append(((np.asarray(image, np.float32) - target) ** 2).mean(axis=-1)[hidden])
     return psnr(float(np.concatenate(errors).mean()))
 
 
@@ -42,7 +42,7 @@ class OptionsArgs:
 
     checkpoint: str  # a run with test data
     num: int = 200  # scenes
-    passes: tuple[int, ...] = (1, 2, 4, 8)  # of completion
+    refinement_steps: tuple[int, ...] = (1, 2, 4, 8)  # of completion
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {right:.4f} of {len(said[name])} answers right, {score:.2f} dB hidden")
     same = np.mean([a == b for a, b in zip(*said.values(), strict=True)])
     print(f"int8 gives the same answer {100 * same:.1f}% of the time")
-    for passes in args.passes:
-        results = engine.batch_infer(records, "?", completion=Completion(passes=passes))
+    for passes in args.refinement_steps:
+        results = engine.batch_infer(records, "?", completion=Completion(refinement_steps=passes))
         score = hidden_psnr(records, [r.completed for r in results])
         print(f"{passes} passes: {score:.2f} dB hidden")
     for size in (1, 8, 1, 8, 1, 8):

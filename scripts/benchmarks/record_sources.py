@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/record_sources.py --records 1000000 --out benchmark
 
-Writes a file of records that share a few pictures, then measures, each in a process of its own: the
+Writes a file of records that share a few images, then measures, each in a process of its own: the
 time to index it, the bytes of the index, the resident memory of a process that reads records from
 it at random, and the time from the start of the pipeline to its first batch without and with worker
 processes. What a process imports is told apart: it does not grow with the file.
@@ -27,24 +27,24 @@ from PIL import Image
 from htfa_jax.common.cli import parse
 from htfa_jax.common.files import whole_file
 
-PICTURES = 64
+IMAGES = 64
 NAMES = ("image_orig", "image_recon")
 
 
 def write_file(folder: Path, num: int, size: int) -> Path:
-    """Records of 64 pictures of `size` pixels, each record with its own id and answer."""
+    """Records of 64 images of `size` pixels, each record with its own id and answer."""
     path = folder / f"records-{num}-{size}.jsonl"
     if path.is_file():
         return path
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for i in range(PICTURES):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for i in range(IMAGES):
         coarse = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
-        picture = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
-        picture.save(folder / "pictures" / f"{size}-{i}.jpg", quality=90)
+        image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC)
+        image.save(folder / "images" / f"{size}-{i}.jpg", quality=90)
     with whole_file(path) as file:
         for i in range(num):
-            names = {name: f"pictures/{size}-{(i + k) % PICTURES}.jpg"
+            names = {name: f"images/{size}-{(i + k) % IMAGES}.jpg"
                      for k, name in enumerate(NAMES)}  # fmt: skip
             record = {
                 "id": f"{i:08d}",
@@ -141,7 +141,7 @@ class SourcesArgs:
 
     records: int = 1_000_000  # of the large file
     small: int = 1000  # records of the file beside it
-    size: int = 448  # pixels of a picture's side
+    size: int = 448  # pixels of an image's side
     batches: int = 10  # of 8, before memory is read
     out: Path = Path("benchmark_sources")  # folder to write to
     # Measure once, here: what, file and tokenizer.
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num in (args.small, args.records):
         path = write_file(args.out, num, args.size)
         size = path.stat().st_size / 1e6
-        print(f"\n{num} records, {size:.0f} MB, pictures of {args.size} pixels")
+        print(f"\n{num} records, {size:.0f} MB, images of {args.size} pixels")
         for what in ("index", "0", "2"):
             extra = ("--batches", str(args.batches))
             found = in_own_process("--measure", what, str(path), str(tokenizer), *extra)

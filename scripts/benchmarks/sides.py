@@ -43,7 +43,7 @@ def random_arrays(
     rng, side = np.random.default_rng(seed), config.image_size
     samples = config.train.batch_size * config.train.accumulation_steps * num_shards
 
-    def picture() -> np.ndarray:
+    def image() -> np.ndarray:
         return rng.integers(0, 256, (samples, side, side, 3), dtype=np.uint8)
 
     def boxes() -> np.ndarray:
@@ -63,7 +63,7 @@ def random_arrays(
     bbox_orig = boxes()
     flags = ("recon", "target", "object_mask", "occluder_mask", "bbox_orig", "bbox_recon")
     return {
-        **{f"image_{name}": picture() for name in ("orig", "recon", "target")},
+        **{f"image_{name}": image() for name in ("orig", "recon", "target")},
         "region_orig": region,
         "region_recon": region,
         "object_mask": inside(bbox_orig),
@@ -247,7 +247,7 @@ def jax_side(
 
 
 def matmul_peak(dtype: str) -> float:
-    """FLOP/s of the fastest square matrix product."""
+    """FLOP/s of the fastest square matmul."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""The three levels in PyTorch, and the arithmetic on pictures that they need.
+"""The three levels in PyTorch, and the arithmetic on images that they need.
 
 Parts of `torch_twin`; the letters are its own. See `htfa_jax.models` for what is computed.
 """
@@ -29,7 +29,7 @@ class AlphaHead(nn.Module):
 
 
 class Level1(nn.Module):
-    """Blends the pictures by a map, or by a map and what the head sees."""
+    """Blends the images by a map, or by a map and what the head sees."""
 
     def __init__(self, config: Level1Config, image_size: int):
         super().__init__()
@@ -45,7 +45,7 @@ class Level1(nn.Module):
 
 
 class Level2(nn.Module):
-    """Attention from the original to the reconstruction's keys, and to values of either picture."""
+    """Attention from the original to the reconstruction's keys, and to values of either image."""
 
     def __init__(self, config: Level2Config, size: int):
         super().__init__()

@@ -5,7 +5,7 @@ is that of `weights_convert.reference`, the levels are in `torch_levels`; losses
 `benchmark.py` measures against it, and `tests/scripts/test_torch_twin.py` holds its loss and
 gradients against the model's.
 
-Nothing here imports JAX, whose memory would count as PyTorch's. Pictures are [B, C, H, W], in
+Nothing here imports JAX, whose memory would count as PyTorch's. Images are [B, C, H, W], in
 names of arrays too; the other letters are those of `htfa_jax.models.layers`.
 """
 
@@ -185,7 +185,8 @@ class Twin:
         """One update; returns its loss, which is there when the device has come to it.
 
         Args:
-          batch: arrays or tensors of a `Batch` by name, of `train.accumulation_steps` micro-steps.
+          batch: arrays or tensors of a `Batch` by name, of `train.accumulation_steps` accumulation
+            steps.
         """
         loss = self.gradients(batch)
         nn.utils.clip_grad_norm_(self.trained.values(), self.config.optim.clip_norm)
@@ -208,7 +209,7 @@ class Twin:
         return total
 
     def loss(self, batch: Batch, text_count: Tensor, code_count: Tensor) -> Tensor:
-        """The micro-step's part of the loss; the counts are those of the whole update."""
+        """The accumulation step's part of the loss; the counts are those of the whole update."""
         config, grid = self.config, self.config.patch_grid
         with torch.no_grad():
             orig, recon, target = (
@@ -258,13 +259,13 @@ class Twin:
         code = (code * code_weights(batch, config)).sum() / code_count
         return config.loss.text_weight * text + config.loss.code_weight * code
 
-    def features(self, pictures: list[Tensor]) -> list[Tensor]:
-        """SigLIP's features [B, P, D] of original, reconstruction and, if read, fused picture."""
+    def features(self, images: list[Tensor]) -> list[Tensor]:
+        """SigLIP's features [B, P, D] of original, reconstruction and, if read, fused image."""
         if "siglip" in learning_parts(self.config):
-            return [*self.siglip(torch.cat(pictures)).last_hidden_state.chunk(len(pictures))]
+            return [*self.siglip(torch.cat(images)).last_hidden_state.chunk(len(images))]
         with torch.no_grad():
-            pair = self.siglip(torch.cat(pictures[:2])).last_hidden_state.chunk(2)
-        return [*pair, *(self.siglip(x).last_hidden_state for x in pictures[2:])]
+            pair = self.siglip(torch.cat(images[:2])).last_hidden_state.chunk(2)
+        return [*pair, *(self.siglip(x).last_hidden_state for x in images[2:])]
 
     def continuous(self, image_BCHW: Tensor) -> Tensor:
         """The VQ encoder's output [B, M, E]."""
@@ -344,8 +345,8 @@ def text_weights(batch: Batch) -> Tensor:
 
 
 def code_weights(batch: Batch, config: Config) -> Tensor:
-    """Weight of each cell [B, M]: none in padding, more where something covers the picture."""
+    """Weight of each cell [B, M]: none in padding, more where something covers the image."""
     inside = cell_means(box_mask(batch["region_orig"], config.image_size), config.code_grid) > 0.5
     covered = cell_means(batch["occluder_mask"], config.code_grid)
-    weight = 1.0 + (config.loss.hidden_cell_weight - 1.0) * covered
+    weight = 1.0 + (config.loss.occluded_cell_weight - 1.0) * covered
     return inside * weight * batch["weight"][:, None]

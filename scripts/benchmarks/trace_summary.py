@@ -1,4 +1,4 @@
-"""Where a recorded program spent its time: matrix products, attention, convolutions, the rest.
+"""Where a recorded program spent its time: matmuls, attention, convolutions, the rest.
 
     python scripts/benchmark.py --config standard --profile /tmp/trace
     python scripts/benchmarks/trace_summary.py /tmp/trace
@@ -26,7 +26,7 @@ KINDS = {
     "communication": r"nccl|all-?gather|all-?reduce|reduce-?scatter|all-?to-?all|collective",
     "attention": r"fmha|flash|sdpa|splash|attention",
     "convolution": r"conv(?!ert)|wgrad|dgrad|fprop",
-    "matrix product": r"gemm|dot|cublas|nvjet|cutlass|xmma|matmul|ynn_fusion",
+    "matmul": r"gemm|dot|cublas|nvjet|cutlass|xmma|matmul|ynn_fusion",
     "copy": r"memcpy|memset|copy|transpose|bitcast",
     "sums and norms": r"reduce|softmax|norm",
 }

@@ -2,7 +2,7 @@
 
     python scripts/docs/draw_architecture.py --config standard --output docs/architecture.svg
 
-Shapes come from `jax.eval_shape` of the real model, so nothing is allocated. The small pictures are
+Shapes come from `jax.eval_shape` of the real model, so nothing is allocated. The small images are
 an example scene of the demo model and what it makes of it.
 """
 
@@ -48,7 +48,7 @@ TINTS = {
     "level3": ("#f3ecf9", "#8d5bb5"),
     "decoder": ("#e8effa", "#3c6fb8"),
 }
-SHOWN = 96  # pixels of the small pictures
+SHOWN = 96  # pixels of the small images
 
 
 def shapes(config: Config, length: int) -> dict[str, tuple[int, ...]]:
@@ -73,7 +73,7 @@ def shapes(config: Config, length: int) -> dict[str, tuple[int, ...]]:
         hidden_BTD, _ = model.decode(sequence, 0)
         start, end = understood.shape[1], sequence.shape[1] - length
         return {
-            "picture": pair.orig_BHWC,
+            "image": pair.orig_BHWC,
             "alpha": fusion.alpha_BHW,
             "features": model.siglip(pair.orig_BHWC),
             "spatial": fusion.spatial_BPD,
@@ -124,7 +124,7 @@ def labels(config: Config, length: int = 128) -> dict[str, str]:
         number, frozen = counted[part]
         return f"{short(number)}, {'frozen' if frozen else 'trained'}"
 
-    drawn = ("picture", "alpha", "features", "spatial", "codes", "vectors", "code_logits")
+    drawn = ("image", "alpha", "features", "spatial", "codes", "vectors", "code_logits")
     said = {f"size {name}": size(name) for name in drawn}
     said["size text_logits"] = f"L × {sizes['text_logits'][-1]:,}"
     said |= {f"weight {part}": weight(part) for part in counted}
@@ -216,10 +216,10 @@ class Drawing:
         """The shape of what an arrow carries."""
         self.text(x, y, words, 11, SOFT, text_anchor=anchor, font_family=MONO)
 
-    def picture(self, x: float, y: float, image: Image.Image, title: str) -> None:
-        """A small picture with its name above it."""
+    def image(self, x: float, y: float, shown: Image.Image, title: str) -> None:
+        """A small image with its name above it."""
         buffer = io.BytesIO()
-        image.convert("RGB").resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS).save(
+        shown.convert("RGB").resize((2 * SHOWN, 2 * SHOWN), Image.Resampling.LANCZOS).save(
             buffer, format="jpeg", quality=80
         )
         content = base64.b64encode(buffer.getvalue()).decode()
@@ -261,7 +261,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
 
     Args:
       config: of the run.
-      scene: pictures "original", "reconstruction", "fused", "completed".
+      scene: images "original", "reconstruction", "fused", "completed".
       question: about the scene.
       answer: of the model.
     """
@@ -274,13 +274,13 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     art.panel(632, 60, 214, 420, "level2", "Level 2 · attention")
     art.panel(870, 60, 176, 590, "level3", "Level 3 · decoupling")
     art.panel(1070, 60, 250, 590, "decoder", "Decoder · InternLM2")
-    art.text(28, 36, "HTFA: two pictures and a question in, an answer and a picture out", 17,
+    art.text(28, 36, "HTFA: two images and a question in, an answer and an image out", 17,
              font_weight="700")  # fmt: skip
 
     # Inputs.
-    art.picture(36, 128, scene["original"], "original")
-    art.picture(36, 356, scene["reconstruction"], "reconstruction")
-    art.size(84, 242, say["size picture"])
+    art.image(36, 128, scene["original"], "original")
+    art.image(36, 356, scene["reconstruction"], "reconstruction")
+    art.size(84, 242, say["size image"])
     art.box(24, 478, 120, 62, "level2", ["affine", "by boxes"], True)
     art.arrow((84, 452), (84, 476))
     art.text(36, 594, "question", 13, font_weight="650")
@@ -288,8 +288,8 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
         art.text(36, 614 + 17 * i, line, 12.5, SOFT)
 
     # Level 1.
-    art.picture(216, 236, scene["fused"], "fused")
-    art.size(264, 350, say["size picture"])
+    art.image(216, 236, scene["fused"], "fused")
+    art.size(264, 350, say["size image"])
     art.box(192, 376, 144, 84, "level1", ["α", say["size alpha"], say["weight level1"]],
             frozen["level1"])  # fmt: skip
     art.arrow((264, 376), (264, 358))
@@ -351,7 +351,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
             ["code head", say["size code_logits"], say["weight code_head"]],
             frozen["code_head"])  # fmt: skip
     art.box(1346, 482, 178, 84, "decoder",
-            ["text head", say["size text_logits"],
+            ["LM head", say["size text_logits"],
              say["weight text_head"]], frozen["text_head"])  # fmt: skip
     art.box(1346, 254, 178, 74, "encoders", ["VQ decoder", say["weight vq_decoder"]],
             frozen["vq_decoder"])  # fmt: skip
@@ -360,7 +360,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     art.arrow((1435, 368), (1435, 330))
     art.arrow((1435, 254), (1435, 230))
     art.size(1446, 353, f"{say['size codes']} codes", "start")
-    art.picture(1387, 128, scene["completed"], "completed")
+    art.image(1387, 128, scene["completed"], "completed")
     art.arrow((1435, 566), (1435, 598))
     art.text(1435, 622, "answer", 13, text_anchor="middle", font_weight="650")
     art.text(1435, 642, f"“{answer}”", 13, SOFT, text_anchor="middle")

@@ -220,7 +220,7 @@ class Targets:
         """The list of a run's checkpoints, and their verification, with one file altered."""
         name, content = given
         (self.checkpoint / name).write_bytes(content)
-        integrity.table(integrity.listing(self.run), None, {})
+        integrity.checkpoint_table(integrity.listing(self.run), None, {})
         problem = integrity.damage(self.checkpoint)
         (self.checkpoint / name).write_bytes(self.files[name])
         # Times may change, and the space between hashes.

@@ -5,7 +5,7 @@
 SigLIP: zero-shot names by its text tower (in transformers, `pip install -e '.[convert]'`), and a
 linear probe (ridge regression on the mean of the patches). VQ: round trip and codes in use.
 Language model: perplexity on conversations that it has not read. A run: how often a convolutional
-probe, trained on targets, names the category in completed pictures; beside it the same probe on
+probe, trained on targets, names the category in completed images; beside it the same probe on
 targets, on the VQ's round trips of them, on originals, and on originals with a flat fill.
 """
 
@@ -47,15 +47,15 @@ BATCHES = 20  # of conversations
 
 @dataclasses.dataclass(frozen=True)
 class MeasureArgs:
-    """Measures the tiny parts, and a run's completed pictures."""
+    """Measures the tiny parts, and a run's completed images."""
 
     run: Path | None = None  # a run or export that paints; none leaves this out
     probe_epochs: int = 6  # of the convolutional probe on 4,000 targets
     output: Path | None = None  # JSON file for the figures
 
 
-def pictures(records: Dataset, field: str) -> np.ndarray:
-    """A field's pictures, uint8 [N, H, W, 3]."""
+def images(records: Dataset, field: str) -> np.ndarray:
+    """A field's images, uint8 [N, H, W, 3]."""
     return np.stack([np.asarray(decode_field(r, field, load_image)) for r in every(records)])
 
 
@@ -70,7 +70,7 @@ def labels(records: Dataset, group: str) -> np.ndarray:
 
 
 def siglip_scores(train: Dataset, test: Dataset) -> dict[str, float]:
-    """Zero-shot and linear-probe accuracy by kind of picture."""
+    """Zero-shot and linear-probe accuracy by kind of image."""
     import torch
     from tokenizers import Tokenizer
     from transformers import SiglipModel
@@ -79,10 +79,10 @@ def siglip_scores(train: Dataset, test: Dataset) -> dict[str, float]:
     tokenizer = Tokenizer.from_file(str(tiny("siglip") / "tokenizer.json"))
 
     @torch.no_grad()
-    def see(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def see(batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Unit vectors and means of patches."""
         pooled, means = [], []
-        for part in np.array_split(images, -(-len(images) // 100)):
+        for part in np.array_split(batch, -(-len(batch) // 100)):
             pixels = torch.from_numpy(part).permute(0, 3, 1, 2) / 127.5 - 1
             out = model.vision_model(pixel_values=pixels)
             pooled.append(torch.nn.functional.normalize(out.pooler_output, dim=-1))
@@ -92,8 +92,8 @@ def siglip_scores(train: Dataset, test: Dataset) -> dict[str, float]:
     scores = {}
     fields = {"original": "image_orig", "target": "image_target", "reconstruction": "image_recon"}
     for kind, field in fields.items():
-        _, seen_ND = see(pictures(train, field))
-        unit_ND, test_ND = see(pictures(test, field))
+        _, seen_ND = see(images(train, field))
+        unit_ND, test_ND = see(images(test, field))
         for group in ("category", "color"):
             if group not in tiny_text.KNOWN[kind]:
                 continue
@@ -148,9 +148,9 @@ def completion_scores(
 ) -> dict[str, float]:
     """How often a probe that was trained on targets names the category, by what it is shown."""
 
-    def small(images: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
+    def small(several: Sequence[Image.Image | np.ndarray]) -> np.ndarray:
         side = (probe.SIDE, probe.SIDE)
-        shown = [x if isinstance(x, Image.Image) else Image.fromarray(x) for x in images]
+        shown = [x if isinstance(x, Image.Image) else Image.fromarray(x) for x in several]
         return np.stack([np.asarray(x.resize(side, Image.Resampling.BOX)) for x in shown])
 
     def answers(records: Dataset) -> dict[str, np.ndarray]:
@@ -159,20 +159,20 @@ def completion_scores(
         names = {group: labels(records, group) for group in ("category", "color")}
         return {**names, "share": share, "clear": clear}
 
-    seen = small(pictures(train, "image_target"))
+    seen = small(images(train, "image_target"))
     model = probe.train(seen, answers(train), args.probe_epochs, seed=0)
     engine = HTFAInference.from_pretrained(args.run)
     vq, weights = vq_of(config)
     round_trip = jax.jit(lambda x: vq.merge(weights).decode(vq.merge(weights).encode(x)))
-    targets, originals = pictures(test, "image_target"), pictures(test, "image_orig")
+    targets, originals = images(test, "image_target"), images(test, "image_orig")
     painted = [
         np.asarray(round_trip(part.astype(np.float32) / 127.5 - 1))
         for part in np.array_split(targets, 10)
     ]
     filled = originals.copy()
-    for image, record in zip(filled, every(test), strict=True):
+    for one, record in zip(filled, every(test), strict=True):
         covered = np.asarray(decode_field(record, "occluder_mask", load_mask)) > 127
-        image[covered] = image[~covered].mean(axis=0)
+        one[covered] = one[~covered].mean(axis=0)
     completed = engine.batch_infer(
         [dataclasses.replace(r, turns=()) for r in every(test)], batch_size=20
     )
@@ -184,8 +184,8 @@ def completion_scores(
         "originals": originals,
     }
     return {
-        name: probe.evaluate(model, small(images), answers(test))["category"]
-        for name, images in shown.items()
+        name: probe.evaluate(model, small(several), answers(test))["category"]
+        for name, several in shown.items()
     }
 
 

@@ -58,9 +58,9 @@ class PretrainArgs:
     out: Path  # where the parts and their trainings go
     part: tuple[str, ...] = ("internlm2", "siglip", "vq")  # which
     num_scenes: int = 20000  # training scenes of HeldObjects
-    siglip_steps: int = 10000  # updates of 4 pictures from each of 32 records
-    text_steps: int = 3000  # as many pictures each, for the text tower that is kept
-    vq_steps: int = 10000  # updates of 32 pictures
+    siglip_steps: int = 10000  # updates of 4 images from each of 32 records
+    text_steps: int = 3000  # as many images each, for the text tower that is kept
+    vq_steps: int = 10000  # updates of 32 images
     decoder_steps: int = 800  # updates of 32 rows of 128 tokens
     num_workers: int = 0  # loading processes (0: threads of this one)
 
@@ -191,7 +191,7 @@ def train_captions(
     params: Flat,
     num_steps: int,
 ) -> Flat | None:
-    """Trains on pictures and captions; see `tiny_stage.train`."""
+    """Trains on images and captions; see `tiny_stage.train`."""
     tokenizer = Tokenizer.from_file(str(tokenizer_of(args, config).folder / "tokenizer.json"))
     records, samples = open_split(config, "train"), 32
     return tiny_stage.train(
@@ -209,7 +209,7 @@ def train_captions(
 
 
 def pretrain_vq(args: PretrainArgs, config: Config) -> bool:
-    """The VQ tokenizer, by the SigLIP that judges its pictures. False if a signal stopped it."""
+    """The VQ tokenizer, by the SigLIP that judges its images. False if a signal stopped it."""
     eye = converted("siglip", str(args.out / "siglip"), config)
     config = override(config, {"pretrained.siglip": str(eye), "vq_train.perceptual_weight": 0.1})
     with StopSignal() as stop:

@@ -1,10 +1,10 @@
-"""Measures what each picture of HeldObjects tells: a small convolutional probe per kind of input.
+"""Measures what each image of HeldObjects tells: a small convolutional probe per kind of input.
 
     python scripts/tiny_parts/probe_held_objects.py               (about four minutes on two cores)
     python scripts/tiny_parts/probe_held_objects.py --train 1000 --test 200 --kinds original aligned
 
 Builds the scenes where they are missing, trains one probe for every kind of input, prints a table
-and writes it as JSON. The pair should beat both single pictures when category and colour must both
+and writes it as JSON. The pair should beat both single images when category and colour must both
 be right: the original shows the colour, the reconstruction the shape.
 """
 
@@ -35,7 +35,7 @@ BUCKETS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 class Probe(nnx.Module):
-    """Four strided convolutions, mean and max over the picture, a linear layer for all answers."""
+    """Four strided convolutions, mean and max over the image, a linear layer for all answers."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         widths = (channels, 32, 64, 128, 128)
@@ -65,15 +65,15 @@ def align(reconstruction: Image.Image, box_orig: list[int], box_recon: list[int]
 
 
 def load(records_file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Pictures uint8 [N, SIDE, SIDE, 3] by name, and labels [N] by question."""
+    """Images uint8 [N, SIDE, SIDE, 3] by name, and labels [N] by question."""
     records = [json.loads(line) for line in records_file.read_text().splitlines()]
-    pictures = {name: [] for name in ("original", "reconstruction", "aligned")}
+    images = {name: [] for name in ("original", "reconstruction", "aligned")}
     for record in records:
         original = Image.open(records_file.parent / record["image_orig"])
         reconstruction = Image.open(records_file.parent / record["image_recon"])
         aligned = align(reconstruction, record["bbox_orig"], record["bbox_recon"])
-        for name, picture in zip(pictures, (original, reconstruction, aligned), strict=True):
-            pictures[name].append(picture.resize((SIDE, SIDE), Image.Resampling.BOX))
+        for name, image in zip(images, (original, reconstruction, aligned), strict=True):
+            images[name].append(image.resize((SIDE, SIDE), Image.Resampling.BOX))
     share = np.array([record["meta"]["occlusion"] for record in records], np.float32)
     labels = {
         "category": np.array([list(CATEGORIES).index(r["meta"]["category"]) for r in records]),
@@ -81,13 +81,13 @@ def load(records_file: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarra
         "share": share,
         "clear": (share < 0.5).astype(np.float32),
     }
-    return {name: np.stack(shown) for name, shown in pictures.items()}, labels
+    return {name: np.stack(shown) for name, shown in images.items()}, labels
 
 
-def inputs(pictures: dict[str, np.ndarray], kind: str) -> np.ndarray:
+def inputs(images: dict[str, np.ndarray], kind: str) -> np.ndarray:
     """What a probe of this kind sees, uint8 [N, SIDE, SIDE, 3 or 6]."""
     names = {"pair": ("original", "reconstruction"), "aligned": ("original", "aligned")}
-    return np.concatenate([pictures[name] for name in names.get(kind, (kind,))], axis=-1)
+    return np.concatenate([images[name] for name in names.get(kind, (kind,))], axis=-1)
 
 
 def loss_fn(model: Probe, images: jax.Array, labels: dict[str, jax.Array]) -> jax.Array:
@@ -101,12 +101,12 @@ def loss_fn(model: Probe, images: jax.Array, labels: dict[str, jax.Array]) -> ja
 
 
 def to_float(images: np.ndarray) -> jax.Array:
-    """uint8 pictures as floats in -1..1."""
+    """uint8 images as floats in -1..1."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1
 
 
 def train(images: np.ndarray, labels: dict[str, np.ndarray], epochs: int, seed: int) -> Probe:
-    """A probe trained on pictures and labels, mirrored at random."""
+    """A probe trained on images and labels, mirrored at random."""
     graph, params = nnx.split(Probe(images.shape[-1], rngs=nnx.Rngs(seed)))
     steps = epochs * (len(images) // BATCH)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 20, steps)
@@ -133,7 +133,7 @@ def train(images: np.ndarray, labels: dict[str, np.ndarray], epochs: int, seed: 
 
 
 def evaluate(model: Probe, images: np.ndarray, labels: dict[str, np.ndarray]) -> dict:
-    """Accuracies, mean absolute error of the hidden share, and accuracies by hidden share."""
+    """Accuracies, mean absolute error of the occlusion ratio, and accuracies by occlusion ratio."""
     answer = jax.jit(lambda images: model(images))
     parts = [answer(to_float(images[i : i + 100])) for i in range(0, len(images), 100)]
     out = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -184,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sets[split] = load(build_scenes(folder, split, num, image_size=args.size, seed=args.seed))
     results = {}
     for kind in args.kinds:
-        (pictures, labels), (test_pictures, test_labels) = sets["train"], sets["test"]
-        model = train(inputs(pictures, kind), labels, args.epochs, args.seed)
-        results[kind] = evaluate(model, inputs(test_pictures, kind), test_labels)
+        (images, labels), (test_images, test_labels) = sets["train"], sets["test"]
+        model = train(inputs(images, kind), labels, args.epochs, args.seed)
+        results[kind] = evaluate(model, inputs(test_images, kind), test_labels)
         logging.info("%s: %s", kind, json.dumps(results[kind]))
     columns = ("category", "color", "both", "share_error", "clear")
     print(f"{'input':16}" + "".join(f"{column:>13}" for column in columns))

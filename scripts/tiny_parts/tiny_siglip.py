@@ -1,6 +1,6 @@
 """A SigLIP of 2.3 million parameters: both towers, its loss, its training.
 
-Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023): every picture of a batch meets
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023): every image of a batch meets
 every caption, and a logistic loss says whether they fit. The architecture is that of transformers'
 `SiglipModel`, so that what is written opens there.
 """
@@ -29,19 +29,19 @@ from htfa_jax.kernels.attention import attention
 from htfa_jax.models.layers import layer_norm, linear, run_layers, stack_layers
 from htfa_jax.models.registration import Affine, resample
 from htfa_jax.models.siglip import Block, SigLIP
-from htfa_jax.training.vq_losses import all_pictures
+from htfa_jax.training.vq_losses import all_images
 from weights_convert import siglip, to_hf
 from weights_convert.convert import linear as transposed
 from weights_convert.convert import same
 
 CAPTION_TOKENS = 24
 PAD = 1  # "</s>"
-# Augmentation: a picture is enlarged by up to this factor either way and moved, its light changed.
+# Augmentation: an image is enlarged by up to this factor either way and moved, its light changed.
 ZOOM, SHIFT, LIGHT = 1.35, 0.12, 0.12
 
 
 class Pooling(nnx.Module):
-    """One vector of a picture: a learned query attends to the patches, an MLP follows."""
+    """One vector of an image: a learned query attends to the patches, an MLP follows."""
 
     def __init__(self, config: SigLIPConfig, *, rngs: nnx.Rngs):
         size, dtype = config.embed_dim, jnp.dtype("float32")
@@ -69,7 +69,7 @@ class Pooling(nnx.Module):
 def text_sizes(sizes: SigLIPConfig, kept: bool) -> SigLIPConfig:
     """Sizes of a text tower: of the one that the vision tower learns from, or of the one kept.
 
-    Captions of a few words need far less than pictures. The tower that is kept learns when the
+    Captions of a few words need far less than images. The tower that is kept learns when the
     vision tower is finished and stays as it is (Zhai et al., "LiT: Zero-Shot Transfer with
     Locked-image text Tuning", 2022).
 
@@ -103,7 +103,7 @@ class TextTower(nnx.Module):
 
 
 class TwoTowers(nnx.Module):
-    """Pictures and captions in one space of unit vectors.
+    """Images and captions in one space of unit vectors.
 
     Args:
       config: sizes of the vision tower, and the captions' vocabulary.
@@ -121,7 +121,7 @@ class TwoTowers(nnx.Module):
         self.logit_bias = nnx.Param(jnp.full((1,), -10.0))
 
     def see(self, image_BHWC: jax.Array) -> jax.Array:
-        """Unit vectors [B, D] of pictures."""
+        """Unit vectors [B, D] of images."""
         return unit(self.pooling(self.vision(image_BHWC)))
 
     def read(self, tokens_BL: jax.Array) -> jax.Array:
@@ -129,7 +129,7 @@ class TwoTowers(nnx.Module):
         return unit(self.text(tokens_BL))
 
     def logits(self, image_XD: jax.Array, text_YD: jax.Array) -> jax.Array:
-        """Log-odds [X, Y] that a picture and a caption fit."""
+        """Log-odds [X, Y] that an image and a caption fit."""
         scale, bias = jnp.exp(self.logit_scale[...]), self.logit_bias[...]
         return image_XD @ text_YD.T * scale[None] + bias[None]
 
@@ -142,10 +142,10 @@ def unit(x_BD: jax.Array) -> jax.Array:
 def fitting(
     shown_XF: jax.Array, unknown_XF: jax.Array, stated_YF: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Which pictures and captions fit [X, Y], and of which pairs that can be said.
+    """Which images and captions fit [X, Y], and of which pairs that can be said.
 
     Args:
-      shown_XF: facts that are so in a picture, 0 or 1.
+      shown_XF: facts that are so in an image, 0 or 1.
       unknown_XF: facts that cannot be judged of it.
       stated_YF: facts that a caption states.
     """
@@ -153,10 +153,10 @@ def fitting(
 
 
 def sigmoid_loss(logits_XY: jax.Array, fits_XY: jax.Array, counts_XY: jax.Array) -> jax.Array:
-    """The loss of the paper, summed over captions and averaged over pictures.
+    """The loss of the paper, summed over captions and averaged over images.
 
     Args:
-      logits_XY: of pictures and captions.
+      logits_XY: of images and captions.
       fits_XY: bool, pairs that fit.
       counts_XY: bool, pairs of which that can be said.
     """
@@ -165,14 +165,14 @@ def sigmoid_loss(logits_XY: jax.Array, fits_XY: jax.Array, counts_XY: jax.Array)
 
 
 def views(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
-    """All pictures of the records [kinds * B, H, W, 3], in the order of `tiny_text.KINDS`.
+    """All images of the records [kinds * B, H, W, 3], in the order of `tiny_text.KINDS`.
 
-    Blends of original and aligned reconstruction are among them, because a fused picture is what
+    Blends of original and aligned reconstruction are among them, because a fused image is what
     the encoder will see. Each is enlarged, moved, mirrored and lit at random.
     """
     keys = jax.random.split(key, 5)
-    pictures = all_pictures(batch, keys[0], config)
-    image_BHWC = jnp.concatenate([pictures[kind] for kind in tiny_text.KINDS])
+    images = all_images(batch, keys[0], config)
+    image_BHWC = jnp.concatenate([images[kind] for kind in tiny_text.KINDS])
     X, H, W, _ = image_BHWC.shape
     scale_X1 = ZOOM ** jax.random.uniform(keys[1], (X, 1), minval=-1.0)
     moved_X2 = SHIFT * jax.random.uniform(keys[2], (X, 2), minval=-1.0)
@@ -190,21 +190,21 @@ def views(batch: Batch, key: jax.Array, config: Config) -> jax.Array:
 def captioned_batches(
     config: Config, records: Dataset, tokenizer: Tokenizer, step: int, samples: int
 ) -> Iterator[Loaded]:
-    """Batches with a caption for each view, and which facts captions state and pictures show."""
+    """Batches with a caption for each view, and which facts captions state and images show."""
     metas = [records[i].meta for i in range(len(records))]
     for loaded in training_batches(config, records, None, step * samples, samples):
         rng = np.random.default_rng((config.seed, step))
         words = {name: [] for name in ("tokens", "stated", "shown", "unknown")}
         for kind in tiny_text.KINDS:
             for index in loaded.batch.index:
-                picture = tiny_text.truth(kind, metas[index])
-                text, stated = tiny_text.caption(picture, rng)
+                image = tiny_text.truth(kind, metas[index])
+                text, stated = tiny_text.caption(image, rng)
                 words["tokens"].append(caption_tokens(tokenizer, text))
                 words["stated"].append(tiny_text.vectors(stated))
-                words["shown"].append(tiny_text.vectors(picture.facts))
-                words["unknown"].append(tiny_text.unknown(picture))
+                words["shown"].append(tiny_text.vectors(image.facts))
+                words["unknown"].append(tiny_text.unknown(image))
         arrays = {name: np.stack(rows) for name, rows in words.items()}
-        yield loaded._replace(batch={"pictures": loaded.batch, **arrays})
+        yield loaded._replace(batch={"images": loaded.batch, **arrays})
         step += 1
 
 
@@ -218,7 +218,7 @@ def loss(
     model: TwoTowers, batch: dict[str, Any], key: jax.Array, config: Config
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of a batch of `captioned_batches`, and metrics."""
-    image_XD = model.see(views(batch["pictures"], key, config))
+    image_XD = model.see(views(batch["images"], key, config))
     text_YD = model.read(batch["tokens"])
     facts = (batch[name].astype(jnp.float32) for name in ("shown", "unknown", "stated"))
     fits_XY, counts_XY = fitting(*facts)

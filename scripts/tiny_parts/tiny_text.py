@@ -1,6 +1,6 @@
-"""What can be said about HeldObjects: captions of pictures with their facts, and conversations.
+"""What can be said about HeldObjects: captions of images with their facts, and conversations.
 
-A caption states some facts ("a red bottle": a category and a colour). It fits a picture of which
+A caption states some facts ("a red bottle": a category and a colour). It fits an image of which
 all of them are true, so that in a batch with two red bottles both pairs are right.
 """
 
@@ -30,16 +30,16 @@ FACTS = {
     for number, fact in enumerate(f"{g}={v}" for g, values in GROUPS.items() for v in values)
 }
 
-# Pictures of a record, in the order of `tiny_siglip.views`.
+# Images of a record, in the order of `tiny_siglip.views`.
 KINDS = ("original", "target", "reconstruction", "blend")
 
 # A caption's words, by the facts it states.
 TEMPLATES = {
-    ("category",): ("{a_category}", "a picture of {a_category}", "there is {a_category}"),
+    ("category",): ("{a_category}", "an image of {a_category}", "there is {a_category}"),
     ("color",): ("something {color}", "{a_color} object", "the object is {color}"),
     ("category", "color"): (
         "{a_color} {category}",
-        "a picture of {a_color} {category}",
+        "an image of {a_color} {category}",
         "the {category} is {color}",
     ),
     ("category", "color", "hand=yes"): (
@@ -58,7 +58,7 @@ TEMPLATES = {
     ("category", "share=half"): ("a hand hides about half of {a_category}",),
     ("category", "share=most"): ("a hand hides most of {a_category}",),
 }
-# What is known of each kind of picture. A reconstruction has a colour of its own.
+# What is known of each kind of image. A reconstruction has a colour of its own.
 KNOWN = {
     "original": ("category", "color", "hand", "share", "reconstruction"),
     "target": ("category", "color", "hand", "share", "reconstruction"),
@@ -69,7 +69,7 @@ KNOWN = {
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What is so in a picture.
+    """What is so in an image.
 
     Attributes:
       facts: by group; a group that says nothing here has no value.
@@ -81,7 +81,7 @@ class Truth:
 
 
 def truth(kind: str, meta: Mapping[str, Any]) -> Truth:
-    """The truth about one of a record's pictures.
+    """The truth about one of a record's images.
 
     Args:
       kind: one of `KINDS`.
@@ -100,24 +100,24 @@ def with_article(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
-def caption(picture: Truth, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
-    """A true caption of a picture, and the facts that it states."""
+def caption(image: Truth, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+    """A true caption of an image, and the facts that it states."""
 
     def holds(fact: str) -> bool:
         group, _, value = fact.partition("=")
-        known = group in picture.known and group in picture.facts
-        return known and value in ("", picture.facts[group])
+        known = group in image.known and group in image.facts
+        return known and value in ("", image.facts[group])
 
     fitting = [needed for needed in TEMPLATES if all(map(holds, needed))]
     needed = fitting[rng.integers(len(fitting))]
     words = TEMPLATES[needed]
     text = words[rng.integers(len(words))].format(
-        category=picture.facts["category"],
-        color=picture.facts["color"],
-        a_category=with_article(picture.facts["category"]),
-        a_color=with_article(picture.facts["color"]),
+        category=image.facts["category"],
+        color=image.facts["color"],
+        a_category=with_article(image.facts["category"]),
+        a_color=with_article(image.facts["color"]),
     )
-    stated = tuple(fact if "=" in fact else f"{fact}={picture.facts[fact]}" for fact in needed)
+    stated = tuple(fact if "=" in fact else f"{fact}={image.facts[fact]}" for fact in needed)
     return text, stated
 
 
@@ -135,10 +135,10 @@ def vectors(facts: Mapping[str, str] | tuple[str, ...]) -> np.ndarray:
     return out
 
 
-def unknown(picture: Truth) -> np.ndarray:
-    """Facts that cannot be judged of a picture, bool [number of facts]."""
+def unknown(image: Truth) -> np.ndarray:
+    """Facts that cannot be judged of an image, bool [number of facts]."""
     return vectors(
-        tuple(f"{g}={v}" for g, values in GROUPS.items() if g not in picture.known for v in values)
+        tuple(f"{g}={v}" for g, values in GROUPS.items() if g not in image.known for v in values)
     )
 
 
@@ -157,10 +157,10 @@ def dialogue(rng: np.random.Generator) -> tuple[Turn, ...]:
             )
             for turn in turns
         )
-    picture = truth("original", {"category": category, "color": color, "occlusion": share})
+    image = truth("original", {"category": category, "color": color, "occlusion": share})
     if style == 2:
-        said = [caption(picture, rng)[0] for _ in range(2)]
-        asked = ("Describe the picture.", "What do you see?")[rng.integers(2)]
+        said = [caption(image, rng)[0] for _ in range(2)]
+        asked = ("Describe the image.", "What do you see?")[rng.integers(2)]
         return Turn("user", asked), Turn("assistant", ". ".join(s.capitalize() for s in said) + ".")
     # Told first, then asked: what the answers are about stands in the text.
     told = answer_sentences(category, color, share)

@@ -62,7 +62,7 @@ def test_the_preset_has_the_sizes_of_its_parts(debug):
     assert with_weights(config, config).siglip == debug.siglip
 
 
-def test_other_pictures_need_other_positions(debug):
+def test_other_images_need_other_positions(debug):
     larger = with_weights(override(debug, {"image_size": 224}), debug)
     assert larger.pretrained.siglip != with_weights(debug, debug).pretrained.siglip
     assert larger.pretrained.vq == with_weights(debug, debug).pretrained.vq
@@ -75,7 +75,7 @@ def test_a_name_that_is_nothing(debug, tmp_path):
     assert not list((tmp_path / "cache").glob("converted/vq-*"))
 
 
-def test_the_demo_answers_and_paints(tmp_path, capsys, monkeypatch):
+def test_the_demo_answers_and_completes(tmp_path, capsys, monkeypatch):
     """Of its four example scenes it names and paints most right."""
     monkeypatch.chdir(tmp_path)
     infer.main(["--demo"])

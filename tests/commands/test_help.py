@@ -88,7 +88,7 @@ def workspace(run_folder, tmp_path_factory):
 WORK = {
     "htfa_jax.train": ["htfa_jax.training.trainer.train", "htfa_jax.training.dry_run.dry_run"],
     "htfa_jax.train_vq": ["htfa_jax.training.vq_stage.train_in"],
-    "htfa_jax.configs": ["htfa_jax.training.plan.table"],
+    "htfa_jax.configs": ["htfa_jax.training.plan.preset_table"],
     "htfa_jax.infer": ["htfa_jax.infer.predict"],
     "htfa_jax.evaluate": ["htfa_jax.evaluation.evaluator.evaluate_run"],
     "htfa_jax.export": ["htfa_jax.inference.export.export_run"],

@@ -49,7 +49,7 @@ def test_one_pair(run_folder, dataset, tmp_path, capsys):
     assert 0 < entry["answers"][0]["confidence"] <= 1
     with Image.open(out / entry["completed"]) as completed:
         assert completed.size == (48, 48)
-    kinds = ["pictures", "alpha", "alignment", "level2", "codes", "answer", "answer_2"]
+    kinds = ["images", "alpha", "alignment", "level2", "codes", "answer", "answer_2"]
     assert list(entry["figures"]) == kinds
     for path in entry["figures"].values():
         with Image.open(out / path) as figure:
@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_read(run_folder, tmp_path, rows, message, capsys)
 def test_lines_that_cannot_be_pairs_name_themselves(tmp_path):
     path = tmp_path / "pairs.jsonl"
     good = {"image_orig": "a.png", "bbox_orig": [1, 2, 3, 4]}
-    rows = [good, "{", {**good, "query": 3}, {"id": "no picture"}, [1]]
+    rows = [good, "{", {**good, "query": 3}, {"id": "no image"}, [1]]
     rows += [{**good, "conversations": [{"from": "human", "value": "<image>\nWhy?"}]}]
     rows += [{**good, "conversations": turns} for turns in (["hello"], 5, [{"from": ["human"]}])]
     rows += [{**good, "id": "\ud800"}, '{"image_orig": "a.png", "query": ' + "[" * 200]

@@ -1,4 +1,4 @@
-"""Paths, progress, logs, pictures of results, commands."""
+"""Paths, progress, logs, images of results, commands."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ from htfa_jax.data.batch import Batch
 from htfa_jax.data.pipeline import Loaded
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.evaluation import report
-from htfa_jax.evaluation.metrics import Answer
+from htfa_jax.evaluation.metrics import Prediction
 from htfa_jax.evaluation.panel import PanelRow, panel_png, read_png
 from htfa_jax.models.layers import make_rngs, stack_layers
 from htfa_jax.training.loop import Loop, duration
@@ -265,31 +265,31 @@ def test_a_signal_with_nothing_to_finish_stops_there_and_handlers_come_back():
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_the_panel_shows_every_scene_and_every_picture(tmp_path):
+def test_the_panel_shows_every_scene_and_every_image(tmp_path):
     def row(shade, answers=1):
-        pictures = {name: np.full((8, 8, 3), shade) for name in ("original", "completion")}
-        said = [Answer(0, "color", "?", "red", "blue", None)] * answers
-        return PanelRow("scene", pictures | {"alpha": np.full((8, 8), 0.5)}, said)
+        images = {name: np.full((8, 8, 3), shade) for name in ("original", "completion")}
+        said = [Prediction(0, "color", "?", "red", "blue", None)] * answers
+        return PanelRow("scene", images | {"alpha": np.full((8, 8), 0.5)}, said)
 
     sizes = []
     for rows in ([row(0.2)], [row(0.2), row(0.8, 7)]):
         (tmp_path / "panel.png").write_bytes(panel_png(rows))
-        picture = read_png(tmp_path / "panel.png")
-        sizes.append(picture.shape)
-        for shade in (51, 204)[: len(rows)]:  # a picture of one shade is a large even area
-            assert (picture == shade).all(axis=-1).mean() > 0.04
+        image = read_png(tmp_path / "panel.png")
+        sizes.append(image.shape)
+        for shade in (51, 204)[: len(rows)]:  # an image of one shade is a large even area
+            assert (image == shade).all(axis=-1).mean() > 0.04
     assert sizes[0][1] == sizes[1][1] and sizes[0][0] < sizes[1][0]
 
 
-def test_scores_without_text_or_pictures_have_a_table():
+def test_scores_without_text_or_images_have_a_table():
     scores = {
         "samples": 2,
         "losses": {"code_loss": 1.0, "loss": 0.3},
         "alignment": {"boxes": 2, "identity: no box": 0},
         "fusion": {"alpha_mean": 0.5},
     }
-    assert "2 scenes  code_loss 1.0000" in report.table(scores)
-    assert "no box" not in report.table(scores)
+    assert "2 scenes  code_loss 1.0000" in report.score_table(scores)
+    assert "no box" not in report.score_table(scores)
     assert report.scalars(scores) == {"code_loss": 1.0, "loss": 0.3, "alpha_mean": 0.5}
     assert tiny().loss.text_weight  # tables of full evaluations: test_evaluate
 
@@ -304,6 +304,8 @@ def test_public_names_are_found_and_others_are_not():
 
 
 def test_the_panel_writes_what_a_model_says_as_it_is():
-    said = [Answer(0, "color", "?", text, "blue", None) for text in ("$^$", "a $\\foo$ b", "\x11")]
+    said = [
+        Prediction(0, "color", "?", text, "blue", None) for text in ("$^$", "a $\\foo$ b", "\x11")
+    ]
     row = PanelRow("$_$", {"original": np.zeros((8, 8, 3))}, said)
     assert panel_png([row])

@@ -27,11 +27,11 @@ from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.evaluation.evaluator import Evaluator, Report
-from htfa_jax.inference.chat import query_of
-from htfa_jax.inference.sampler import Said
+from htfa_jax.inference.chat import checked_query
+from htfa_jax.inference.sampler import Answer
 from htfa_jax.models.factory import build_model
 from htfa_jax.models.losses import count, loss_and_metrics
-from htfa_jax.models.registration import normalize
+from htfa_jax.models.registration import normalize_image
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training import encoder_cache, vq_stage
 from htfa_jax.training import trainer as train_module
@@ -93,9 +93,9 @@ def refused(config):
 
 
 def pixels(config):
-    """What the encoders see of a picture."""
+    """What the encoders see of an image."""
     batch = random_batch(config, size=1)
-    return normalize(batch.image_orig, batch.region_orig, config.data).tolist()
+    return normalize_image(batch.image_orig, batch.region_orig, config.data).tolist()
 
 
 def initial(config):
@@ -133,7 +133,7 @@ def step(config):
 
 
 def vq_step(config):
-    """The loss, the choice of pictures and the revival of the VQ stage."""
+    """The loss, the choice of images and the revival of the VQ stage."""
     model = vq_stage.build_vq(config)
     tx = vq_stage.optax.adam(1e-3)
     params = model.shapes
@@ -370,12 +370,12 @@ def decoding(config):
     asked = []
 
     def look(params, batch):
-        pictures = {"original": np.zeros((2, 4, 4, 3)), "hidden_share": np.zeros(2)}
-        return None, {"samples": 2.0}, pictures
+        images = {"original": np.zeros((2, 4, 4, 3)), "occlusion_ratio": np.zeros(2)}
+        return None, {"samples": 2.0}, images
 
     def answers(params, cache, prompts, decoding):
         asked.append(decoding)
-        return [Said("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
+        return [Answer("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
 
     evaluator._look = look
     evaluator._losses = lambda params, batch: {}
@@ -436,7 +436,7 @@ CASES = {
     "loss.text_weight": (0.5, loss),
     "loss.code_weight": (0.5, loss),
     "loss.label_smoothing": (0.1, loss),
-    "loss.hidden_cell_weight": (2.0, loss),
+    "loss.occluded_cell_weight": (2.0, loss),
     "loss.text_chunk": (16, loss),
     "freeze.siglip": (False, frozen),
     "freeze.vq": (False, shapes),
@@ -468,7 +468,7 @@ CASES = {
     "augment.brightness": (0.5, batches),
     "augment.gamma": (0.5, batches),
     "augment.saturation": (0.5, batches),
-    "data.default_query": ("What?", lambda c: query_of(c, None)),
+    "data.default_query": ("What?", lambda c: checked_query(c, None)),
     "data.max_text_length": (20, batches),
     "data.text_buckets": ((80, 90), batches),
     "data.on_error": ("skip", run),
@@ -544,7 +544,7 @@ RUN = {
 }
 
 
-# Fields whose case takes a picture of another shape, or one that is not there.
+# Fields whose case takes an image of another shape, or one that is not there.
 ODD_RECORD = {
     "data.on_error": "missing.png",
     "data.max_bad_records": "missing.png",

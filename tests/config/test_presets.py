@@ -157,12 +157,12 @@ def test_what_is_off_has_no_parameters_and_costs_nothing(name, tiny_steps):
     ],
 )
 def test_passes_of_a_frozen_siglip(changes, passes):
-    """Forward for each picture that is read, and back through the fused one if alpha learns."""
+    """Forward for each image that is read, and back through the fused one if alpha learns."""
     config = override(Config(), {"pretrained.random_parts": "as_configured"} | changes)
     assert flops.training_step(config, 128)["siglip"] == passes * flops.siglip(config)
 
 
-def test_a_tokenizer_that_will_not_paint_is_read_without_its_decoder(vq_folder):
+def test_a_tokenizer_that_completes_nothing_is_read_without_its_decoder(vq_folder):
     config = support.tiny(loss__code_weight=0.0, pretrained__vq=str(vq_folder))
     model = build_model(config)
     loaded = load_pretrained(config, model)

@@ -9,7 +9,7 @@ from support import tiny
 from htfa_jax.config import AugmentConfig
 from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.pipeline import SampleLoader
-from htfa_jax.data.preprocess import WHOLE, load_pictures
+from htfa_jax.data.preprocess import WHOLE, load_images
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import ConfigError, DataError
 
@@ -17,16 +17,16 @@ SIZE = 60
 
 
 def ruler(width, height):
-    """A picture whose red says where a pixel is from left to right, green from top to bottom."""
+    """An image whose red says where a pixel is from left to right, green from top to bottom."""
     x, y = (np.arange(n) + 0.5 for n in (width, height))
-    picture = np.zeros((height, width, 3))
-    picture[..., 0], picture[..., 1] = x / width * 240, y[:, None] / height * 240
-    return picture.round().astype(np.uint8)
+    image = np.zeros((height, width, 3))
+    image[..., 0], image[..., 1] = x / width * 240, y[:, None] / height * 240
+    return image.round().astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    """Pictures of a scene in three sizes, and a reconstruction of another shape."""
+    """Images of a scene in three sizes, and a reconstruction of another shape."""
     folder = tmp_path_factory.mktemp("scene")
     for name, size in (("orig", (240, 160)), ("target", (480, 320)), ("recon", (120, 160))):
         Image.fromarray(ruler(*size)).save(folder / f"{name}.png")
@@ -49,13 +49,13 @@ def record(tmp_path_factory):
 
 
 def loaded(record, change, resize="letterbox"):
-    return change.applied(load_pictures(record, SIZE, resize, change.window))
+    return change.applied(load_images(record, SIZE, resize, change.window))
 
 
 @pytest.mark.parametrize("resize", ["letterbox", "squash"])
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("corner", [(0.0, 0.0), (0.3, 0.9), (1.0, 1.0)])
-def test_all_pictures_masks_and_boxes_change_alike(record, resize, flip, corner):
+def test_all_images_masks_and_boxes_change_alike(record, resize, flip, corner):
     """Every pixel says where it was: a box's edges are found there, masks and regions too."""
     change = Change(side=0.7, corner=corner, flip=flip)
     sample = loaded(record, change, resize)
@@ -65,14 +65,14 @@ def test_all_pictures_masks_and_boxes_change_alike(record, resize, flip, corner)
     for name, box in (("orig", (60 / 240, 40 / 160, 90 / 240, 80 / 160)),
                       ("recon", (24 / 120, 40 / 160, 60 / 120, 72 / 160))):  # fmt: skip
         x, y, w, h = sample[f"region_{name}"].astype(int)
-        picture = sample[f"image_{name}"][y : y + h, x : x + w].astype(float)
+        image = sample[f"image_{name}"][y : y + h, x : x + w].astype(float)
         assert not sample[f"image_{name}"][:y].any() and not sample[f"image_{name}"][:, :x].any()
         across = left + 0.7 * (np.arange(w) + 0.5) / w
         down = top + 0.7 * (np.arange(h) + 0.5) / h
         across = across[::-1] if flip else across
-        inner = slice(2, -2)  # at the edges of a whole picture bicubic filters see less of it
-        assert np.abs(picture[inner, inner, 0] - 240 * across[inner]).max() < 4
-        assert np.abs(picture[inner, inner, 1] - 240 * down[inner, None]).max() < 4
+        inner = slice(2, -2)  # at the edges of a whole image bicubic filters see less of it
+        assert np.abs(image[inner, inner, 0] - 240 * across[inner]).max() < 4
+        assert np.abs(image[inner, inner, 1] - 240 * down[inner, None]).max() < 4
         # The box, by its relative place in what is seen.
         start = (box[0] - left) / 0.7
         start = 1 - start - box[2] / 0.7 if flip else start
@@ -110,14 +110,14 @@ def test_whatever_is_drawn_the_objects_box_is_seen_whole(record):
     assert len(sides) > 3
 
 
-def test_a_box_that_sticks_out_is_seen_as_far_as_there_is_a_picture():
+def test_a_box_that_sticks_out_is_seen_as_far_as_there_is_a_image():
     assert Change(side=0.5, corner=(1.0, 1.0)).window([(-0.2, 0.8, 0.6, 0.5)]) == (0, 0.5, 0.5, 0.5)
 
 
 def test_the_mask_tells_where_the_object_is_if_no_box_does(record):
     seen = []
     by_mask = replace(record, bbox_orig=None)
-    load_pictures(by_mask, SIZE, "letterbox", lambda objects: (seen.append(objects), WHOLE)[1])
+    load_images(by_mask, SIZE, "letterbox", lambda objects: (seen.append(objects), WHOLE)[1])
     assert seen == [[(30 / 120, 20 / 80, 45 / 120, 40 / 80), (24 / 120, 0.25, 0.5, 72 / 160)]]
 
 
@@ -126,27 +126,27 @@ def test_the_mask_tells_where_the_object_is_if_no_box_does(record):
 )
 def test_a_crop_that_could_lose_the_object_is_refused(record, missing):
     with pytest.raises(DataError, match=r"record 0 \(id a\): augment.crop does not know where"):
-        load_pictures(replace(record, **missing), SIZE, "letterbox", Change().window)
-    loaded = load_pictures(replace(record, image_recon=None), SIZE, "letterbox", Change().window)
+        load_images(replace(record, **missing), SIZE, "letterbox", Change().window)
+    loaded = load_images(replace(record, image_recon=None), SIZE, "letterbox", Change().window)
     assert not loaded["has_recon"]
 
 
 def test_nothing_to_change_changes_nothing(record):
-    plain = load_pictures(record, SIZE, "letterbox")
+    plain = load_images(record, SIZE, "letterbox")
     for name, value in loaded(record, Change()).items():
         np.testing.assert_array_equal(value, plain[name], err_msg=name)
     assert draw(AugmentConfig(), np.random.default_rng(0)) is None
 
 
 def test_flipping_twice_is_nothing(record):
-    plain = load_pictures(record, SIZE, "letterbox")
+    plain = load_images(record, SIZE, "letterbox")
     twice = Change(flip=True).applied(Change(flip=True).applied(plain))
     for name, value in twice.items():
         np.testing.assert_array_equal(value, plain[name], err_msg=name)
 
 
 def test_colors_are_those_of_the_closed_form(record):
-    plain = load_pictures(record, SIZE, "letterbox")
+    plain = load_images(record, SIZE, "letterbox")
     values = plain["image_orig"].astype(float)
     brighter = Change(brightness=1.3).applied(plain)["image_orig"]
     np.testing.assert_allclose(brighter, np.minimum(values * 1.3, 255), atol=0.51)
@@ -158,7 +158,7 @@ def test_colors_are_those_of_the_closed_form(record):
 
 
 def test_colors_change_alike_and_black_stays_black(record):
-    plain = load_pictures(record, SIZE, "letterbox")
+    plain = load_images(record, SIZE, "letterbox")
     plain["image_recon"] = plain["image_target"] = plain["image_orig"]
     changed = Change(brightness=0.8, gamma=0.7, saturation=1.4).applied(plain)
     assert not np.array_equal(changed["image_orig"], plain["image_orig"])

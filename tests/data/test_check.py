@@ -11,7 +11,7 @@ from support import tiny, write_dataset
 from htfa_jax.config import override
 from htfa_jax.config.io import save_config
 from htfa_jax.data import check as check_module
-from htfa_jax.data.check import check, main, table
+from htfa_jax.data.check import check, findings_table, main
 from htfa_jax.data.examine import Examiner, examine
 from htfa_jax.data.pipeline import evaluation_batches
 from htfa_jax.data.sources.json_lines import RecordFile
@@ -70,16 +70,16 @@ def test_every_problem_is_counted_with_its_record_and_reason(report):
         for kind, problem in report["problems"].items()
     }
     assert found == {
-        "missing picture": [(3, "r3")],
-        "empty picture": [(5, "r5")],
-        "damaged picture": [(7, "r7")],
+        "missing image": [(3, "r3")],
+        "empty image": [(5, "r5")],
+        "damaged image": [(7, "r7")],
         "another frame": [(9, "r9")],
         "box outside": [(11, "r11"), (15, "r15")],
         "record": [(13, None), (23, None)],
         "too long a text": [(15, "r15")],
     }
     assert report["bad_records"] == len(BAD) and report["training_would_stop"]
-    example = report["problems"]["missing picture"]["examples"][0]
+    example = report["problems"]["missing image"]["examples"][0]
     assert example["file"] == report["source"]
     assert "record 3 (id r3): image_orig: no file at" in example["reason"]
     assert "put it there, or mend the path" in example["reason"]
@@ -88,7 +88,7 @@ def test_every_problem_is_counted_with_its_record_and_reason(report):
 def test_what_the_data_is_like(report, config, damaged, tmp_path):
     assert report["records"] == report["checked"] == NUM
     # Two lines cannot be read, one original is missing.
-    assert report["picture_sizes"] == {"48x48": NUM - 4, "96x48": 1}
+    assert report["image_sizes"] == {"48x48": NUM - 4, "96x48": 1}
     assert report["fields"]["image_target"] == NUM - 3
     assert report["duplicate_ids"] == {
         "count": 1,
@@ -121,7 +121,7 @@ def test_the_command_prints_writes_and_exits_with_1(damaged, tmp_path, capsys):
         main([str(damaged), *options, "--report", str(out), "--drop", str(clean)])
     assert end.value.code == 1
     printed = capsys.readouterr().out
-    assert table(json.loads(out.read_text())) in printed
+    assert findings_table(json.loads(out.read_text())) in printed
     assert "8 bad records: training would stop" in printed
     assert f"32 good records written to {clean}" in printed
     # The clean one is clean, and gives what the good records gave.
@@ -193,6 +193,6 @@ def test_a_worker_that_is_killed_ends_it_with_the_reason(config, damaged, tmp_pa
 
 def test_many_different_answers_are_not_all_kept(config, damaged, monkeypatch):
     monkeypatch.setattr(check_module, "MAX_LABELS", 2)
-    found = check(config, str(damaged), num_workers=1)["labels"]["hidden_share"]
+    found = check(config, str(damaged), num_workers=1)["labels"]["occlusion_ratio"]
     assert found["different"] == 3
     assert sum(found["most_common"].values()) == NUM - 2

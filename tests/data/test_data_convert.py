@@ -15,7 +15,7 @@ from htfa_jax.config import Config, override
 from htfa_jax.data import convert as convert_module
 from htfa_jax.data.convert import convert
 from htfa_jax.data.pipeline import evaluation_batches, training_batches
-from htfa_jax.data.preprocess import load_pictures
+from htfa_jax.data.preprocess import load_images
 from htfa_jax.data.sources.array_records import UNFINISHED
 from htfa_jax.data.sources.open import open_source
 from htfa_jax.data.splits import open_split, open_tokenizer
@@ -119,7 +119,7 @@ def test_reconstructions_of_a_template_are_packed(dataset, tmp_path):
 
 @pytest.fixture(params=[".png", ".jpg"])
 def large(request, tmp_path):
-    """Records of large pictures, wide, high and square, with another shape of reconstruction."""
+    """Records of large images, wide, high and square, with another shape of reconstruction."""
     path = write_dataset(tmp_path / "large", 3)
     rng, lines = np.random.default_rng(3), []
     for i, line in enumerate(path.read_text().splitlines()):
@@ -129,24 +129,24 @@ def large(request, tmp_path):
             is_mask = field.endswith("mask")
             w, h = size[::-1] if field == "image_recon" else size
             coarse = rng.integers(0, 256, (4, 4) if is_mask else (4, 4, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
+            image = Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
             if is_mask:
-                picture = picture.point(lambda v: 255 * (v > 99))
+                image = image.point(lambda v: 255 * (v > 99))
             line[field] = f"{field}{i}" + (".png" if is_mask else request.param)
-            picture.save(path.parent / line[field], **({} if is_mask else {"quality": 98}))
+            image.save(path.parent / line[field], **({} if is_mask else {"quality": 98}))
         line["bbox_orig"], line["bbox_recon"] = [10, 20, 30.5, 40], [7, 3, 41, 60]
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines))
     return path
 
 
-def test_reduced_pictures_train_as_the_large_ones(large, tmp_path):
-    """Pictures without loss give the very same pixels; JPEG is compressed once more."""
+def test_reduced_images_train_as_the_large_ones(large, tmp_path):
+    """Images without loss give the very same pixels; JPEG is compressed once more."""
     convert(str(large), tmp_path / "packed", image_size=48)
     before = open_source(str(large), Config().data)
     after = open_source(str(tmp_path / "packed"), Config().data)
     for i in range(3):
-        a, b = (load_pictures(records[i], 48, "letterbox") for records in (before, after))
+        a, b = (load_images(records[i], 48, "letterbox") for records in (before, after))
         for name in a:
             if name.startswith("bbox"):
                 np.testing.assert_allclose(a[name], b[name], atol=1e-4)
@@ -158,7 +158,7 @@ def test_reduced_pictures_train_as_the_large_ones(large, tmp_path):
     assert sizes[1] < sizes[0] / 2
 
 
-def test_small_pictures_are_not_made_larger(dataset, tmp_path):
+def test_small_images_are_not_made_larger(dataset, tmp_path):
     convert(str(dataset), tmp_path / "packed", image_size=448)
     record = open_source(str(tmp_path / "packed"), Config().data)[1]
     assert record.image_orig.read_bytes() == (dataset.parent / "orig1.png").read_bytes()

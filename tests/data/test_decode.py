@@ -1,4 +1,4 @@
-"""Damaged and unusual picture files: a clear error, or the right picture."""
+"""Damaged and unusual image files: a clear error, or the right image."""
 
 import io
 import os
@@ -11,13 +11,13 @@ from PIL import Image
 
 from htfa_jax.data import decode
 from htfa_jax.data.decode import load_image, load_mask
-from htfa_jax.data.preprocess import load_pictures
+from htfa_jax.data.preprocess import load_images
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import DataError
 
 
 def smooth(width=48, height=48):
-    """A picture that JPEG keeps: a gradient per channel."""
+    """An image that JPEG keeps: a gradient per channel."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
     return np.stack([x, y, 255 - x], axis=-1).round().astype(np.uint8)
 
@@ -48,12 +48,12 @@ def record(dataset):
 @pytest.mark.parametrize(
     "content,reason,kind",
     [
-        (None, "no file at .*bad.png: put it there", "missing picture"),
-        (b"", r"bad.png is empty \(0 bytes\): copy it again", "empty picture"),
-        (bytes(900), "bad.png is no picture that can be read: save it as", "unknown picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no picture that can be", "unk"),
-        (png_of_size(9000, 9000), "has 9000x9000 pixels, more than 64 meb", "too large a picture"),
-        (png_of_size(60000, 60000), "has far more than 64 mebipixels", "too large a picture"),
+        (None, "no file at .*bad.png: put it there", "missing image"),
+        (b"", r"bad.png is empty \(0 bytes\): copy it again", "empty image"),
+        (bytes(900), "bad.png is no image that can be read: save it as", "unknown image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image that can be", "unk"),
+        (png_of_size(9000, 9000), "has 9000x9000 pixels, more than 64 meb", "too large an image"),
+        (png_of_size(60000, 60000), "has far more than 64 mebipixels", "too large an image"),
     ],
 )
 def test_it_names_record_field_file_and_what_to_do(record, tmp_path, field, content, reason, kind):
@@ -61,7 +61,7 @@ def test_it_names_record_field_file_and_what_to_do(record, tmp_path, field, cont
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=rf"record 2 \(id r2\): {field}: .*{reason}") as caught:
-        load_pictures(replace(record, **{field: path}), 48, "letterbox")
+        load_images(replace(record, **{field: path}), 48, "letterbox")
     assert caught.value.kind.startswith(kind)
 
 
@@ -78,7 +78,7 @@ def test_a_bomb_is_refused_before_its_pixels_are_there(record, tmp_path):
     path.write_bytes(header[:33] + chunk + b"\0\0\0\0IEND\xaeB`\x82")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match="has 9100x9100 pixels, more than"):
-        load_pictures(replace(record, image_orig=path), 48, "letterbox")
+        load_images(replace(record, image_orig=path), 48, "letterbox")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
@@ -87,14 +87,14 @@ def test_too_many_bytes_are_not_read(record, tmp_path, monkeypatch):
     path = tmp_path / "long.png"
     path.write_bytes(file_of(Image.fromarray(smooth()), "PNG") + bytes(2**20))
     with pytest.raises(DataError, match="long.png has 1 MiB, more than 1: make it smaller"):
-        load_pictures(replace(record, image_orig=path), 48, "letterbox")
+        load_images(replace(record, image_orig=path), 48, "letterbox")
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), os.mkfifo])
 def test_what_is_no_file_is_refused_and_not_waited_for(record, tmp_path, make):
     make(tmp_path / "odd.png")
     with pytest.raises(DataError, match="image_orig: .*odd.png is not a file"):
-        load_pictures(replace(record, image_orig=tmp_path / "odd.png"), 48, "letterbox")
+        load_images(replace(record, image_orig=tmp_path / "odd.png"), 48, "letterbox")
 
 
 @pytest.mark.parametrize(
@@ -109,17 +109,17 @@ def test_what_is_no_file_is_refused_and_not_waited_for(record, tmp_path, make):
         ("BMP", {}),
     ],
 )
-def test_cut_off_or_scribbled_over_it_is_an_error_or_a_picture(record, tmp_path, kind, options):
+def test_cut_off_or_scribbled_over_it_is_an_error_or_a_image(record, tmp_path, kind, options):
     """Whatever Pillow makes of it, only one sort of error comes out, and most cuts are noticed."""
     whole = file_of(Image.fromarray(smooth()), kind, **options)
-    path, rng, noticed = tmp_path / "picture", np.random.default_rng(0), 0
+    path, rng, noticed = tmp_path / "image", np.random.default_rng(0), 0
     lengths = np.linspace(1, len(whole) - 3, 25).astype(int)
     for length in lengths:
         path.write_bytes(whole[:length])
         try:
-            load_pictures(replace(record, image_orig=path), 48, "letterbox")
+            load_images(replace(record, image_orig=path), 48, "letterbox")
         except DataError as error:
-            assert error.kind in ("damaged picture", "unknown picture format")
+            assert error.kind in ("damaged image", "unknown image format")
             noticed += 1
     # The end of a file may be padding, or hold nothing.
     assert noticed >= 22
@@ -129,7 +129,7 @@ def test_cut_off_or_scribbled_over_it_is_an_error_or_a_picture(record, tmp_path,
             scribbled[place] = rng.integers(256)
         path.write_bytes(scribbled)
         try:
-            sample = load_pictures(replace(record, image_orig=path), 48, "letterbox")
+            sample = load_images(replace(record, image_orig=path), 48, "letterbox")
             assert sample["image_orig"].shape == (48, 48, 3)
         except DataError:
             pass
@@ -140,7 +140,7 @@ def test_a_cut_off_jpeg_says_so(record, tmp_path):
     path.write_bytes(file_of(Image.fromarray(smooth(200, 200)), "JPEG")[:2000])
     reason = r"cut.jpg cannot be decoded: .*truncated.*: copy it again, or leave the record out"
     with pytest.raises(DataError, match=reason):
-        load_pictures(replace(record, image_recon=path), 48, "letterbox")
+        load_images(replace(record, image_recon=path), 48, "letterbox")
 
 
 def test_memory_that_is_not_there_is_no_fault_of_the_data(record, monkeypatch):
@@ -153,10 +153,10 @@ def test_memory_that_is_not_there_is_no_fault_of_the_data(record, monkeypatch):
 
 def test_cmyk_becomes_rgb():
     """As Adobe's programs write it (inverted), and as others do."""
-    picture = smooth()
-    found = load_image(file_of(Image.fromarray(picture).convert("CMYK"), "JPEG", quality=95))
+    image = smooth()
+    found = load_image(file_of(Image.fromarray(image).convert("CMYK"), "JPEG", quality=95))
     assert found.mode == "RGB"
-    assert np.abs(np.asarray(found, int) - picture).mean() < 3
+    assert np.abs(np.asarray(found, int) - image).mean() < 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -180,23 +180,23 @@ def test_numbers_that_are_no_colours_are_refused(kind):
 @pytest.mark.parametrize("mode", ["P", "RGBA", "LA", "RGB"])
 def test_what_is_transparent_is_black(mode):
     """Whatever colour is written below it; half transparent is half as bright."""
-    picture = Image.fromarray(smooth()).convert("L" if mode == "LA" else "RGB")
-    shown = np.asarray(picture.convert("RGB")).copy()
+    image = Image.fromarray(smooth()).convert("L" if mode == "LA" else "RGB")
+    shown = np.asarray(image.convert("RGB")).copy()
     if mode == "P":
-        image = picture.quantize(64)
-        shown = np.asarray(image.convert("RGB")).copy()
-        hidden = np.asarray(image) == 7
-        content = file_of(image, "PNG", transparency=7)
+        indexed = image.quantize(64)
+        shown = np.asarray(indexed.convert("RGB")).copy()
+        hidden = np.asarray(indexed) == 7
+        content = file_of(indexed, "PNG", transparency=7)
     elif mode == "RGB":
         hidden = (shown == shown[10, 20]).all(axis=-1)
-        content = file_of(picture, "PNG", transparency=tuple(int(v) for v in shown[10, 20]))
+        content = file_of(image, "PNG", transparency=tuple(int(v) for v in shown[10, 20]))
     else:
         alpha = np.full((48, 48), 255, np.uint8)
         alpha[10:20, 5:30] = 0
         alpha[30:40] = 128
         hidden = alpha == 0
-        picture.putalpha(Image.fromarray(alpha))
-        content = file_of(picture, "PNG")
+        image.putalpha(Image.fromarray(alpha))
+        content = file_of(image, "PNG")
         shown = (shown.astype(int) * alpha[..., None] / 255).round().astype(np.uint8)
     assert hidden.any()
     shown[hidden] = 0
@@ -233,7 +233,7 @@ def test_it_is_upright_with_its_mask(kind, orientation):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_picture_is_taken(kind):
+def test_of_an_animation_the_first_image_is_taken(kind):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
     options = {"lossless": True} if kind == "WEBP" else {}
     content = file_of(frames[0], kind, save_all=True, append_images=frames[1:], **options)
@@ -246,11 +246,11 @@ def test_the_ending_of_a_name_does_not_matter(record, tmp_path):
         expected = np.asarray(image)
         image.save(tmp_path / "really_png.jpg", "PNG")
     changed = replace(record, image_orig=tmp_path / "really_png.jpg")
-    found = load_pictures(changed, 48, "letterbox")["image_orig"]
+    found = load_images(changed, 48, "letterbox")["image_orig"]
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_picture_in_memory_stays_as_it_is():
+def test_a_image_in_memory_stays_as_it_is():
     image = Image.fromarray(smooth())
     image.getexif()[0x0112] = 6
     before = image.copy()

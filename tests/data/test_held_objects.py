@@ -60,7 +60,7 @@ def test_scene_depends_on_seed_split_and_index_alone(scenes):
         assert not np.array_equal(other.target, again.target)
 
 
-def test_composition_does_not_depend_on_picture_size(scenes):
+def test_composition_does_not_depend_on_image_size(scenes):
     large = make_scene(7, "train", 4, 2 * SIZE)
     assert large.category == scenes[4].category
     assert np.allclose(np.array(large.bbox_orig) / 2, scenes[4].bbox_orig, atol=2)
@@ -87,7 +87,7 @@ def test_target_is_original_without_the_hand(scenes):
         assert change.mean() > 10
 
 
-def test_boxes_and_hidden_share_are_those_of_the_masks(scenes):
+def test_boxes_and_occlusion_ratio_are_those_of_the_masks(scenes):
     for scene in scenes:
         x, y, w, h = scene.bbox_orig
         rows, columns = np.nonzero(scene.object_mask)
@@ -105,7 +105,7 @@ def test_boxes_and_hidden_share_are_those_of_the_masks(scenes):
         assert scene.occlusion == hidden.sum() / scene.object_mask.sum()
 
 
-def test_rendered_hidden_share_follows_the_drawn_one(scenes):
+def test_the_rendered_occlusion_ratio_follows_the_drawn_one(scenes):
     drawn = np.array([scene.drawn_occlusion for scene in scenes])
     error = np.abs(drawn - [scene.occlusion for scene in scenes])
     assert error.mean() <= 0.035 and error.max() <= 0.13
@@ -113,7 +113,7 @@ def test_rendered_hidden_share_follows_the_drawn_one(scenes):
     assert drawn.min() < 0.15 and drawn.max() > 0.85 and gaps.max() < 0.05
 
 
-def test_every_category_lies_inside_the_picture(scenes):
+def test_every_category_lies_inside_the_image(scenes):
     seen = set()
     for scene in scenes:
         border = np.ones((SIZE, SIZE), bool)
@@ -217,8 +217,8 @@ def test_records_follow_the_contract(tmp_path):
     for index, record in enumerate(records):
         scene = make_scene(1, "validation", index, 48)
         for key, mode in (("orig", "RGB"), ("recon", "RGB"), ("target", "RGB")):
-            picture = Image.open(tmp_path / record[f"image_{key}"])
-            assert picture.size == (48, 48) and picture.mode == mode
+            image = Image.open(tmp_path / record[f"image_{key}"])
+            assert image.size == (48, 48) and image.mode == mode
         assert np.array_equal(Image.open(tmp_path / record["image_recon"]), scene.reconstruction)
         for key in ("object_mask", "occluder_mask"):
             mask = np.asarray(Image.open(tmp_path / record[key]))
@@ -253,15 +253,15 @@ def test_answers_in_both_styles(tmp_path):
         "category": "jar",
         "clear": "yes",
         "color": "red",
-        "hidden_share": "40 percent",
+        "occlusion_ratio": "40 percent",
     }
     assert answer_sentences("jar", "red", 0.5) == {
         "category": "The object is jar.",
         "clear": "No.",
         "color": "The object is red.",
-        "hidden_share": "About 50 percent of the object is hidden.",
+        "occlusion_ratio": "About 50 percent of the object is hidden.",
     }
-    assert answer_words("jar", "red", 0.85)["hidden_share"] == "90 percent"
+    assert answer_words("jar", "red", 0.85)["occlusion_ratio"] == "90 percent"
     turns = conversation(np.random.default_rng(0), "can", "blue", 0.2, "sentence")
     assert {turn["value"] for turn in turns[1::2]} == set(
         answer_sentences("can", "blue", 0.2).values()
@@ -324,9 +324,9 @@ def test_command_line_writes_a_contact_sheet(tmp_path):
     assert run.returncode == 0, err
     sheet = tmp_path / "contact_sheet.png"
     assert str(sheet) in out and str(tmp_path / "train-3-word.jsonl") in out
-    picture = np.asarray(Image.open(sheet))
-    column = picture.shape[1] // 2
-    assert picture.shape[0] > 4 * 48 and column >= 48
+    image = np.asarray(Image.open(sheet))
+    column = image.shape[1] // 2
+    assert image.shape[0] > 4 * 48 and column >= 48
     scene = make_scene(0, "train", 1, 48)
-    shown = picture[:48, column : column + 48].astype(float)
+    shown = image[:48, column : column + 48].astype(float)
     assert np.abs(shown - scene.original).mean() < 6

@@ -10,7 +10,7 @@ from PIL import Image
 
 from htfa_jax.config import Config
 from htfa_jax.data import obman, safe_pickle
-from htfa_jax.data.preprocess import load_pictures
+from htfa_jax.data.preprocess import load_images
 from htfa_jax.data.sources.open import open_source
 from htfa_jax.errors import DataError
 
@@ -82,7 +82,7 @@ def test_records(layout, tmp_path, capsys):
     }
     for field, source in copied.items():
         assert getattr(record, field).read_bytes() == source.read_bytes()
-    sample = load_pictures(record, 32, "letterbox")
+    sample = load_images(record, 32, "letterbox")
     whole, person = np.zeros((32, 32), bool), np.zeros((32, 32), bool)
     whole[8:18, 4:24] = person[:, 18:28] = True
     np.testing.assert_array_equal(sample["object_mask"], whole)
@@ -105,7 +105,7 @@ def test_flags_reach_the_records(layout, tmp_path, capsys):
     assert "--questions names none" in capsys.readouterr().err
 
 
-def test_without_pictures_of_the_object_alone(layout, tmp_path):
+def test_without_images_of_the_object_alone(layout, tmp_path):
     root, views = layout
     (root / "test" / "rgb_obj").rename(tmp_path / "away")
     path, _ = obman.write_records(root, tmp_path / "out", "test", views, answers="word", limit=1)

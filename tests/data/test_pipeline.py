@@ -161,7 +161,7 @@ def test_batches_are_read_ahead(source):
         batches.close()
 
 
-def test_a_picture_that_disappears_under_way_is_told_from_a_worker(tmp_path, source):
+def test_a_image_that_disappears_under_way_is_told_from_a_worker(tmp_path, source):
     records = RecordFile(write_dataset(tmp_path, 7))
     batches = training_batches(tiny(data__num_workers=1), records, source[1], 0, 2)
     try:
@@ -171,7 +171,7 @@ def test_a_picture_that_disappears_under_way_is_told_from_a_worker(tmp_path, sou
         with pytest.raises(DataError, match=r"record \d \(id r\d\): image_orig: no file") as caught:
             for _ in range(1000):
                 next(batches)
-        assert caught.value.kind == "missing picture"
+        assert caught.value.kind == "missing image"
     finally:
         batches.close()
 

@@ -70,10 +70,10 @@ def talk(*turns):
         ({"meta": 3}, "meta must be an object"),
         (
             {"image_orig": ..., "image": ["a", "b", "c"]},
-            "image has 3 pictures, expected one or two",
+            "image has 3 images, expected one or two",
         ),
-        ({"image_orig": ..., "image": []}, "image has 0 pictures"),
-        ({"image_orig": ..., "image": ["a", "b"]}, "image has a second picture and image_recon"),
+        ({"image_orig": ..., "image": []}, "image has 0 images"),
+        ({"image_orig": ..., "image": ["a", "b"]}, "image has a second image and image_recon"),
         ({"image_orig": ..., "image": None}, "image_orig is missing"),
     ],
 )

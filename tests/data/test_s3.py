@@ -60,7 +60,7 @@ def test_training_from_s3(bucket, tmp_path):
     tokenizer = open_tokenizer(local, tmp_path / "workdir", open_split(local, "train"))
     expected = batches(local, tokenizer)
     same(batches(override(local, {"data.train": f"{url}/data.jsonl"}), tokenizer), expected)
-    # Records here, pictures there.
+    # Records here, images there.
     shutil.copy(folder / "data.jsonl", tmp_path)
     mixed = {"data.train": str(tmp_path / "data.jsonl"), "data.image_root": url}
     same(batches(override(local, mixed), tokenizer), expected)

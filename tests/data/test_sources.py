@@ -349,10 +349,10 @@ def test_a_damaged_shard_never_gives_a_wrong_record(folder, data):
         open_source(str(folder), data)
 
 
-# Pictures stay inside their root.
+# Images stay inside their root.
 
 
-def picture(tmp_path, name, image_root=None):
+def image(tmp_path, name, image_root=None):
     path = tmp_path / "set" / "d.jsonl"
     path.parent.mkdir(exist_ok=True)
     to_lines(path, [{**GOOD, "image_orig": name}])
@@ -370,28 +370,28 @@ def picture(tmp_path, name, image_root=None):
         ("a\0.jpg", "has a zero byte"),
     ],
 )
-def test_a_picture_outside_of_the_folder_is_refused(tmp_path, name, reason):
+def test_a_image_outside_of_the_folder_is_refused(tmp_path, name, reason):
     with pytest.raises(DataError, match=r"record 0 \(id 7\): image_orig=.* " + reason):
-        picture(tmp_path, name)
+        image(tmp_path, name)
 
 
 def test_a_root_that_the_user_gives_allows_what_is_in_it(tmp_path, monkeypatch):
-    assert picture(tmp_path, "x/../a.jpg") == tmp_path / "set" / "a.jpg"
-    inside = str(tmp_path / "pictures" / "a.jpg")
-    assert picture(tmp_path, inside, str(tmp_path)) == Path(inside)
-    assert picture(tmp_path, "/a/b.jpg", "/") == Path("/a/b.jpg")
-    assert picture(tmp_path, "b.jpg", "/pictures") == Path("/pictures/b.jpg")
+    assert image(tmp_path, "x/../a.jpg") == tmp_path / "set" / "a.jpg"
+    inside = str(tmp_path / "images" / "a.jpg")
+    assert image(tmp_path, inside, str(tmp_path)) == Path(inside)
+    assert image(tmp_path, "/a/b.jpg", "/") == Path("/a/b.jpg")
+    assert image(tmp_path, "b.jpg", "/images") == Path("/images/b.jpg")
     monkeypatch.chdir(tmp_path)
-    assert picture(tmp_path, inside, "pictures") == Path("pictures/a.jpg")
-    for name in (str(tmp_path / "a.jpg"), inside.replace("pictures", "pictures2"),
-                 f"{tmp_path}/pictures/../a.jpg", "../a.jpg"):  # fmt: skip
+    assert image(tmp_path, inside, "images") == Path("images/a.jpg")
+    for name in (str(tmp_path / "a.jpg"), inside.replace("images", "images2"),
+                 f"{tmp_path}/images/../a.jpg", "../a.jpg"):  # fmt: skip
         with pytest.raises(DataError, match="leads out of"):
-            picture(tmp_path, name, str(tmp_path / "pictures"))
-    assert str(picture(tmp_path, "a.jpg", "s3://b/x")) == "s3://b/x/a.jpg"
-    assert str(picture(tmp_path, "s3://b/x/y/a.jpg", "s3://b/x/")) == "s3://b/x/y/a.jpg"
+            image(tmp_path, name, str(tmp_path / "images"))
+    assert str(image(tmp_path, "a.jpg", "s3://b/x")) == "s3://b/x/a.jpg"
+    assert str(image(tmp_path, "s3://b/x/y/a.jpg", "s3://b/x/")) == "s3://b/x/y/a.jpg"
     for name in ("s3://b/xy/a.jpg", "s3://b/x/../a.jpg", "gs://b/x/a.jpg", "/b/x/a.jpg"):
         with pytest.raises(DataError, match="leads out of"):
-            picture(tmp_path, name, "s3://b/x")
+            image(tmp_path, name, "s3://b/x")
 
 
 # A template that leads nowhere, mixtures.
@@ -448,10 +448,10 @@ def memory():
 def test_remote_files_are_read(tmp_path, data, memory, name):
     KINDS[name](tmp_path / name, many(30))
     memory.pipe(f"/set/{name}", (tmp_path / name).read_bytes())
-    memory.pipe("/set/a.jpg", b"picture")
+    memory.pipe("/set/a.jpg", b"image")
     records = open_source(f"memory://set/{name}", data)
     assert [records[i].id for i in range(30)] == [str(i) for i in range(30)]
-    assert records[3].image_orig.read_bytes() == b"picture"
+    assert records[3].image_orig.read_bytes() == b"image"
     assert not records[3].image_recon.is_file()
     with pytest.raises(FileNotFoundError):
         records[3].image_recon.read_bytes()

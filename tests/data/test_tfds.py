@@ -108,7 +108,7 @@ def test_it_is_read_without_tensorflow(built):
 
 
 class Other(tfds.core.GeneratorBasedBuilder):
-    """Somebody's dataset: paths instead of pictures, JSON instead of turns, one record broken."""
+    """Somebody's dataset: paths instead of images, JSON instead of turns, one record broken."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -115,14 +115,14 @@ def test_a_stream_brings_the_answer_in_pieces(client, engine, record, files):
     assert end["confidence"] == pytest.approx(whole["answers"][0]["confidence"], abs=1e-5)
 
 
-def test_a_completed_picture_has_the_originals_size(client, engine, record, files):
+def test_a_completed_image_has_the_originals_size(client, engine, record, files):
     answer = client.post("/v1/complete", files=files, data={"passes": 2, "paste_back": "true"})
     assert answer.headers["content-type"] == "image/png"
     painted = np.asarray(Image.open(io.BytesIO(answer.content)))
     expected = engine.infer(
         record.image_orig,
         record.image_recon,
-        completion=Completion(passes=2, paste_back=True),
+        completion=Completion(refinement_steps=2, paste_back=True),
         object_mask=record.object_mask,
         occluder_mask=record.occluder_mask,
     ).completed
@@ -147,7 +147,7 @@ NOISE = np.random.default_rng(0).bytes(2000)
     "change, data, status, said",
     [
         ({"image_orig": None}, {}, 422, "image_orig: Field required"),
-        ({"image_orig": ("a.png", b"no picture")}, {}, 422, "image_orig: a.png is no picture"),
+        ({"image_orig": ("a.png", b"no image")}, {}, 422, "image_orig: a.png is no image"),
         ({"image_orig": ("a.png", b"")}, {}, 422, "image_orig: a.png is empty"),
         ({"image_recon": ("b.png", png()[:60])}, {}, 422, "image_recon: b.png cannot be decoded"),
         (

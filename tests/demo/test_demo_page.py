@@ -117,7 +117,7 @@ def look_at(page, example="camera"):
 
 
 def send(page, field, name, content):
-    """Chooses a file for a picture, in place of the one that may be there."""
+    """Chooses a file for an image, in place of the one that may be there."""
     kind = {"name": name, "mimeType": "image/png", "buffer": content}
     page.locator(f"#{field} input[type=file]").set_input_files(kind)
 
@@ -170,14 +170,14 @@ def test_an_example_from_look_to_answer(open_page, width, height, scheme):
     assert brightness < 150 if scheme == "dark" else brightness > 600
 
 
-def test_own_pictures_a_talk_and_what_can_be_taken_along(open_page, server):
+def test_own_images_a_talk_and_what_can_be_taken_along(open_page, server):
     page = open_page()
     send(page, "orig", "mine.png", png((90, 60), "orange"))
     page.locator("#orig img").wait_for()
     page.locator("#look").click()
     page.locator(".compare").wait_for()
     assert "reconstruction: own completion" in page.locator("#facts").inner_text()
-    with Image.open(downloaded(page, "Download picture")) as completed:
+    with Image.open(downloaded(page, "Download image")) as completed:
         assert completed.size == (90, 60)
     page.locator("#question textarea, #question input").fill("What <b>is</b> it?")
     page.locator("#ask").click()
@@ -214,7 +214,7 @@ def test_a_click_and_the_sliders_choose_who_attends(open_page):
         )
         seen.append(figure.get_attribute("src"))
 
-    place = page.locator("#place-picture img")
+    place = page.locator("#place-image img")
     box = place.bounding_box()
     place.click(position={"x": box["width"] / 2, "y": 0.8 * box["height"]})
     changed()
@@ -266,7 +266,7 @@ def test_what_goes_wrong_is_a_sentence(open_page):
     send(page, "orig", "letter.png", b"Dear model,")
     page.locator("#orig img").wait_for()
     page.locator("#look").click()
-    assert "image_orig: letter.png is no picture that can be read" in told(page)
+    assert "image_orig: letter.png is no image that can be read" in told(page)
     look_at(page)
     page.get_by_role("button", name="Where the object is").click()
     page.get_by_label("Box in the original").fill("1, 2, 3")
@@ -283,8 +283,8 @@ def test_what_goes_wrong_is_a_sentence(open_page):
 def test_only_what_is_drawn_is_replaced(open_page):
     page = open_page()
     buffer = io.BytesIO()
-    with Image.open(EXAMPLE / "camera_image_orig.jpg") as picture:
-        original = picture.convert("RGB").resize((224, 224))
+    with Image.open(EXAMPLE / "camera_image_orig.jpg") as image:
+        original = image.convert("RGB").resize((224, 224))
     original.save(buffer, "png")
     send(page, "orig", "scene.png", buffer.getvalue())
     page.locator("#orig img").wait_for()
@@ -303,7 +303,7 @@ def test_only_what_is_drawn_is_replaced(open_page):
     page.mouse.up()
     page.locator("#look").click()
     page.locator(".compare").wait_for()
-    with Image.open(downloaded(page, "Download picture")) as completed:
+    with Image.open(downloaded(page, "Download image")) as completed:
         differs = np.any(np.asarray(completed) != np.asarray(original), axis=-1)
     assert 20 < differs.sum() < 0.2 * differs.size
     rows, columns = np.nonzero(differs)

@@ -117,7 +117,7 @@ def test_what_waits_goes_together():
 def test_the_oldest_goes_first_whatever_its_options():
     async def test(serving, engine):
         await blocked(serving, engine)
-        kinds = [None, ONE_PASS, None, Completion(passes=2), ONE_PASS]
+        kinds = [None, ONE_PASS, None, Completion(refinement_steps=2), ONE_PASS]
         order = []
 
         async def note(i, task):

@@ -11,7 +11,12 @@ def run(tmp_path):
     lines = [
         {"step": 2, "time": 1.0, "train/loss": 3.0, "train/text_loss": 2.0},
         {"step": 4, "time": 2.0, "train/loss": 2.5, "train/text_loss": 1.5},
-        {"step": 4, "time": 3.0, "validation/loss": 2.7, "validation/accuracy/hidden_share": 0.25},
+        {
+            "step": 4,
+            "time": 3.0,
+            "validation/loss": 2.7,
+            "validation/accuracy/occlusion_ratio": 0.25,
+        },
         {"step": 4, "time": 9.0, "train/loss": 2.4, "train/text_loss": 1.4},
     ]
     (tmp_path / "logs").mkdir()
@@ -24,7 +29,7 @@ def test_a_step_that_was_made_again_counts_once(run):
         "train/loss": [(2, 3.0), (4, 2.4)],
         "train/text_loss": [(2, 2.0), (4, 1.4)],
         "validation/loss": [(4, 2.7)],
-        "validation/accuracy/hidden_share": [(4, 0.25)],
+        "validation/accuracy/occlusion_ratio": [(4, 0.25)],
     }
 
 
@@ -33,7 +38,7 @@ def test_every_curve_is_drawn_under_its_name(run):
     drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
     assert drawn == {"loss": [3.0, 2.4], "words": [2.0, 1.4], "loss, validation": [2.7]}
     (line,) = answers.lines
-    assert line.get_label() == "hidden share" and list(line.get_ydata()) == [0.25]
+    assert line.get_label() == "occlusion ratio" and list(line.get_ydata()) == [0.25]
 
 
 def test_half_a_last_line_is_that_of_a_run_that_writes_it(run):

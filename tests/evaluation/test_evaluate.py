@@ -15,7 +15,13 @@ from htfa_jax.data.records import Turn
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.evaluation import report
-from htfa_jax.evaluation.evaluator import Evaluator, hidden_share, questions, rules, stated_share
+from htfa_jax.evaluation.evaluator import (
+    Evaluator,
+    occlusion_ratios,
+    questions,
+    stated_ratio,
+    system_prompts,
+)
 from htfa_jax.evaluation.image_metrics import CANDIDATES, flat_fill, region_masks
 from htfa_jax.models.factory import build_model
 from htfa_jax.models.registration import to_8bit
@@ -56,23 +62,23 @@ def test_every_question_is_answered_once(evaluated):
     ]
     assert [(a.scene, a.kind, a.question, a.truth) for a in whole.answers] == expected
     counts = {k: rows["all"]["count"] for k, rows in whole.scores["answers"].items()}
-    assert counts == {"color": 7, "hidden_share": 7}
+    assert counts == {"color": 7, "occlusion_ratio": 7}
 
 
-def test_picture_scores_are_those_of_the_pictures_shown(evaluated):
+def test_image_scores_are_those_of_the_images_shown(evaluated):
     """All pixels of the split together, computed again from the panel with NumPy."""
     records, _, whole = evaluated
     assert len(whole.panel) == 7
-    target = np.stack([row.pictures["target"] for row in whole.panel])
+    target = np.stack([row.images["target"] for row in whole.panel])
     for i in range(7):
         shown = np.asarray(Image.open(records[i].image_target))
         np.testing.assert_array_equal(np.asarray(to_8bit(target[i])), shown)
     hand = np.stack([np.asarray(Image.open(records[i].occluder_mask)) > 0 for i in range(7)])
     item = np.stack([np.asarray(Image.open(records[i].object_mask)) > 0 for i in range(7)])
-    regions = {"all": np.ones_like(hand), "covered": hand, "hidden": hand & item}
+    regions = {"all": np.ones_like(hand), "occluder": hand, "occluded": hand & item}
     for name, column in (("completed", "completion"), ("original", "original")):
-        picture = np.stack([row.pictures[column] for row in whole.panel])
-        a, b = (np.asarray(to_8bit(x), np.float64) for x in (picture, target))
+        image = np.stack([row.images[column] for row in whole.panel])
+        a, b = (np.asarray(to_8bit(x), np.float64) for x in (image, target))
         similarity = np.stack(
             [
                 structural_similarity(
@@ -83,14 +89,14 @@ def test_picture_scores_are_those_of_the_pictures_shown(evaluated):
             ]
         )  # fmt: skip
         for region, mask in regions.items():
-            scores = whole.scores["pictures"][region][name]
+            scores = whole.scores["images"][region][name]
             error = ((a - b) ** 2).mean(axis=-1)[mask].mean()
             assert scores["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
             assert scores["ssim"] == pytest.approx(similarity[mask].mean(), abs=1e-3)
-    assert tuple(whole.scores["pictures"]["hidden"]) == CANDIDATES
+    assert tuple(whole.scores["images"]["occluded"]) == CANDIDATES
 
 
-def test_a_tokenizer_that_cannot_paint_is_scored_on_codes(dataset, tmp_path):
+def test_a_tokenizer_without_decoder_is_scored_on_codes(dataset, tmp_path):
     config = tiny(vq__has_decoder=False, eval__max_new_tokens=1, eval__batch_size=7)
     structure = build_model(config)
     records = RecordFile(dataset)
@@ -98,7 +104,7 @@ def test_a_tokenizer_that_cannot_paint_is_scored_on_codes(dataset, tmp_path):
     result = Evaluator(config, structure, tokenizer, Layout(config))(
         random_weights(structure), records
     )
-    assert "pictures" not in result.scores and "completion" not in result.panel[0].pictures
+    assert "images" not in result.scores and "completion" not in result.panel[0].images
     assert result.scores["losses"]["code_accuracy"] >= 0
     report.write(result, tmp_path / "out")
     assert (tmp_path / "out" / "panel.png").is_file()
@@ -107,7 +113,7 @@ def test_a_tokenizer_that_cannot_paint_is_scored_on_codes(dataset, tmp_path):
 def test_flat_fill_is_the_mean_of_what_is_visible():
     batch = random_batch(tiny())
     rgb = batch.image_orig / np.float32(255)
-    batch.region_orig[1] = [0, 8, 48, 32]  # a letterboxed picture
+    batch.region_orig[1] = [0, 8, 48, 32]  # a letterboxed image
     filled = np.asarray(flat_fill(rgb, batch))
     for i, inside in enumerate((slice(0, 48), slice(8, 40), slice(0, 48))):
         visible = np.zeros((48, 48), bool)
@@ -126,22 +132,22 @@ def test_regions_leave_out_padding_and_what_has_no_mask():
     masks = {name: np.asarray(mask) for name, mask in region_masks(batch).items()}
     assert masks["all"].sum(axis=(1, 2)).tolist() == [48 * 32, 48 * 48, 0]
     assert not masks["all"][0, :8].any() and masks["all"][0, 8:40].all()
-    np.testing.assert_array_equal(masks["covered"][1], batch.occluder_mask[1])
-    assert not masks["hidden"][1].any()
+    np.testing.assert_array_equal(masks["occluder"][1], batch.occluder_mask[1])
+    assert not masks["occluded"][1].any()
     hidden = batch.object_mask[0] & batch.occluder_mask[0]
-    np.testing.assert_array_equal(masks["hidden"][0, 8:40], hidden[8:40])
+    np.testing.assert_array_equal(masks["occluded"][0, 8:40], hidden[8:40])
 
 
-def test_hidden_share_comes_from_masks_or_from_the_record(dataset):
+def test_the_occlusion_ratio_comes_from_masks_or_from_the_record(dataset):
     record, batch = RecordFile(dataset)[0], random_batch(tiny())
     mask = batch.object_mask[1]
     share = (mask & batch.occluder_mask[1]).sum() / mask.sum()
     batch.has_object_mask[0] = False
-    shares = hidden_share(batch)
+    shares = occlusion_ratios(batch)
     assert np.isnan(shares[0]) and shares[1] == pytest.approx(share)
-    assert stated_share(record) == record.meta["occlusion"]
+    assert stated_ratio(record) == record.meta["occlusion"]
     record.meta.clear()
-    assert stated_share(record) is None
+    assert stated_ratio(record) is None
 
 
 def test_questions_are_user_turns_with_an_answer(dataset):
@@ -149,16 +155,16 @@ def test_questions_are_user_turns_with_an_answer(dataset):
     roles = ["system", "user", "user", "assistant", "assistant", "user"]
     object.__setattr__(record, "turns", tuple(Turn(r, str(i)) for i, r in enumerate(roles)))
     assert [(q.text, a.text) for q, a in questions(record)] == [("2", "3")]
-    assert [turn.text for turn in rules(record)] == ["0"]
+    assert [turn.text for turn in system_prompts(record)] == ["0"]
 
 
 def test_table_shows_kinds_buckets_and_candidates(evaluated):
     _, _, whole = evaluated
-    text = report.table(whole.scores)
+    text = report.score_table(whole.scores)
     rows = {line.split("  ")[0]: line for line in text.splitlines()}
     color = whole.scores["answers"]["color"]["all"]["accuracy"]
     assert f"{color:.3f}" in rows["color"]
-    hidden = whole.scores["pictures"]["hidden"]["flat_fill"]["psnr"]
+    hidden = whole.scores["images"]["occluded"]["flat_fill"]["psnr"]
     assert f"{hidden:.2f}" in rows["flat fill"]
     assert "boxes: 7" in text
 
@@ -198,7 +204,7 @@ def test_the_main_job_from_nothing_to_its_panel(dataset, tmp_path, capsys):
     evaluate.main(
         ["--checkpoint", str(newest), "--split", "validation", "--output_dir", str(tmp_path / "e")]
     )
-    assert "answers right, by hidden share" in capsys.readouterr().out
+    assert "accuracy by occlusion ratio" in capsys.readouterr().out
     again = json.loads((tmp_path / "e/metrics.json").read_text())
     assert again["step"] == 2
     assert report.scalars(again) == pytest.approx(report.scalars(scores), rel=1e-4, abs=1e-5)

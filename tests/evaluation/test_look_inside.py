@@ -21,8 +21,8 @@ from htfa_jax.evaluation.look_inside import (
     cells_at,
     cells_of,
     figures,
+    images_figure,
     level2_figure,
-    pictures_figure,
     png,
 )
 from htfa_jax.evaluation.report_html import write_report
@@ -34,7 +34,7 @@ from htfa_jax.models.kv_cache import with_room
 P, M, SIZE = 16, 36, 48
 
 
-def one_result(words=("a", " b", END), **changes):
+def one_result(tokens=("a", " b", END), **changes):
     """A result as the engine gives it, of noise."""
     rng = np.random.default_rng(0)
 
@@ -53,11 +53,11 @@ def one_result(words=("a", " b", END), **changes):
         region_recon=(0.0, 0.0, 48.0, 48.0),
         box=(4.0, 8.0, 20.0, 24.0),
         box_recon=(10.0, 10.0, 24.0, 24.0),
-        hidden_HW=hidden,
+        occluded_HW=hidden,
     )
     seen = dataclasses.replace(seen, **changes)
     attention = AnswerAttention(
-        words, 0.8 * rows(2, 4, len(words), P + M), 0.5 * rows(len(words), P + M), P
+        tokens, 0.8 * rows(2, 4, len(tokens), P + M), 0.5 * rows(len(tokens), P + M), P
     )
     completed = Image.fromarray(np.full((60, 80, 3), 200, np.uint8))
     return Result(
@@ -66,7 +66,7 @@ def one_result(words=("a", " b", END), **changes):
 
 
 def maps(figure):
-    """What is drawn over the pictures of a figure, by title."""
+    """What is drawn over the images of a figure, by title."""
     return {
         ax.get_title(): np.asarray(ax.images[1].get_array()).ravel()
         for ax in figure.axes
@@ -88,15 +88,15 @@ def test_rollout_is_the_product_of_the_whole_matrices():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_the_attention_of_an_answer_is_at_the_positions_that_chose_its_words(run_folder, dataset):
-    """Against one pass over everything that the decoder read, picture tokens and words."""
+def test_the_attention_of_an_answer_is_at_the_positions_that_chose_its_tokens(run_folder, dataset):
+    """Against one pass over everything that the decoder read, image tokens and words."""
     engine = HTFAInference(run_folder)
     record, options = RecordFile(dataset)[0], Decoding(max_new_tokens=6)
     pair = record.image_orig, record.image_recon
     result = engine.infer(*pair, "x", decoding=options, completion=None, return_intermediates=True)
     prompt = engine.tokenizer.encode_prompt([Turn("user", "x")])
     cache = engine.chat(*pair)._cache
-    said = engine.answerer.answers(engine.params, cache, [prompt], options)[0]
+    said = engine.sampler.answers(engine.params, cache, [prompt], options)[0]
     assert said.text == result.answer and said.attention is None
     text_T = np.concatenate([prompt, said.tokens])
     length = len(text_T)
@@ -131,9 +131,9 @@ def test_a_view_is_a_layer_a_head_their_mean_or_the_rollout():
         (View(layer=1, head=3), w[1, 3]),
         (View(rollout=True), attention.rollout_TS),
     ):
-        np.testing.assert_allclose(attention.over_pictures(view), expected, rtol=1e-6)
+        np.testing.assert_allclose(attention.over_images(view), expected, rtol=1e-6)
     with pytest.raises(ConfigError, match="head=4: the decoder has 4, 0 to 3"):
-        attention.over_pictures(View(head=4))
+        attention.over_images(View(head=4))
     with pytest.raises(ConfigError, match="rollout"):
         View(layer=0, rollout=True)
 
@@ -151,7 +151,7 @@ def test_cells_of_a_mask_and_of_points():
             cells_at(points, (12, 12), 16)
 
 
-def test_the_hidden_part_asks_in_level_2_per_head_and_mean():
+def test_the_occluded_part_asks_in_level_2_per_head_and_mean():
     result = one_result()
     rows_NS = result.intermediates.attention_NTS[:, [4, 5, 8, 9]].mean(axis=1)
     drawn = maps(level2_figure(result))
@@ -159,9 +159,9 @@ def test_the_hidden_part_asks_in_level_2_per_head_and_mean():
     for i in range(3):
         np.testing.assert_allclose(drawn[f"head {i}"], rows_NS[i], rtol=1e-6)
     np.testing.assert_allclose(drawn["mean of heads"], rows_NS.mean(axis=0), rtol=1e-6)
-    # Without masks it is the box's centre (14, 20), without a box the picture's (24, 24).
+    # Without masks it is the box's centre (14, 20), without a box the image's (24, 24).
     for changes, cell in (({}, 5), ({"box": None}, 10)):
-        drawn = maps(level2_figure(one_result(hidden_HW=None, **changes)))
+        drawn = maps(level2_figure(one_result(occluded_HW=None, **changes)))
         np.testing.assert_allclose(
             drawn["head 1"], result.intermediates.attention_NTS[1, cell], rtol=1e-6
         )
@@ -170,34 +170,34 @@ def test_the_hidden_part_asks_in_level_2_per_head_and_mean():
     np.testing.assert_allclose(drawn["head 2"], expected, rtol=1e-6)
 
 
-def test_the_words_of_an_answer_over_both_branches():
+def test_the_tokens_of_an_answer_over_both_branches():
     result = one_result()
-    over_TS = result.attention.over_pictures(View(layer=1))
+    over_TS = result.attention.over_images(View(layer=1))
     drawn = maps(answer_figure(result, View(layer=1)))
-    assert len(drawn) == 8  # the mean and three words, twice
-    for word, row in (
+    assert len(drawn) == 8  # the mean and three tokens, twice
+    for token, row in (
         ("“b”", over_TS[1]),
         ("(end)", over_TS[2]),
-        ("mean of words", over_TS.mean(0)),
+        ("mean of tokens", over_TS.mean(0)),
     ):
         for branch, part in (("understanding", row[:P]), ("generation", row[P:])):
-            title = f"{word}\n{branch} {part.sum():.0%}"
+            title = f"{token}\n{branch} {part.sum():.0%}"
             np.testing.assert_allclose(drawn[title], part, rtol=1e-6)
-    long = answer_figure(one_result(words=tuple("abcdefghij")))
-    assert len(maps(long)) == 16 and "first 7 of 10 words" in long._suptitle.get_text()
+    long = answer_figure(one_result(tokens=tuple("abcdefghij")))
+    assert len(maps(long)) == 16 and "first 7 of 10 tokens" in long._suptitle.get_text()
 
 
 def test_every_figure_that_there_is_something_for():
     result, truth = one_result(), np.zeros((60, 80, 3), np.uint8)
     drawn = figures(result, result, truth=truth)
-    kinds = ["pictures", "alpha", "alignment", "level2", "codes", "answer", "answer_2"]
+    kinds = ["images", "alpha", "alignment", "level2", "codes", "answer", "answer_2"]
     assert list(drawn) == kinds
-    titles = [ax.get_title() for ax in drawn["pictures"].axes]
+    titles = [ax.get_title() for ax in drawn["images"].axes]
     assert titles == ["original", "reconstruction", "fused", "completed", "truth"]
-    # The letterbox's padding is cut off: the picture has the shape of the original, 4 : 3.
-    assert drawn["pictures"].axes[3].get_xlim() == (0, 48)
-    assert drawn["pictures"].axes[3].get_ylim() == (42, 6)
-    inside = drawn["pictures"].axes[3].images[0].get_array()[6:42]
+    # The letterbox's padding is cut off: the image has the shape of the original, 4 : 3.
+    assert drawn["images"].axes[3].get_xlim() == (0, 48)
+    assert drawn["images"].axes[3].get_ylim() == (42, 6)
+    inside = drawn["images"].axes[3].images[0].get_array()[6:42]
     np.testing.assert_allclose(inside, 200 / 255, atol=1e-6)
     boxes = [p.get_bbox().bounds for ax in drawn["alignment"].axes for p in ax.patches]
     assert boxes == [(4, 8, 20, 24), (10, 10, 24, 24), (4, 8, 20, 24)]
@@ -211,14 +211,14 @@ def test_every_figure_that_there_is_something_for():
     for figure in drawn.values():
         assert np.asarray(Image.open(io.BytesIO(png(figure))).convert("RGB")).std() > 20
 
-    bare = one_result(code_probabilities_MC=None, box=None, box_recon=None, hidden_HW=None)
+    bare = one_result(code_probabilities_MC=None, box=None, box_recon=None, occluded_HW=None)
     bare = dataclasses.replace(bare, completed=None, attention=None, alignment="identity: no box")
     drawn = figures(bare)
-    assert list(drawn) == ["pictures", "alpha", "alignment", "level2"]
-    assert len(drawn["pictures"].axes) == 3
+    assert list(drawn) == ["images", "alpha", "alignment", "level2"]
+    assert len(drawn["images"].axes) == 3
     assert drawn["alignment"]._suptitle.get_text() == "not moved (identity: no box)"
     with pytest.raises(DataError, match="return_intermediates"):
-        pictures_figure(dataclasses.replace(bare, intermediates=None))
+        images_figure(dataclasses.replace(bare, intermediates=None))
     with pytest.raises(DataError, match="no answer"):
         answer_figure(bare)
 
@@ -247,7 +247,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
     bad = '<script>alert("1")</script>'
-    shades = {"pictures": 40, "answer_2": 220, "completed": 130}
+    shades = {"images": 40, "answer_2": 220, "completed": 130}
     for name, shade in shades.items():
         Image.new("RGB", (32, 24), (shade,) * 3).save(tmp_path / f"{name}.png")
     said = [{"query": bad, "answer": "a & b\u2028", "confidence": 0.456},
@@ -255,7 +255,7 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
     facts = {"answers": said, "alignment": "boxes", "reconstruction": "given"}
     entries = [
         {"id": bad, **facts, "completed": "completed.png",
-         "figures": {name: f"{name}.png" for name in ("pictures", "answer_2")}},
+         "figures": {name: f"{name}.png" for name in ("images", "answer_2")}},
         {"id": "no figures", **facts, "completed": "completed.png"},
         {"id": "deleted since", **facts, "figures": {"alpha": "gone.png"}},
         {"id": "failed", "error": f"no file at {bad}"},
@@ -269,14 +269,14 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
     assert "a & b" in page.text and "0.46" in page.text and "4 pairs, 1 failed" in page.text
     assert "gone.png is not there any more" in page.text
     addresses = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href")]
-    pictures = [a for a in addresses if not a.startswith("#")]
-    assert len(pictures) == 3 and "url(" not in text and "http" not in text
-    for address, shade in zip(pictures, shades.values(), strict=True):
+    images = [a for a in addresses if not a.startswith("#")]
+    assert len(images) == 3 and "url(" not in text and "http" not in text
+    for address, shade in zip(images, shades.values(), strict=True):
         kind, data = address.split(",")
         assert kind == "data:image/webp;base64"
-        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
-            assert picture.size == (32, 24)
-            assert np.abs(np.asarray(picture, int) - shade).max() <= 3
+        with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+            assert image.size == (32, 24)
+            assert np.abs(np.asarray(image, int) - shade).max() <= 3
     ids = [attrs["id"] for tag, attrs in page.tags if tag == "section"]
     assert [a[1:] for a in addresses if a.startswith("#")] == ids
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from htfa_jax.evaluation.metrics import Answer, is_right, percent, psnr, score_answers, ssim_map
+from htfa_jax.evaluation.metrics import Prediction, is_right, percent, psnr, score_answers, ssim_map
 from htfa_jax.models.registration import to_8bit
 
 
@@ -60,7 +60,7 @@ def test_percentages_are_found_in_sentences():
 def answers(kind, pairs, hidden=None):
     hidden = hidden or [0.5] * len(pairs)
     return [
-        Answer(i, kind, "?", said, truth, h)
+        Prediction(i, kind, "?", said, truth, h)
         for i, ((said, truth), h) in enumerate(zip(pairs, hidden, strict=True))
     ]
 
@@ -70,16 +70,16 @@ def test_scores_by_kind_and_bucket():
         answers("category", [("cup", "cup"), ("can", "cup"), ("cup", "cup")], [0.1, 0.3, 1.0])
         + answers("color", [("red", "red"), ("red", "red"), ("red", "blue")], [0.1, 0.3, 1.0])
         + answers(
-            "hidden_share",
+            "occlusion_ratio",
             [("30 percent", "40 percent"), ("many", "20 percent"), ("90 percent", "50 percent")],
             [0.1, 0.3, 1.0],
         )
     )
     assert table["category"]["all"]["accuracy"] == pytest.approx(2 / 3)
-    assert table["both_right"]["all"]["accuracy"] == pytest.approx(1 / 3)
+    assert table["joint"]["all"]["accuracy"] == pytest.approx(1 / 3)
     assert set(table["category"]) == {"all", "0-25%", "25-50%", "75-100%"}
     assert table["category"]["25-50%"] == {"count": 1, "accuracy": 0.0}
-    share = table["hidden_share"]["all"]
+    share = table["occlusion_ratio"]["all"]
     assert share["mean_absolute_error"] == pytest.approx((10 + 100 + 40) / 3)
     assert share["within_10_points"] == pytest.approx(1 / 3)
     assert "mean_absolute_error" not in table["category"]["all"]

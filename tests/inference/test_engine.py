@@ -86,7 +86,7 @@ def test_a_stream_is_the_answer_in_pieces(engine, records, temperature):
     assert all(pieces) and not pieces[-1].endswith("\N{REPLACEMENT CHARACTER}")
 
 
-def test_a_stop_text_ends_the_answer_wherever_words_begin(engine, records):
+def test_a_stop_sequence_ends_the_answer_wherever_tokens_begin(engine, records):
     # Random words are random bytes: it begins between two whole characters.
     broken = "\N{REPLACEMENT CHARACTER}"
     query, whole, start = next(
@@ -114,15 +114,16 @@ def test_what_is_settled():
 
 
 def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
-    looked = []
-    look, engine._look = engine._look, lambda *args: looked.append(1) or look(*args)
+    encoded = []
+    encode = engine._encode_images
+    engine._encode_images = lambda *args: encoded.append(1) or encode(*args)
     chat = engine.chat(*pair(records[0]))
     prefix = chat._cache
     turns = []
     for question in ("What color is it?", "And how much of it is hidden?", "Sure?"):
         turns.append(Turn("user", question))
         prompt = engine.tokenizer.encode_prompt(turns)
-        fresh = engine.answerer.answers(engine.params, prefix, [prompt], LONG)[0]
+        fresh = engine.sampler.answers(engine.params, prefix, [prompt], LONG)[0]
         kept = common_prefix(prompt[:-1], chat._read)
         assert chat.ask(question, decoding=LONG) == fresh.text
         turns.append(Turn("assistant", fresh.text))
@@ -130,12 +131,12 @@ def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
             assert kept > 10  # earlier turns were not read again
     # The cache holds what it is said to hold, to the last word.
     prompt = np.append(chat._read, 5).astype(np.int32)
-    fresh_cache = engine.answerer.start(engine.params, prefix, [prompt], LONG).cache
-    filled = engine.answerer.num_picture_tokens + len(chat._read)
+    fresh_cache = engine.sampler.start(engine.params, prefix, [prompt], LONG).cache
+    filled = engine.sampler.num_image_tokens + len(chat._read)
     for ours, theirs in zip(chat._cache, fresh_cache, strict=True):
         np.testing.assert_allclose(ours.k[:, :, :filled], theirs.k[:, :, :filled], atol=1e-3)
-    engine._look = look
-    assert len(looked) == 1 and chat.turns == turns
+    engine._encode_images = encode
+    assert len(encoded) == 1 and chat.turns == turns
     assert (
         engine.infer(*pair(records[0]), "What color is it?", decoding=LONG).answer == turns[1].text
     )
@@ -172,23 +173,23 @@ def test_how_it_was_aligned(engine, records):
     assert engine.infer(*pair(r)).alignment == "identity: no box"
 
 
-def test_a_completed_picture_comes_in_its_own_frame(engine, records):
+def test_a_completed_image_comes_in_its_own_frame(engine, records):
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 256, (40, 90, 3), dtype=np.uint8)
+    image = rng.integers(0, 256, (40, 90, 3), dtype=np.uint8)
     mask = np.zeros((40, 90), bool)
     mask[5:30, 20:60] = True
     recon = str(records[0].image_recon)
-    whole = np.asarray(engine.infer(picture, recon).completed)
-    assert whole.shape == picture.shape
+    whole = np.asarray(engine.infer(image, recon).completed)
+    assert whole.shape == image.shape
     options = Completion(paste_back=True)
     pasted = np.asarray(
-        engine.infer(picture, recon, completion=options, occluder_mask=mask).completed
+        engine.infer(image, recon, completion=options, occluder_mask=mask).completed
     )
-    np.testing.assert_array_equal(pasted[~mask], picture[~mask])
+    np.testing.assert_array_equal(pasted[~mask], image[~mask])
     np.testing.assert_array_equal(pasted[mask], whole[mask])
-    assert (pasted != picture).any()
+    assert (pasted != image).any()
     with pytest.raises(DataError, match="occluder_mask"):
-        engine.infer(picture, recon, completion=options)
+        engine.infer(image, recon, completion=options)
 
 
 def test_samples_differ_by_their_seeds(engine, records):
@@ -199,7 +200,10 @@ def test_samples_differ_by_their_seeds(engine, records):
     best = engine.complete(*pair(records[0]))[0]
     np.testing.assert_array_equal(best, engine.infer(*pair(records[0])).completed)
     changed = [
-        np.any(np.asarray(engine.complete(*pair(r), passes=6)[0]) != engine.complete(*pair(r))[0])
+        np.any(
+            np.asarray(engine.complete(*pair(r), refinement_steps=6)[0])
+            != engine.complete(*pair(r))[0]
+        )
         for r in (records[i] for i in range(7))
     ]
     assert any(changed)
@@ -218,7 +222,7 @@ def test_intermediates_are_there(engine, records):
     assert seen.code_probabilities_MC.shape == (36, 22)
 
 
-def test_paths_pictures_and_arrays_are_the_same(engine, records):
+def test_paths_images_and_arrays_are_the_same(engine, records):
     orig, recon = pair(records[0])
     expected = engine.infer(orig, recon)
     for convert in (Image.open, lambda p: np.asarray(Image.open(p))):
@@ -244,11 +248,11 @@ def test_paths_pictures_and_arrays_are_the_same(engine, records):
 def test_bad_input_is_named(engine, inputs, message):
     with pytest.raises(DataError, match=message):
         engine.infer(*inputs)
-    picture = np.zeros((9, 9, 3), np.uint8)
+    image = np.zeros((9, 9, 3), np.uint8)
     with pytest.raises(DataError, match="did you mean object_mask"):
-        engine.infer(picture, object_masks=picture)
+        engine.infer(image, object_masks=image)
     with pytest.raises(DataError, match="bbox_orig must be"):
-        engine.infer(picture, bbox_orig=(1, 2))
+        engine.infer(image, bbox_orig=(1, 2))
 
 
 def test_runs_that_lack_a_part(dataset, records, tmp_path):

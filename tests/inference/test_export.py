@@ -23,7 +23,7 @@ from htfa_jax.config.io import save_config
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import CheckpointError, ConfigError
 from htfa_jax.evaluation import evaluator
-from htfa_jax.evaluation.report import table as score_table
+from htfa_jax.evaluation.report import score_table as score_table
 from htfa_jax.inference.export import export_run, stored_dtype
 from htfa_jax.inference.model_card import model_card
 from htfa_jax.inference.options import Decoding

@@ -10,9 +10,9 @@ from support import compile_as_for, random_batch, random_weights, taken_apart
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
-from htfa_jax.inference.generate import complete, decode_until, paint, prefill, read_pictures
+from htfa_jax.inference.generate import complete, decode_until, expected_image, prefill, read_images
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampling import sampling_of
+from htfa_jax.inference.sampling import make_sampling
 from htfa_jax.inference.weights import for_inference
 from htfa_jax.kernels.matmul import is_one_token_on_gpu
 from htfa_jax.models.decoding import DecodingInternLM2, decoding_layout
@@ -39,7 +39,7 @@ def decode(model):
 
     def run(params, batch, prompt_BT, length_B, sampling, until, layout, stops):
         module = layouts[layout][0].merge(params)
-        prefix = read_pictures(module, batch)
+        prefix = read_images(module, batch)
         state = prefill(
             module.decoder, prefix.cache, prefix_length(config), prompt_BT, length_B,
             jnp.zeros((len(length_B), 512), bool), sampling, stop_ids=stops,
@@ -55,7 +55,7 @@ def decode(model):
             line[: len(prompts[row])] = prompts[row]
         part = jax.tree.map(lambda x: x[np.array(rows)], batch)
         length_B = np.array([len(prompts[row]) for row in rows], np.int32)
-        sampling = sampling_of(decoding or Decoding(), len(rows))
+        sampling = make_sampling(decoding or Decoding(), len(rows))
         return run(layouts[layout][1], part, prompt_BT, length_B, sampling, until, layout, stops)
 
     return batch, prompts, decode
@@ -136,7 +136,7 @@ def test_all_rows_stopped_ends_the_loop(decode):
 
 
 def test_codes_are_those_of_training(model, decode):
-    """The same logits as in the joint pass, and the picture of the expected codes."""
+    """The same logits as in the joint pass, and the image of the expected codes."""
     config, structure, weights = model
     batch, _, run = decode
     for layout in ("training", "decoding"):
@@ -148,12 +148,14 @@ def test_codes_are_those_of_training(model, decode):
     module = structure.merge(weights)
     expected = module.vq.decoder(expected_vectors(module, prefix.code_logits_BMC))
     np.testing.assert_allclose(
-        paint(module, prefix.code_logits_BMC), expected, rtol=1e-5, atol=5e-5
+        expected_image(module, prefix.code_logits_BMC), expected, rtol=1e-5, atol=5e-5
     )
-    # Where the model is sure, that is the picture of the codes themselves.
+    # Where the model is sure, that is the image of the codes themselves.
     codes = np.random.default_rng(0).integers(0, 22, prefix.code_logits_BMC.shape[:2])
     sure = 1e4 * jax.nn.one_hot(codes, 22)
-    np.testing.assert_allclose(paint(module, sure), module.vq.decode(codes), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        expected_image(module, sure), module.vq.decode(codes), rtol=1e-4, atol=1e-4
+    )
 
 
 def expected_vectors(module, logits):
@@ -183,7 +185,7 @@ def test_one_pass_takes_the_expected_codes_or_draws_them(model, decode):
     np.testing.assert_allclose(share, expected, atol=0.05)
 
 
-def test_passes_keep_the_surest_cells(model, decode):
+def test_refinement_steps_keep_the_most_confident_cells(model, decode):
     """Two passes, computed anew without a cache."""
     config, structure, weights = model
     batch, _, run = decode
@@ -247,7 +249,7 @@ def test_256_tokens_are_those_of_transformers(platform, rows, monkeypatch):
         decoder = structure.merge(weights)
         state = prefill(
             decoder, decoder.empty_cache(rows, 0), 0, prompt, np.full(rows, 40),
-            jnp.zeros((rows, 256), bool), sampling_of(Decoding(), rows), stop_ids=(-1,),
+            jnp.zeros((rows, 256), bool), make_sampling(Decoding(), rows), stop_ids=(-1,),
             num_slots=40 + 256, max_new_tokens=256,
         )  # fmt: skip
         return decode_until(decoder, state, 256, stop_ids=(-1,)).tokens_BT

@@ -12,7 +12,7 @@ from transformers.generation.logits_process import (
 
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampling import choose, penalize, sampling_of, truncate
+from htfa_jax.inference.sampling import make_sampling, penalize, sample_tokens, truncate
 
 B, V = 3, 57
 
@@ -25,7 +25,7 @@ def logits():
 @pytest.mark.parametrize(
     "top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.8), (9, 0.6), (1, 1.0), (0, 1e-4), (200, 0.999)]
 )
-def test_cut_off_words_are_those_of_transformers(logits, top_k, top_p):
+def test_cut_off_tokens_are_those_of_transformers(logits, top_k, top_p):
     expected = torch.from_numpy(logits / np.float32(1.7))
     if top_k:
         expected = TopKLogitsWarper(top_k)(None, expected)
@@ -45,7 +45,7 @@ def test_penalty_is_that_of_transformers(logits):
     np.testing.assert_allclose(penalize(logits, seen, 1.4), expected.numpy(), rtol=1e-6)
 
 
-def test_words_are_drawn_as_often_as_they_are_probable(logits):
+def test_tokens_are_drawn_as_often_as_they_are_probable(logits):
     """Penalty, temperature, top-k, top-p, in this order, as transformers applies them."""
     options = Decoding(temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5)
     ids = np.arange(0, V, 2)[None].repeat(B, axis=0)
@@ -58,8 +58,8 @@ def test_words_are_drawn_as_often_as_they_are_probable(logits):
     ):  # fmt: skip
         x = warp(torch.from_numpy(ids), x)
     expected = torch.softmax(x, dim=-1).numpy()
-    sampling = sampling_of(options, B)
-    draw = jax.jit(jax.vmap(lambda step: choose(logits, seen, sampling, step)))
+    sampling = make_sampling(options, B)
+    draw = jax.jit(jax.vmap(lambda step: sample_tokens(logits, seen, sampling, step)))
     words = np.asarray(draw(jnp.arange(4000)))
     share = np.stack([np.bincount(words[:, i], minlength=V) / 4000 for i in range(B)])
     np.testing.assert_allclose(share, expected, atol=0.03)

@@ -47,7 +47,7 @@ def test_joint_sequence_is_causal_by_gradient(model):
 
 
 def test_no_target_reaches_any_input(model):
-    """Target picture, labels and masks of the loss leave every prediction as it is."""
+    """Target image, labels and masks of the loss leave every prediction as it is."""
     config, structure, weights = model
     batch, other = random_batch(config), random_batch(config, seed=1)
     changed = dataclasses.replace(
@@ -126,7 +126,7 @@ def test_alpha_learns_through_the_vq_and_through_siglip():
         assert np.mean(np.asarray(grad) != 0) > 0.9
 
 
-def test_a_frozen_siglip_stores_nothing_for_the_unfused_pictures():
+def test_a_frozen_siglip_stores_nothing_for_the_unfused_images():
     """The passes without gradients leave no residuals."""
     batch = random_batch(tiny())
 
@@ -199,7 +199,7 @@ def test_the_reconstructions_features_stand_behind_those_of_level_2(model):
         module = structure.merge(weights)
         pair = register(batch, config)
         shown = object_at_cells(pair, config.patch_grid)[..., None]
-        return module.siglip(pair.aligned_BHWC) * shown
+        return module.siglip(pair.aligned_recon_BHWC) * shown
 
     np.testing.assert_allclose(both[..., D:], jax.jit(features)(batch), rtol=1e-4, atol=1e-5)
 
@@ -227,7 +227,7 @@ def test_targets_of_records_without_one_are_the_aligned_reconstruction(model):
     def look(batch):
         module = structure.merge(weights)
         pair = module.fuse(batch).pair
-        return module.target_codes(batch, pair), module.vq.encode(pair.aligned_BHWC)
+        return module.target_codes(batch, pair), module.vq.encode(pair.aligned_recon_BHWC)
 
     codes, of_aligned = look(without)
     np.testing.assert_array_equal(codes[0], of_aligned[0])

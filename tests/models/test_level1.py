@@ -51,7 +51,7 @@ def test_starts_at_init_alpha(scales):
     np.testing.assert_allclose(alpha, 0.8, rtol=1e-6)
 
 
-def test_prediction_starts_at_zero_and_then_follows_the_pictures():
+def test_prediction_starts_at_zero_and_then_follows_the_images():
     rng = np.random.default_rng(0)
     orig, recon = rng.standard_normal((2, 3, 16, 16, 3)).astype(np.float32)
     mask = rng.integers(0, 2, (3, 16, 16)).astype(np.float32)
@@ -64,7 +64,7 @@ def test_prediction_starts_at_zero_and_then_follows_the_pictures():
         assert not np.allclose(module(*changed)[1], alpha)
 
 
-def test_equal_pictures_give_themselves_whatever_alpha_is():
+def test_equal_images_give_themselves_whatever_alpha_is():
     image = np.random.default_rng(1).standard_normal((2, 16, 16, 3)).astype(np.float32)
     module = fusion()
     module.raw[0][...] = jnp.linspace(-3, 3, 256).reshape(16, 16)

@@ -40,7 +40,7 @@ def aligned(features, images_orig, images_recon):
         registration.box_of(registration.foreground(nhwc_, region, 0.01))[0]
         for nhwc_ in (images_orig, images_recon)
     ]
-    affine = registration.affine_of(*boxes)
+    affine = registration.affine_between(*boxes)
     return registration.resample_tokens(features, affine, (size, size), offset=0.0)
 
 

@@ -90,7 +90,7 @@ def test_adapter_dropout_needs_a_key():
 def test_a_fresh_head_finds_the_code_that_a_token_was_made_of():
     module = decoupling(Level3Config(), 30, code_dim=8, decoder_dim=64)
     vectors_CE = jax.random.normal(jax.random.key(0), (30, 8))
-    module.head_generate.kernel[...] = module.first_head(vectors_CE)
+    module.head_generate.kernel[...] = module.tied_head_kernel(vectors_CE)
     logits = np.asarray(module.code_logits(module.generate(vectors_CE[None])))[0]
     # Tokens leave the adapter's norm with a mean square of 1.
     np.testing.assert_allclose(np.diag(logits), 6.0, rtol=1e-2)

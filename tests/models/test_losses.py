@@ -119,7 +119,7 @@ def test_chunks_give_the_loss_of_the_whole(chunk, products):
 
 def test_cell_weights():
     """Covered cells weigh more, cells in the padding and of skipped records nothing."""
-    config = tiny(loss__hidden_cell_weight=5.0)  # 48 pixels, 6 x 6 cells of 8 pixels
+    config = tiny(loss__occluded_cell_weight=5.0)  # 48 pixels, 6 x 6 cells of 8 pixels
     batch = random_batch(config, size=2)
     occluder = np.zeros((2, 48, 48), bool)
     occluder[0, 8:16, 16:24] = True  # cell (1, 2) wholly
@@ -144,7 +144,7 @@ def test_text_weights_leave_out_skipped_records():
     assert count(batch, config).samples == 1
 
 
-def test_nothing_to_paint_has_no_code_loss():
+def test_nothing_to_complete_has_no_code_loss():
     """Without target and reconstruction only the occluded original is left to copy."""
     config = tiny()
     batch = random_batch(config)
@@ -155,6 +155,6 @@ def test_nothing_to_paint_has_no_code_loss():
     np.testing.assert_array_equal(weights[1:], whole[1:])
 
 
-def test_models_without_codes_take_pictures_that_no_cells_fill():
+def test_models_without_codes_take_images_that_no_cells_fill():
     config = tiny(image_size=60, level3__generation=False, loss__code_weight=0.0)
     assert float(count(random_batch(config), config).codes) == 0

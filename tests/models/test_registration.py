@@ -29,7 +29,7 @@ def test_boxes_of_one_channel_agree_with_reference_vectors():
 
 def pair_affines() -> Affine:
     boxes = jnp.asarray(G["boxes"], jnp.float32)
-    return registration.affine_of(boxes[G["pairs"][:, 0]], boxes[G["pairs"][:, 1]])
+    return registration.affine_between(boxes[G["pairs"][:, 0]], boxes[G["pairs"][:, 1]])
 
 
 def test_matrices_agree_with_reference_vectors():
@@ -55,7 +55,7 @@ def alignment_mask(mask):
 
 
 def test_cell_centres_map_onto_each_other():
-    """A picture of its own coordinates, moved: every cell must hold where it came from."""
+    """An image of its own coordinates, moved: every cell must hold where it came from."""
     size, cells = 40, 10
     affine = Affine(jnp.array([[0.5, 0.8]]), jnp.array([[6.0, 3.0]]))
     centre = (jnp.arange(cells) + 0.5) * (size / cells)
@@ -72,7 +72,9 @@ def test_a_box_lands_on_the_other_box():
     size = 60
     box_orig, box_recon = jnp.array([[10.0, 20, 30, 15]]), jnp.array([[25.0, 5, 20, 40]])
     recon = registration.box_mask(box_recon, (size, size))[..., None].astype(jnp.float32)
-    out = registration.resample(recon, registration.affine_of(box_orig, box_recon), (size, size))
+    out = registration.resample(
+        recon, registration.affine_between(box_orig, box_recon), (size, size)
+    )
     expected = registration.box_mask(box_orig, (size, size))
     np.testing.assert_array_equal(out[..., 0] > 0.5, expected)
 
@@ -80,7 +82,7 @@ def test_a_box_lands_on_the_other_box():
 def test_identity_changes_nothing_and_outside_is_zero():
     image = jax.random.normal(jax.random.key(0), (2, 12, 12, 3))
     np.testing.assert_allclose(
-        registration.resample(image, registration.identity(2), (12, 12)), image, atol=1e-6
+        registration.resample(image, registration.identity_affine(2), (12, 12)), image, atol=1e-6
     )
     far = Affine(jnp.ones((2, 2)), jnp.full((2, 2), 30.0))
     np.testing.assert_array_equal(registration.resample(image, far, (12, 12)), 0)
@@ -92,7 +94,7 @@ def test_every_sample_uses_its_own_box():
         jnp.array([[2.0, 3, 8, 9], [5.0, 1, 6, 12]]),
         jnp.array([[1.0, 1, 10, 5], [0.0, 4, 9, 9]]),
     )
-    affine = registration.affine_of(*boxes)
+    affine = registration.affine_between(*boxes)
     both = registration.resample(images, affine, (16, 16))
     for i in range(2):
         alone = jax.tree.map(lambda x, i=i: x[i : i + 1], affine)
@@ -122,7 +124,7 @@ def test_box_sources_in_order_of_preference():
 def test_padding_is_not_foreground():
     """Letterbox padding is grey after normalisation, and must not become the object."""
     image = np.full((1, 20, 20, 3), 0.5, np.float32)
-    image[0, 5:15] = 0.0  # the picture: a dark stripe between padding
+    image[0, 5:15] = 0.0  # the image: a dark stripe between padding
     image[0, 8:11, 3:7] = 0.9
     region = jnp.array([[0.0, 5, 20, 10]])
     box, source = registration.find_box(image, region, 0.01, [])

@@ -43,7 +43,7 @@ def pair():
     return structure, convert(structure.shapes, tensors, table.RULES, table.IGNORED), theirs
 
 
-def pictures(seed=0):
+def images(seed=0):
     return np.random.default_rng(seed).uniform(-1, 1, (2, IMAGE_SIZE, IMAGE_SIZE, 3)).astype("f")
 
 
@@ -54,7 +54,7 @@ def close(ours, theirs, tolerance=1e-4):
 
 def test_every_layer_agrees_with_transformers(pair):
     structure, weights, theirs = pair
-    image = pictures()
+    image = images()
     with torch.no_grad():
         expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2)), output_hidden_states=True)
     module = structure.merge(weights)
@@ -73,7 +73,7 @@ def test_every_layer_agrees_with_transformers(pair):
 
 def test_gradients_agree_with_transformers(pair):
     structure, weights, theirs = pair
-    image = pictures(1)
+    image = images(1)
     x = torch.from_numpy(image.transpose(0, 3, 1, 2)).requires_grad_()
     theirs.zero_grad()
     out = theirs(x).last_hidden_state
@@ -105,7 +105,7 @@ def test_gradients_agree_with_transformers(pair):
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_saves_memory_and_changes_nothing(pair, remat):
     _, weights, _ = pair
-    image = pictures(3)
+    image = images(3)
 
     def gradient(remat):
         structure, _ = taken_apart(

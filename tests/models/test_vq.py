@@ -9,7 +9,7 @@ from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
 from htfa_jax.config import VQConfig
-from htfa_jax.models.vq import VQ, depth_to_space, normalize, space_to_depth
+from htfa_jax.models.vq import VQ, depth_to_space, l2_normalize, space_to_depth
 from htfa_jax.sharding.mesh import Backend
 from weights_convert import vq as table
 from weights_convert.convert import convert
@@ -56,7 +56,7 @@ def pair():
             )
         # Codes from encoder outputs, so that distances are not all alike. Of length 1, because
         # transformers normalises codes only when it decodes them.
-        z = theirs.quant_conv(theirs.encoder(torch.from_numpy(pictures(9)).permute(0, 3, 1, 2)))
+        z = theirs.quant_conv(theirs.encoder(torch.from_numpy(images(9)).permute(0, 3, 1, 2)))
         z = z.permute(0, 2, 3, 1).reshape(-1, CONFIG.codebook_dim)[: CONFIG.codebook_size]
         theirs.quantize.embedding.weight.copy_(torch.nn.functional.normalize(z, dim=-1))
     structure = structure_of()
@@ -64,13 +64,13 @@ def pair():
     return structure, convert(structure.shapes, tensors, table.RULES, table.IGNORED), theirs
 
 
-def pictures(seed=0, batch=3):
+def images(seed=0, batch=3):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, SIZE, SIZE, 3)).astype("f")
 
 
 def test_agrees_with_transformers(pair):
     structure, weights, theirs = pair
-    image, module = pictures(), structure.merge(weights)
+    image, module = images(), structure.merge(weights)
     with torch.no_grad():
         x = torch.from_numpy(image.transpose(0, 3, 1, 2))
         z = theirs.quant_conv(theirs.encoder(x)).permute(0, 2, 3, 1).reshape(3, 64, -1)
@@ -122,7 +122,7 @@ def test_middle_attention_only_has_none_in_the_levels():
 
 
 def test_a_stem_keeps_sizes_and_is_undone():
-    image = pictures()
+    image = images()
     np.testing.assert_array_equal(depth_to_space(space_to_depth(image, 4), 4), image)
     config = VQConfig(**{**CONFIG.__dict__, "stem": 2, "channel_multipliers": (1, 2)})
     structure = structure_of(config)
@@ -136,8 +136,8 @@ def test_a_stem_keeps_sizes_and_is_undone():
 def test_the_nearest_code_is_found_exactly(backend, monkeypatch):
     """Among vectors that lie close together, against float64."""
     rng = np.random.default_rng(0)
-    z = normalize(jnp.asarray(rng.normal(size=(2, 300, 8))))
-    vectors = normalize(jnp.asarray(rng.normal(size=(512, 8))))
+    z = l2_normalize(jnp.asarray(rng.normal(size=(2, 300, 8))))
+    vectors = l2_normalize(jnp.asarray(rng.normal(size=(512, 8))))
     structure = structure_of(
         VQConfig(**{**CONFIG.__dict__, "codebook_size": 512, "codebook_dim": 8})
     )

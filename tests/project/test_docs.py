@@ -35,7 +35,7 @@ class Parsed(Exception):
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory):
-    """A folder in which the documents' commands find what they name: a run, data, pictures."""
+    """A folder in which the documents' commands find what they name: a run, data, images."""
     folder = tmp_path_factory.mktemp("documents")
     for name in ("configs", "scripts"):
         (folder / name).symlink_to(ROOT / name)

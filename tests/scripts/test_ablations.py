@@ -17,7 +17,7 @@ from support import random_batch, random_weights, tiny
 from htfa_jax.config import override
 from htfa_jax.errors import ConfigError
 from htfa_jax.evaluation.metrics import calibration_error
-from htfa_jax.inference.generate import read_pictures
+from htfa_jax.inference.generate import read_images
 from htfa_jax.models.factory import build_model
 from htfa_jax.models.losses import count, loss_and_metrics
 
@@ -100,7 +100,7 @@ def test_wrong_reconstructions():
 
 
 @pytest.mark.parametrize("fusion", ["original", "reconstruction", "tokens"])
-def test_a_baseline_has_no_levels_and_sees_its_pictures_only(fusion):
+def test_a_baseline_has_no_levels_and_sees_its_images_only(fusion):
     config = tiny(fusion=fusion)
     model = build_model(config)
     full = build_model(tiny())
@@ -113,7 +113,7 @@ def test_a_baseline_has_no_levels_and_sees_its_pictures_only(fusion):
     def seen(weights, batch):
         module = model.merge(weights)
         total, _ = loss_and_metrics(module, batch, count(batch, config), None)
-        logits = read_pictures(module, batch).code_logits_BMC, module(batch).code_logits_BMC
+        logits = read_images(module, batch).code_logits_BMC, module(batch).code_logits_BMC
         return total, *logits
 
     first, cached, joint = seen(weights, batch)
@@ -123,7 +123,7 @@ def test_a_baseline_has_no_levels_and_sees_its_pictures_only(fusion):
     ):
         other = dataclasses.replace(batch, **{field: getattr(batch, field)[::-1].copy()})
         assert (seen(weights, other)[0] != first) == counts, field
-    # The cells to be completed stand last among the picture tokens, whichever way they are read.
+    # The cells to be completed stand last among the image tokens, whichever way they are read.
     np.testing.assert_allclose(cached, joint, rtol=1e-3, atol=1e-4)
     read = 2 if fusion == "tokens" else 1
     assert (config.num_patches, config.num_codes) == (16 * read, 36 * read)
@@ -176,10 +176,10 @@ def test_tables_of_made_up_runs(tmp_path):
             "fusion": {"alpha_mean": 0.7, "attention_entropy": 3.5},
             "answers": {
                 k: {"all": {"accuracy": 0.8, "within_10_points": share - 0.01 * seed}}
-                for k in ("category", "color", "both_right", "hidden_share")
+                for k in ("category", "color", "joint", "occlusion_ratio")
             },
-            "pictures": {
-                "hidden": {
+            "images": {
+                "occluded": {
                     c: {"psnr": x, "ssim": 0.5}
                     for c, x in (("completed", 12.0), ("flat_fill", 10.0), ("vq_round_trip", 18.0))
                 }
@@ -219,7 +219,7 @@ def test_tables_of_made_up_runs(tmp_path):
     assert "| full | 0.700 ± 0.000 | - | 3.500 ± 0.000 |" in inside
     stress = report.stress_table(runs, 10).splitlines()
     assert stress[2] == "| full | 0.900 ± 0.000 |" + " 0.800 ± 0.000 |" * 3
-    painted = report.stress_picture_table(runs).splitlines()
+    painted = report.stress_image_table(runs).splitlines()
     assert painted[2] == "| full |" + " +2.00 ± 0.00 |" * 4
     report.plot(runs, 10, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -41,13 +41,13 @@ def test_captions_state_what_is_so():
     rng = np.random.default_rng(0)
     seen = {kind: set() for kind in tiny_text.KINDS}
     for kind in tiny_text.KINDS:
-        picture = tiny_text.truth(kind, META)
+        image = tiny_text.truth(kind, META)
         for _ in range(200):
-            text, stated = tiny_text.caption(picture, rng)
+            text, stated = tiny_text.caption(image, rng)
             seen[kind].add(text)
             facts = dict(fact.split("=") for fact in stated)
-            assert all(picture.facts[group] == value for group, value in facts.items())
-            assert set(facts) <= set(picture.known)
+            assert all(image.facts[group] == value for group, value in facts.items())
+            assert set(facts) <= set(image.known)
             assert ("bottle" in text) == ("category" in facts)
             assert ("orange" in text) == ("color" in facts)
             assert "a orange" not in text and "an bottle" not in text
@@ -61,12 +61,12 @@ def test_captions_state_what_is_so():
 def test_which_pairs_fit():
     """A caption fits where all that it states is shown; a colour that nobody knows is left out."""
     other = {"category": "bottle", "color": "red", "occlusion": 0.1}
-    pictures = [tiny_text.truth("original", META), tiny_text.truth("target", other),
+    images = [tiny_text.truth("original", META), tiny_text.truth("target", other),
                 tiny_text.truth("reconstruction", META)]  # fmt: skip
     stated = [("category=bottle",), ("category=bottle", "color=orange"),
               ("category=bottle", "hand=no")]  # fmt: skip
-    shown = np.stack([tiny_text.vectors(p.facts) for p in pictures]).astype(float)
-    unknown = np.stack([tiny_text.unknown(p) for p in pictures]).astype(float)
+    shown = np.stack([tiny_text.vectors(p.facts) for p in images]).astype(float)
+    unknown = np.stack([tiny_text.unknown(p) for p in images]).astype(float)
     claims = np.stack([tiny_text.vectors(s) for s in stated]).astype(float)
     fits, counts = tiny_siglip.fitting(shown, unknown, claims)
     np.testing.assert_array_equal(

@@ -32,7 +32,7 @@ WHOLE = {
     "vq__attention": "lowest",
     "decoder__rope_factor": 2.0,
     "loss__label_smoothing": 0.1,
-    "loss__hidden_cell_weight": 3.0,
+    "loss__occluded_cell_weight": 3.0,
     "data__use_object_mask": False,
 }
 FROZEN = {"pretrained__random_parts": "as_configured"}

@@ -19,9 +19,9 @@ def test_a_real_trace(tmp_path, capsys):
             step(x).block_until_ready()
     (ran,) = operations(tmp_path).values()
     total = sum(op.duration for op in ran)
-    assert sum(op.duration for op in ran if kind(op.name) == "matrix product") > 0.5 * total
+    assert sum(op.duration for op in ran if kind(op.name) == "matmul") > 0.5 * total
     trace_summary.main([str(tmp_path)])
-    assert "| matrix product |" in capsys.readouterr().out
+    assert "| matmul |" in capsys.readouterr().out
 
 
 def test_no_trace_says_so(tmp_path, capsys):
@@ -53,7 +53,7 @@ def test_shares_and_names():
     ]
     table = summary("gpu", ran, 2)
     assert "busy 8.0 of 8.0 ms" in table
-    assert "| matrix product | 6.00 | 0.750 |" in table
+    assert "| matmul | 6.00 | 0.750 |" in table
     assert "| gemm_fusion | 2 | 6.00 | 0.750 |" in table
 
 
@@ -62,7 +62,7 @@ def test_shares_and_names():
     [
         ("ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL", "communication"),
         ("reduce-scatter-start.3", "communication"),
-        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matrix product"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_TNT", "matmul"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma", "attention"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
         ("input_reduce_fusion.4", "sums and norms"),

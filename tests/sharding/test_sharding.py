@@ -81,8 +81,8 @@ def test_memory_falls_as_the_modes_promise(compiled):
     for mode in ("zero2", "fsdp"):
         for kind in ("trained weights", "optimizer state"):
             assert found[mode][kind] == pytest.approx(whole[kind] / 8, rel=0.03), (mode, kind)
-        # A device has both pictures of its samples, and SigLIP sees them together.
-        assert found[mode]["sent pictures"] == []
+        # A device has both images of its samples, and SigLIP sees them together.
+        assert found[mode]["sent images"] == []
     assert found["zero2"]["copy"] == whole["copy"]
     assert found["fsdp"]["copy"] == pytest.approx(whole["copy"] / 8, rel=0.03)
     # Accumulated gradients are float32, as the weights are; 7 of 8 parts are gone.
@@ -110,7 +110,7 @@ def test_every_large_parameter_of_the_standard_model_is_cut(fsdp, tensor):
         assert parts == (expected if shape.size >= MIN_SIZE else 1), path
 
 
-def test_heads_and_hidden_units_are_cut_where_they_meet():
+def test_heads_and_hidden_units_are_sharded_where_they_meet():
     """What a matrix of columns gives is what a matrix of rows takes."""
     mesh = {"data": 1, "fsdp": 2, "tensor": 4}
 

@@ -15,8 +15,8 @@ from htfa_jax.training import adam_8bit
 from htfa_jax.training.adam_8bit import (
     FIRST,
     SECOND,
-    decode,
-    encode,
+    dequantize,
+    quantize,
     scale_by_adam_8bit,
     two_noises,
 )
@@ -68,9 +68,9 @@ def test_a_value_becomes_one_of_its_two_neighbours_and_on_the_average_itself(dty
     keys = jax.random.split(jax.random.key(1), times)
     noise = jax.vmap(lambda key: jnp.stack(two_noises(key, x.shape)))(keys)
     for i in range(2):  # both halves of the random bits
-        code = encode(jnp.asarray(x)[None], jnp.full((1, 1), scale), dtype, noise[:, i])
+        code = quantize(jnp.asarray(x)[None], jnp.full((1, 1), scale), dtype, noise[:, i])
         assert code.dtype == dtype
-        got = np.asarray(decode(code, jnp.full((1, 1), scale)), np.float64)
+        got = np.asarray(dequantize(code, jnp.full((1, 1), scale)), np.float64)
         below = every[np.clip(np.searchsorted(every, x * (1 + 1e-6 * np.sign(x))) - 1, 0, None)]
         above = every[np.clip(np.searchsorted(every, x), None, len(every) - 1)]
         near = np.isclose(got, below, rtol=1e-6, atol=0) | np.isclose(got, above, rtol=1e-6, atol=0)
@@ -145,7 +145,7 @@ def second_moments(before, after, steps=150, b2=0.99):
         lambda: jax.lax.scan(step, optimizer.init({"kernel": jnp.zeros(shape)}), sizes)[0]
     )
     state = run()
-    return np.asarray(decode(state.nu["kernel"], state.nu_scale["kernel"]))[:, 1:]
+    return np.asarray(dequantize(state.nu["kernel"], state.nu_scale["kernel"]))[:, 1:]
 
 
 def test_the_second_moment_follows_the_gradient(monkeypatch):

@@ -174,7 +174,7 @@ def test_what_it_depends_on_changes_the_key(config, name, more, tmp_path):
 
 
 def test_too_little_space_is_said_before_anything_is_made(config, tmp_path):
-    # Float32 features of 2 pictures of 4 x 4 patches, 24 wide, and int32 codes of 6 x 6 cells.
+    # Float32 features of 2 images of 4 x 4 patches, 24 wide, and int32 codes of 6 x 6 cells.
     size = 5 * 4 * (2 * 16 * 24 + 36) / 1e9
     encoder_cache.check(override(config, {"data.cache_gb": size * 1.01}), 5)
     small = override(config, {"data.cache_gb": size * 0.99, "data.cache_dir": str(tmp_path)})

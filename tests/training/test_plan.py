@@ -26,7 +26,7 @@ def xla(function, *args):
     return (analysis[0] if isinstance(analysis, list) else analysis)["flops"]
 
 
-# Wide, so that matrix products outweigh norms and activations; one layer, because XLA counts
+# Wide, so that matmuls outweigh norms and activations; one layer, because XLA counts
 # the body of a loop once.
 WIDE = {
     "siglip__embed_dim": 192,
@@ -127,9 +127,14 @@ def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, mon
     tokens = 16 + 36 + random_batch(config, length=70).tokens.shape[1]
     assert rows["tokens"][0] == str(tokens)
     assert "1 x cpu" in shown or "8 x cpu" in shown
-    for said in ("GFLOP per sample", "2 micro-steps per update", "optimizer state", "activations"):
+    for said in (
+        "GFLOP per sample",
+        "2 accumulation steps per update",
+        "optimizer state",
+        "activations",
+    ):
         assert said in shown
-    # Two samples in each of two micro-steps and part of the batch.
+    # Two samples in each of two accumulation steps and part of the batch.
     update = 4 * int(re.search(r"x (\d+) parts of the batch", shown)[1])
     drawn = config.held_objects.num_train
     records = 7 + drawn

@@ -65,10 +65,10 @@ def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones(ste
 
 
 def test_accumulated_steps_are_the_step_of_the_whole_batch():
-    """Although the micro-steps hold different numbers of words and of cells."""
+    """Although the accumulation steps hold different numbers of words and of cells."""
     whole = tiny(
         train__batch_size=4,
-        loss__hidden_cell_weight=3.0,
+        loss__occluded_cell_weight=3.0,
         decoder__dropout=0.0,
         level2__alignment="none",
         pretrained__random_parts="as_configured",
@@ -383,7 +383,7 @@ def test_a_code_head_that_is_not_loaded_starts_from_the_codes():
     loaded = {p: v for p, v in weights.items() if p != head}
     fresh, _ = new_params(config, structure, loaded, Layout(config))
     module = structure.merge(weights)
-    expected = module.level3.first_head(module.vq.vectors())
+    expected = module.level3.tied_head_kernel(module.vq.vectors())
     np.testing.assert_allclose(fresh[head], expected, rtol=1e-4, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""The VQ stage: its losses, what keeps codes alive, which pictures it sees, resuming."""
+"""The VQ stage: its losses, what keeps codes alive, which images it sees, resuming."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from htfa_jax.models.factory import build_model
 from htfa_jax.models.registration import register
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training import vq_stage
-from htfa_jax.training.vq_losses import losses, perceptual_encoder, revive, training_pictures
+from htfa_jax.training.vq_losses import losses, perceptual_encoder, revive, training_images
 from htfa_jax.training.vq_stage import build_vq, cache_key, make_step
 
 
@@ -34,7 +34,7 @@ def test_losses_and_where_their_gradients_go(tokenizer):
     image = jax.random.uniform(jax.random.key(0), (2, 48, 48, 3), minval=-1)
     ones = jnp.ones(2)
     nothing = {"vq_train.l1_weight": 0.0, "vq_train.l2_weight": 0.0}
-    no_picture = override(config, nothing | {"vq_train.commitment_weight": 0.0})
+    no_image = override(config, nothing | {"vq_train.commitment_weight": 0.0})
 
     @jax.jit
     def look(params):
@@ -53,7 +53,7 @@ def test_losses_and_where_their_gradients_go(tokenizer):
                 losses(model.merge(p), image, ones, config)[1][k] for k in ("l1", "l2")
             ),
             "commitment": lambda p: losses(model.merge(p), image, ones, config)[1]["commitment"],
-            "codebook": lambda p: losses(model.merge(p), image, ones, no_picture)[0],
+            "codebook": lambda p: losses(model.merge(p), image, ones, no_image)[0],
         }
         gradients = {name: jax.grad(function)(params) for name, function in of.items()}
         both = jnp.concatenate([image, jnp.zeros_like(image)])
@@ -116,28 +116,28 @@ def test_a_step_revives_and_counts():
     assert not np.any(np.asarray(state["opt_state"]["unused"])[moved])
 
 
-def test_pictures_are_those_of_the_record_and_blends_between_them():
+def test_images_are_those_of_the_record_and_blends_between_them():
     config = tiny()
     batch = random_batch(config, size=3)
     batch.has_target[0] = False
     pair = register(batch, config)
-    draw = jax.jit(lambda key: training_pictures(batch, key, config))
+    draw = jax.jit(lambda key: training_images(batch, key, config))
     kinds = set()
     for i in range(20):
-        pictures = np.asarray(draw(jax.random.key(i)))
+        images = np.asarray(draw(jax.random.key(i)))
         for row in range(3):
             sources = {
                 "orig": pair.orig_BHWC[row],
-                "recon": pair.recon_BHWC[row],
+                "recon": pair.own_recon_BHWC[row],
                 "target": batch.image_target[row] / 127.5 - 1,
             }
             matches = [
-                name for name, x in sources.items() if np.allclose(pictures[row], x, atol=1e-5)
+                name for name, x in sources.items() if np.allclose(images[row], x, atol=1e-5)
             ]
             if not matches:
-                low = np.minimum(pair.orig_BHWC[row], pair.aligned_BHWC[row]) - 1e-5
-                high = np.maximum(pair.orig_BHWC[row], pair.aligned_BHWC[row]) + 1e-5
-                assert np.all((low <= pictures[row]) & (pictures[row] <= high))
+                low = np.minimum(pair.orig_BHWC[row], pair.aligned_recon_BHWC[row]) - 1e-5
+                high = np.maximum(pair.orig_BHWC[row], pair.aligned_recon_BHWC[row]) + 1e-5
+                assert np.all((low <= images[row]) & (images[row] <= high))
             kinds.add((row, *(matches or ["blend"])))
     three = {"orig", "recon", "blend"}
     assert kinds == {(row, k) for row in range(3) for k in three} | {(1, "target"), (2, "target")}

@@ -34,7 +34,7 @@ def test_stacks_are_printed_without_a_step_and_not_with_them(tmp_path):
 
 
 def test_a_device_without_memory_gets_the_values_that_help(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "describe", lambda config: "  peak 17 MiB")
+    monkeypatch.setattr(plan, "describe_plan", lambda config: "  peak 17 MiB")
     config = tiny(train__remat="dots", train__batch_size=4)
     with (
         pytest.raises(TrainingError) as error,

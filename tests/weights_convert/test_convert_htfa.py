@@ -222,9 +222,9 @@ def test_three_levels_compute_what_the_original_does(tmp_path, scales, norm):
         return torch.randn(shape, generator=generator)
 
     with torch.no_grad():
-        pictures = draw(2, 3, 3, 24, 20)
-        ours, _ = levels["level1"](*(nhwc(x.numpy()) for x in pictures))
-        np.testing.assert_allclose(ours, nhwc(model.fuse(*pictures).numpy()), **NUMBERS)
+        images = draw(2, 3, 3, 24, 20)
+        ours, _ = levels["level1"](*(nhwc(x.numpy()) for x in images))
+        np.testing.assert_allclose(ours, nhwc(model.fuse(*images).numpy()), **NUMBERS)
         features = draw(3, 2, 9, WIDTH)
         ours, _ = levels["level2"](*features.numpy())
         np.testing.assert_allclose(ours, model.attend(*features).numpy(), **NUMBERS)

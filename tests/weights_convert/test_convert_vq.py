@@ -172,7 +172,7 @@ class Reference(Module):
         self.post_quant_conv = Conv2d(sizes.codebook_dim, sizes.z_channels, 1)
 
 
-def pictures(seed=0):
+def images(seed=0):
     x = np.random.default_rng(seed).uniform(-1, 1, (BATCH, SIDE, SIDE, 3)).astype("f")
     # Brightness and contrast that change from place to place, or all codes were alike.
     coarse = np.random.default_rng(seed + 1).uniform(-1, 1, (2, BATCH, GRID, GRID, 3)).astype("f")
@@ -195,14 +195,14 @@ def randomized(theirs, seed):
         is_scale, fan_in = "norm" in name and "weight" in name, p[0].numel()
         p.copy_(1 + 0.2 * noise if is_scale else noise * (0.1 if p.ndim == 1 else fan_in**-0.5))
     table = theirs.quantize.embedding.weight
-    z = continuous(theirs, pictures(9)).flatten(0, 1)
+    z = continuous(theirs, images(9)).flatten(0, 1)
     table.copy_(z[torch.randperm(len(z), generator=generator)[: len(table)]])
     return theirs.eval()
 
 
 @functools.cache
 def program(sizes):
-    """weights, pictures -> continuous codes, codes, painted pictures; compiled once."""
+    """weights, images -> continuous codes, codes, painted images; compiled once."""
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(0)))
     )
@@ -228,12 +228,12 @@ def converted(source, layout, folder):
 
 @torch.no_grad()
 def agree(ours, theirs, sizes):
-    """Asserts equal continuous codes, codes and (if there is a decoder) pictures."""
-    x, table = pictures(), theirs.quantize.embedding.weight
+    """Asserts equal continuous codes, codes and (if there is a decoder) images."""
+    x, table = images(), theirs.quantize.embedding.weight
     z = continuous(theirs, x)
     if sizes.normalize_codes:
         z, table = functional.normalize(z, dim=-1), functional.normalize(table, dim=-1)
-    our_z, our_codes, our_picture = map(np.array, ours(x))
+    our_z, our_codes, our_image = map(np.array, ours(x))
     np.testing.assert_allclose(our_z, z.numpy(), rtol=0, atol=1e-4 * np.abs(z.numpy()).max())
     distances = ((z[:, :, None] - table[None, None]) ** 2).sum(-1)
     best, second = distances.topk(2, largest=False).values.unbind(-1)
@@ -245,7 +245,7 @@ def agree(ours, theirs, sizes):
         grid = table[torch.from_numpy(our_codes)].mT.unflatten(2, (GRID, GRID))
         painted = theirs.decoder(theirs.post_quant_conv(grid)).permute(0, 2, 3, 1).numpy()
         atol = 1e-4 * np.abs(painted).max()
-        np.testing.assert_allclose(our_picture, painted, rtol=0, atol=atol)
+        np.testing.assert_allclose(our_image, painted, rtol=0, atol=atol)
 
 
 def arrays(source, layout):
@@ -456,12 +456,12 @@ def test_published_sizes(kind):
         assert sum(np.prod(s.shape) for s in layout.shapes.values()) // 10**6 == 71
 
 
-def test_a_tokenizer_without_decoder_does_not_paint():
+def test_a_tokenizer_without_decoder_makes_no_images():
     module = nnx.eval_shape(
         lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=make_rngs(0))
     )
     with pytest.raises(CheckpointError, match="cannot paint"):
-        module.paint(np.zeros((1, 16, 256), np.float32))
+        module.decode_vectors(np.zeros((1, 16, 256), np.float32))
 
 
 SMALL = VQConfig(**{**vars(SIZES), "channel_multipliers": (1, 2), "num_res_blocks": 1})
@@ -575,7 +575,7 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
         source = saved(tmp_path / "model.pt", theirs.state_dict())
     write_folder(source, vq.layout(source), tmp_path / "vq")
     shown = verify(tmp_path / "vq", source)
-    assert "0 differ where the nearest is clear" in shown and "painted picture" in shown
+    assert "0 differ where the nearest is clear" in shown and "painted image" in shown
     weights = read_weights(tmp_path / "vq")
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1
     save_file(weights, tmp_path / "vq" / WEIGHTS)
@@ -586,6 +586,6 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
 def test_verify_takes_both_checkpoints_of_a_merged_one(taming, vqgan, tmp_path):
     source = saved(tmp_path / "model.pt", chameleon_vqvae(taming).state_dict())
     write_folder(vq.Merged(source, vqgan), vq.layout(source, vqgan), tmp_path / "vq")
-    assert "painted picture" in verify(tmp_path / "vq", source, vqgan)
+    assert "painted image" in verify(tmp_path / "vq", source, vqgan)
     with pytest.raises(CheckpointError, match="is not the file that"):
         verify(tmp_path / "vq", source)

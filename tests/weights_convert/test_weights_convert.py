@@ -156,7 +156,7 @@ def test_siglip_with_its_text_tower(tmp_path, capsys):
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["image_size"] == 64 and config["num_heads"] == 4 and config["mlp_dim"] == 56
     told = json.loads((tmp_path / "out/conversion.json").read_text())
-    assert told["ignored"]["the text tower; HTFA reads pictures"] > 10
+    assert told["ignored"]["the text tower; HTFA reads images"] > 10
     assert told["files"][0]["sha256"] and told["revision"] is None
     arrays = weights.read_weights(tmp_path / "out")
     assert arrays["position_embed"].shape == (64, 48)
@@ -221,7 +221,7 @@ def test_internlm2_names_alone_and_inside_internvl(llama, tmp_path, prefix, caps
 
 
 def test_linear_rope_scaling_and_tied_heads(tmp_path):
-    """Positions are divided; the text head is the embedding."""
+    """Positions are divided; the LM head is the embedding."""
     rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 777.0}
     model = random(
         LlamaForCausalLM(LlamaConfig(**LLAMA, rope_parameters=rope, tie_word_embeddings=True))

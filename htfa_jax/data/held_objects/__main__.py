@@ -28,7 +28,7 @@ class DrawArgs:
 
     out: Path  # folder to write to
     num: int = 1000  # number of scenes
-    size: int = 448  # pixels of a picture's side
+    size: int = 448  # pixels of an image's side
     split: Split = "train"  # each has scenes of its own
     seed: int = 0  # of the scenes
     answers: Answers = "word"  # one word each, or a sentence

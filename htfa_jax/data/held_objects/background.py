@@ -3,15 +3,15 @@
 import numpy as np
 from PIL import Image
 
-CANVAS = 64  # drawn small: it is out of focus, and the same at every picture size
+CANVAS = 64  # drawn small: it is out of focus, and the same at every image size
 
 
-def resize(picture: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """A float picture [H, W] or [H, W, C] at size x size."""
-    if picture.ndim == 2:
-        image = Image.fromarray(picture.astype(np.float32))
-        return np.asarray(image.resize((size, size), resample))
-    channels = [resize(channel, size, resample) for channel in np.moveaxis(picture, -1, 0)]
+def resize(image: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
+    """A float image [H, W] or [H, W, C] at size x size."""
+    if image.ndim == 2:
+        flat = Image.fromarray(image.astype(np.float32))
+        return np.asarray(flat.resize((size, size), resample))
+    channels = [resize(channel, size, resample) for channel in np.moveaxis(image, -1, 0)]
     return np.stack(channels, axis=-1)
 
 

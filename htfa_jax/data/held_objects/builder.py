@@ -1,7 +1,7 @@
-"""Writes scenes to a folder: pictures, masks, and a JSON-lines file of records.
+"""Writes scenes to a folder: images, masks, and a JSON-lines file of records.
 
 Layout: <folder>/<split>/{orig,target,recon,mask,hand}/000123.*, a sidecar meta/000123.json written
-after the pictures of its scene, and <folder>/<split>-<num>-<answers>.jsonl written last. Every file
+after the images of its scene, and <folder>/<split>-<num>-<answers>.jsonl written last. Every file
 appears by renaming, so a reader never sees half of one, and two builds of one folder write the same
 bytes to the same names.
 """
@@ -133,12 +133,12 @@ def write_scenes(job: dict, indices: Iterable[int]) -> Generator[int, None, None
         for key, (name, ending) in FILES.items():
             write_whole(folder / name / f"{index:06d}{ending}", contents[key])
         sidecar = folder / "meta" / f"{index:06d}.json"
-        write_whole(sidecar, json.dumps(describe(scene)).encode())
+        write_whole(sidecar, json.dumps(sidecar_of(scene)).encode())
         yield index
 
 
-def describe(scene: Scene) -> dict:
-    """What a record needs to know of a scene beside its pictures."""
+def sidecar_of(scene: Scene) -> dict:
+    """What a record needs to know of a scene beside its images."""
     return {
         "bbox_orig": scene.bbox_orig,
         "bbox_recon": scene.bbox_recon,
@@ -151,13 +151,13 @@ def describe(scene: Scene) -> dict:
     }
 
 
-def encode(picture: np.ndarray, file_format: str) -> bytes:
-    """File contents of a picture uint8 [H, W, 3] or a mask bool [H, W] (0 and 255)."""
-    if picture.dtype == bool:
-        picture = picture.astype(np.uint8) * 255
+def encode(image: np.ndarray, file_format: str) -> bytes:
+    """File contents of an image uint8 [H, W, 3] or a mask bool [H, W] (0 and 255)."""
+    if image.dtype == bool:
+        image = image.astype(np.uint8) * 255
     options = {"quality": 95, "subsampling": 0} if file_format == "JPEG" else {"compress_level": 3}
     stream = io.BytesIO()
-    Image.fromarray(picture).save(stream, file_format, **options)
+    Image.fromarray(image).save(stream, file_format, **options)
     return stream.getvalue()
 
 

@@ -1,6 +1,6 @@
 """Tapered capsules: the union of the balls between two end balls, seen along -z.
 
-The front surface has a closed form, so a shape of capsules needs no mesh: its picture and a search
+The front surface has a closed form, so a shape of capsules needs no mesh: its image and a search
 over thousands of its poses use the same formula.
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from htfa_jax.data.held_objects.capsules import Capsules, Part
 from htfa_jax.data.held_objects.meshes import rotation
-from htfa_jax.data.held_objects.render import FAR, picture_points
+from htfa_jax.data.held_objects.render import FAR, image_points
 
 SKINS = np.array([(238, 200, 172), (224, 176, 142), (198, 146, 108), (150, 102, 72), (98, 66, 48)])
 SLEEVES = np.array([(70, 74, 84), (196, 192, 184), (52, 58, 78), (120, 108, 96)])
@@ -46,11 +46,11 @@ BENDS = 9  # angles tried for a joint, from its limit down
 LAST_BEND = -0.25  # radians: the most a joint stretches backwards to stay in front of the object
 PALM_HEIGHT = 0.11  # of the palm's middle above the object
 
-PROBE_SIZE = 64  # the search sees the object at this resolution, whatever the picture's
+PROBE_SIZE = 64  # the search sees the object at this resolution, whatever the image's
 PROBE_POINTS = 200
 OFFSETS = 26  # places tried along the fingers' direction
 MAX_ATTEMPTS = 8
-GOOD_ENOUGH = 0.025  # error in hidden share that ends the search
+GOOD_ENOUGH = 0.025  # error in occlusion ratio that ends the search
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def draw_pose(
 
 
 def depth_below(object_depth: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The object's depth at the picture position of points [..., 3]."""
+    """The object's depth at the image position of points [..., 3]."""
     cell = ((points[..., :2] * [1, -1] + 1) * (PROBE_SIZE / 2)).astype(int)
     inside = ((cell >= 0) & (cell < PROBE_SIZE)).all(-1)
     column, row = np.moveaxis(np.clip(cell, 0, PROBE_SIZE - 1), -1, 0)
@@ -149,7 +149,7 @@ def bend_fingers(
 
 
 def close_hand(pose: Pose, places: np.ndarray, object_depth: np.ndarray) -> Capsules:
-    """A batch of hands with their palms at places [O, 2] of the picture, closed on the object.
+    """A batch of hands with their palms at places [O, 2] of the image, closed on the object.
 
     object_depth [P, P] is the object's depth on the probe grid, FAR where it is not.
     """
@@ -199,7 +199,7 @@ def grip(
 
     object_depth [P, P] is the object's depth on the probe grid, FAR where it is not.
     """
-    points = picture_points(PROBE_SIZE)[object_depth.ravel() > FAR]
+    points = image_points(PROBE_SIZE)[object_depth.ravel() > FAR]
     thin = slice(None, None, max(1, len(points) // PROBE_POINTS))
     some, depth = points[thin], object_depth[object_depth > FAR][thin]
     centre = points.mean(0)

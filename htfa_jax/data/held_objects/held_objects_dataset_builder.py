@@ -20,7 +20,7 @@ from htfa_jax.config import DataConfig, HeldObjectsConfig
 from htfa_jax.data.held_objects.builder import drawn_scenes
 from htfa_jax.data.records import SPLITS, Split
 
-PICTURES = {"image_orig": "jpeg", "image_recon": "png", "image_target": "jpeg"}
+IMAGES = {"image_orig": "jpeg", "image_recon": "png", "image_target": "jpeg"}
 MASKS = ("object_mask", "occluder_mask")
 
 
@@ -56,9 +56,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         features = tfds.features
         text = features.Text()
         number = features.Scalar(np.float32)
-        pictures = {
+        images = {
             name: features.Image(shape=(None, None, 3), encoding_format=form)
-            for name, form in PICTURES.items()
+            for name, form in IMAGES.items()
         }
         masks = {
             name: features.Image(shape=(None, None, 1), encoding_format="png") for name in MASKS
@@ -78,7 +78,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             ),
             disable_shuffling=True,  # records in the order of the embedded dataset
             features=features.FeaturesDict(
-                {"id": text, **pictures, **masks, **boxes}
+                {"id": text, **images, **masks, **boxes}
                 | {"conversations": features.Sequence(turn), "meta": meta}
             ),
         )
@@ -92,6 +92,6 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         records = drawn_scenes(made.scenes, made.image_size, split, folder)
         for i in range(len(records)):
             record = records[i]
-            files = {name: getattr(record, name).read_bytes() for name in (*PICTURES, *MASKS)}
+            files = {name: getattr(record, name).read_bytes() for name in (*IMAGES, *MASKS)}
             turns = [{"kind": "", **turn} for turn in record.raw["conversations"]]
             yield i, {**record.raw, **files, "conversations": turns}

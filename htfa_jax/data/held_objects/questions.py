@@ -6,18 +6,18 @@ QUESTIONS = {
     "category": "What's the object in the hand?",
     "clear": "Is it clear to identify the object in the hand?",
     "color": "What color is the object in the hand?",
-    "hidden_share": "How much of the object is hidden by the hand?",
+    "occlusion_ratio": "How much of the object is hidden by the hand?",
 }
 ANSWERS = ("word", "sentence")
 
 
 def answer_words(category: str, color: str, occlusion: float) -> dict[str, str]:
-    """The short answer to each kind of question; occlusion is the hidden share, 0 to 1."""
+    """The short answer to each kind of question; occlusion is the occlusion ratio, 0 to 1."""
     return {
         "category": category,
         "clear": "yes" if occlusion < 0.5 else "no",
         "color": color,
-        "hidden_share": f"{10 * int(10 * occlusion + 0.5)} percent",
+        "occlusion_ratio": f"{10 * int(10 * occlusion + 0.5)} percent",
     }
 
 
@@ -28,7 +28,7 @@ def answer_sentences(category: str, color: str, occlusion: float) -> dict[str, s
         "category": f"The object is {category}.",
         "clear": f"{words['clear'].capitalize()}.",
         "color": f"The object is {color}.",
-        "hidden_share": f"About {words['hidden_share']} of the object is hidden.",
+        "occlusion_ratio": f"About {words['occlusion_ratio']} of the object is hidden.",
     }
 
 

@@ -1,6 +1,6 @@
-"""Pictures of meshes: orthographic rays along -z, shading, and supersampling where it shows.
+"""Images of meshes: orthographic rays along -z, shading, and supersampling where it shows.
 
-The picture covers x and y from -1 to 1, y up; the viewer looks along -z.
+The image covers x and y from -1 to 1, y up; the viewer looks along -z.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ class RayCaster:
 
 
 def shade(surface: Surface, points: np.ndarray, light: Light) -> np.ndarray:
-    """Colours [N, 3] in 0..1 of surface points seen at picture points [N, 2]."""
+    """Colours [N, 3] in 0..1 of surface points seen at image points [N, 2]."""
     normal = surface.normals
     # A slightly perspective viewer gives flat glossy faces a gradient.
     view = unit(np.concatenate([-0.3 * points, np.ones((len(points), 1), points.dtype)], axis=1))
@@ -93,8 +93,8 @@ def shade(surface: Surface, points: np.ndarray, light: Light) -> np.ndarray:
     return np.clip(color + 0.55 * gloss * glint * light.color, 0, 1)
 
 
-def picture_points(size: int) -> np.ndarray:
-    """Centres of the pixels of a size x size picture, row by row: [size * size, 2]."""
+def image_points(size: int) -> np.ndarray:
+    """Centres of the pixels of a size x size image, row by row: [size * size, 2]."""
     centre = ((np.arange(size) + 0.5) / size * 2 - 1).astype(np.float32)
     x, y = np.meshgrid(centre, -centre)
     return np.stack([x.ravel(), y.ravel()], axis=1)
@@ -103,16 +103,16 @@ def picture_points(size: int) -> np.ndarray:
 def supersample(
     sample: Callable[[np.ndarray], np.ndarray], size: int, grid: int = 3, threshold: float = 0.05
 ) -> np.ndarray:
-    """The picture [C, size, size] of a function from points [N, 2] to channels [C, N].
+    """The image [C, size, size] of a function from points [N, 2] to channels [C, N].
 
     Pixels that differ from a neighbour by more than the threshold in any channel become the mean
     of grid x grid samples; the others keep the sample at their centre.
     """
-    points = picture_points(size)
+    points = image_points(size)
     channels = sample(points)
-    picture = channels.reshape(-1, size, size)
+    image = channels.reshape(-1, size, size)
     edge = np.zeros((size, size), bool)
-    for channel in picture:
+    for channel in image:
         down = np.abs(channel[1:] - channel[:-1]) > threshold
         right = np.abs(channel[:, 1:] - channel[:, :-1]) > threshold
         edge[1:] |= down
@@ -120,7 +120,7 @@ def supersample(
         edge[:, 1:] |= right
         edge[:, :-1] |= right
     pixels = np.flatnonzero(edge)
-    around = picture_points(grid)[:, None] / size + points[pixels]
+    around = image_points(grid)[:, None] / size + points[pixels]
     samples = sample(around.reshape(-1, 2)).reshape(len(channels), grid * grid, len(pixels))
     channels[:, pixels] = samples.mean(1)
-    return picture
+    return image

@@ -9,12 +9,12 @@ from scipy.ndimage import gaussian_filter, shift
 from htfa_jax.data.held_objects.background import make_background, resize
 from htfa_jax.data.held_objects.hand import PROBE_SIZE, grip
 from htfa_jax.data.held_objects.objects import CATEGORIES, COLORS, make_object, view_rotation
-from htfa_jax.data.held_objects.reconstruction import FOREGROUND, make_reconstruction, place
+from htfa_jax.data.held_objects.reconstruction import FOREGROUND, make_reconstruction, place_mesh
 from htfa_jax.data.held_objects.render import (
     FAR,
     Light,
     RayCaster,
-    picture_points,
+    image_points,
     shade,
     supersample,
 )
@@ -22,16 +22,16 @@ from htfa_jax.data.held_objects.render import (
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 RECIPE = 1  # raised with every change that alters scenes, so that a folder never mixes two recipes
 
-Box = tuple[int, int, int, int]
+PixelBox = tuple[int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One scene; pictures uint8 [S, S, 3], masks bool [S, S], boxes (x, y, w, h) in pixels.
+    """One scene; images uint8 [S, S, 3], masks bool [S, S], boxes (x, y, w, h) in pixels.
 
-    `target` equals `original` outside `occluder_mask`. `object_mask` includes the hidden part;
-    `occlusion` is the hidden share of it, as rendered. `bbox_recon` frames what is visible of the
-    object in the reconstruction, whose colour is "grey" or a name that is not `color`.
+    `target` equals `original` outside `occluder_mask`. `object_mask` includes the occluded part;
+    `occlusion` is the occlusion ratio of it, as rendered. `bbox_recon` frames what is visible of
+    the object in the reconstruction, whose colour is "grey" or a name that is not `color`.
     """
 
     original: np.ndarray
@@ -39,8 +39,8 @@ class Scene:
     reconstruction: np.ndarray
     object_mask: np.ndarray
     occluder_mask: np.ndarray
-    bbox_orig: Box
-    bbox_recon: Box
+    bbox_orig: PixelBox
+    bbox_recon: PixelBox
     category: str
     color: str
     reconstruction_color: str
@@ -56,7 +56,7 @@ def random_streams(seed: int, split: str, index: int, num: int) -> list[np.rando
     return [np.random.Generator(np.random.Philox(child)) for child in root.spawn(num)]
 
 
-def mask_box(mask: np.ndarray) -> Box:
+def mask_box(mask: np.ndarray) -> PixelBox:
     """The smallest box (x, y, w, h) around the true pixels of a mask [H, W] that has some."""
     (columns,), (rows,) = np.nonzero(mask.any(0)), np.nonzero(mask.any(1))
     x, y = int(columns[0]), int(rows[0])
@@ -93,12 +93,12 @@ def make_scene(seed: int, split: str, index: int, image_size: int) -> Scene:
     category = list(CATEGORIES)[kind.integers(len(CATEGORIES))]
     color = list(COLORS)[kind.integers(len(COLORS))]
     mesh = make_object(kind, category, color).turned(view_rotation(view, category))
-    mesh = place(mesh, view.uniform(1.15, 1.55), view.uniform(-0.15, 0.15, 2))
+    mesh = place_mesh(mesh, view.uniform(1.15, 1.55), view.uniform(-0.15, 0.15, 2))
     light = draw_light(view)
     caster = RayCaster(mesh)
 
     probe = np.full(PROBE_SIZE**2, FAR, np.float32)
-    rows, surface = caster.hit(picture_points(PROBE_SIZE))
+    rows, surface = caster.hit(image_points(PROBE_SIZE))
     probe[rows] = surface.depth
     drawn = 0.1 + 0.8 * (0.618 * index % 1)
     hand, hand_scale = grip(holding, probe.reshape(PROBE_SIZE, PROBE_SIZE), drawn)
@@ -126,8 +126,8 @@ def make_scene(seed: int, split: str, index: int, image_size: int) -> Scene:
 
     def develop(layer: np.ndarray) -> np.ndarray:
         layer = layer.transpose(1, 2, 0)
-        picture = layer[..., :3] + (1 - layer[..., 3:]) * background + noise
-        return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
+        image = layer[..., :3] + (1 - layer[..., 3:]) * background + noise
+        return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8)
 
     reconstruction, reconstruction_color = make_reconstruction(recon, mesh, color, image_size)
     return Scene(

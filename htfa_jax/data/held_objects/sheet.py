@@ -11,7 +11,7 @@ from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.errors import DataError
 
 COLUMNS = 8
-MAX_CELL = 224  # pixels of a cell's side; larger pictures are shrunk
+MAX_CELL = 224  # pixels of a cell's side; larger images are shrunk
 OBJECT_TINT, HAND_TINT = (60, 220, 90), (240, 60, 60)
 
 
@@ -44,23 +44,23 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
 
 
 def scene_column(folder: Path, record: dict) -> Image.Image:
-    """The pictures of one scene below each other, with a caption."""
-    pictures = [
+    """The images of one scene below each other, with a caption."""
+    images = [
         Image.open(folder / record[key]).convert("RGB")
         for key in ("image_orig", "image_target", "image_recon")
     ]
-    overlay = np.asarray(pictures[0], np.float32)
+    overlay = np.asarray(images[0], np.float32)
     for key, tint in (("object_mask", OBJECT_TINT), ("occluder_mask", HAND_TINT)):
         mask = np.asarray(Image.open(folder / record[key]), np.float32)[..., None] / 255
         overlay = overlay + 0.45 * mask * (np.array(tint, np.float32) - overlay)
-    pictures.append(Image.fromarray(overlay.astype(np.uint8)))
-    for picture, box in zip(pictures[1:3], ("bbox_orig", "bbox_recon"), strict=True):
+    images.append(Image.fromarray(overlay.astype(np.uint8)))
+    for image, box in zip(images[1:3], ("bbox_orig", "bbox_recon"), strict=True):
         x, y, w, h = record[box]
-        ImageDraw.Draw(picture).rectangle((x, y, x + w - 1, y + h - 1), outline=(255, 220, 0))
-    side, caption_height, gap = min(pictures[0].width, MAX_CELL), 32, 4
+        ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), outline=(255, 220, 0))
+    side, caption_height, gap = min(images[0].width, MAX_CELL), 32, 4
     cell = Image.new("RGB", (side + gap, 4 * side + caption_height + gap), "white")
-    for number, picture in enumerate(pictures):
-        cell.paste(picture.resize((side, side), Image.Resampling.LANCZOS), (0, number * side))
+    for number, image in enumerate(images):
+        cell.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, number * side))
     meta = record["meta"]
     caption = f"{meta['color']} {meta['category']}\n{100 * meta['occlusion']:.0f} % hidden"
     font = ImageFont.load_default(11)

@@ -1,7 +1,7 @@
-"""ArrayRecord shards: records with their pictures, one after another in files of their own.
+"""ArrayRecord shards: records with their images, one after another in files of their own.
 
-A shard's record is a msgpack map: `record`, its JSON text, and `pictures`, what the files named
-in it hold. A picture that is not there is looked for as in any other dataset.
+A shard's record is a msgpack map: `record`, its JSON text, and `pictures`, what the image files
+named in it hold. An image that is not there is looked for as in any other dataset.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from htfa_jax.common.json_files import parse_json, read_json
-from htfa_jax.data.records import Picture, Record, parse_record
-from htfa_jax.data.storage import ImageRoot, PackedPicture
+from htfa_jax.data.records import ImageFile, Record, parse_record
+from htfa_jax.data.storage import ImageRoot, PackedImage
 from htfa_jax.errors import DataError
 
 SUFFIX = ".array_record"
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.jsonl"
+# Keys of a packed record. The second is older than this project's other names, and stays: shards
+# that were written before can be read, also by versions that were.
+TEXT, IMAGES = "record", "pictures"
 
 
-def pack(text: bytes, pictures: Mapping[str, bytes] | None = None) -> bytes:
-    """A shard's record, of a JSON text and of the pictures that it names."""
-    return msgpack.packb({"record": text, "pictures": pictures or {}})
+def pack(text: bytes, images: Mapping[str, bytes] | None = None) -> bytes:
+    """A shard's record, of a JSON text and of the images that it names."""
+    return msgpack.packb({TEXT: text, IMAGES: images or {}})
 
 
 def open_writer(path: Path) -> ArrayRecordWriter:
@@ -43,7 +46,7 @@ class ShardedRecords:
 
     Args:
       paths: the files.
-      place: finds pictures that are not packed.
+      place: finds images that are not packed.
       recon_template: as `data.recon_template`.
       name: what messages call it, if the files are a copy; each file by its own name otherwise.
       identity: as in `Dataset`; that of the files if None.
@@ -86,9 +89,9 @@ class ShardedRecords:
         try:
             reader = self._readers[shard] or self._open(shard)
             packed = msgpack.unpackb(reader.read([number])[0])
-            text, pictures = packed["record"], packed["pictures"]
-            if not isinstance(text, bytes) or not isinstance(pictures, dict):
-                raise TypeError("its record has no text and pictures")
+            text, images = packed[TEXT], packed[IMAGES]
+            if not isinstance(text, bytes) or not isinstance(images, dict):
+                raise TypeError("its record has no text and images")
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         except (RuntimeError, KeyError, TypeError) as error:
@@ -97,9 +100,9 @@ class ShardedRecords:
             raise DataError(f"{where}: {error}") from error
         raw = parse_json(text, where, DataError, object, allow_nan=True)
 
-        def place(name: str) -> Picture:
-            content = pictures.get(name)
-            return self.place(name) if content is None else PackedPicture(name, content)
+        def place(name: str) -> ImageFile:
+            content = images.get(name)
+            return self.place(name) if content is None else PackedImage(name, content)
 
         return parse_record(raw, where, place, self.recon_template)
 

@@ -8,7 +8,7 @@ from htfa_jax.config import DataConfig
 from htfa_jax.data.records import Dataset
 from htfa_jax.data.sources import array_records, record_cache
 from htfa_jax.data.sources.json_lines import RecordFile
-from htfa_jax.data.storage import ImageRoot, StoredPicture, image_root, is_url, remote
+from htfa_jax.data.storage import ImageRoot, StoredImage, image_root, is_url, remote
 from htfa_jax.errors import DataError
 
 TFDS = "tfds:"
@@ -74,14 +74,14 @@ def _check_template(records: Dataset, template: str) -> None:
     looked_at = []
     for i in range(min(len(records), TEMPLATE_TRIES)):
         try:
-            picture = records[i].image_recon
+            image = records[i].image_recon
         except DataError as error:
             if "data.recon_template" in str(error):
                 raise
             continue  # told when it is its turn
-        if isinstance(picture, Path | StoredPicture) and picture.is_file():
+        if isinstance(image, Path | StoredImage) and image.is_file():
             return
-        looked_at.append(str(picture))
+        looked_at.append(str(image))
     if looked_at:
         raise DataError(
             f"data.recon_template={template!r} leads to no file: there is none at "

@@ -1,6 +1,6 @@
 """Records of TFDS datasets, read through `tfds.data_source`: no TensorFlow.
 
-A dataset's features have the names of a record's fields. Pictures are Image features, read as the
+A dataset's features have the names of a record's fields. Images are Image features, read as the
 files that they are stored as; a conversation is a Sequence of `from`, `value` and maybe `kind`, or
 JSON text.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from htfa_jax.common.json_files import parse_json
 from htfa_jax.data.records import Record, parse_record
-from htfa_jax.data.storage import ImageRoot, PackedPicture
+from htfa_jax.data.storage import ImageRoot, PackedImage
 from htfa_jax.errors import DataError
 
 EMBEDDED = "held_objects"
@@ -53,12 +53,12 @@ class TfdsRecords:
         try:
             builder = tfds.builder(name, file_format="array_record")
             builder.download_and_prepare()
-            self._pictures = {
+            self._images = {
                 key: feature.encoding_format or "png"
                 for key, feature in builder.info.features.items()
                 if isinstance(feature, tfds.features.Image)
             }
-            decoders = {key: tfds.decode.SkipDecoding() for key in self._pictures}
+            decoders = {key: tfds.decode.SkipDecoding() for key in self._images}
             self._source = builder.as_data_source(split=split, decoders=decoders)
         except Exception as error:  # of a dozen kinds, by what the dataset needs
             what = str(error).strip().partition("\n")[0]
@@ -87,8 +87,8 @@ class TfdsRecords:
         return parse_record(raw, where, self.place, self.recon_template)
 
     def _value(self, key: str, value: Any) -> Any:
-        if key in self._pictures:
-            return PackedPicture(f"{key}.{self._pictures[key]}", value)
+        if key in self._images:
+            return PackedImage(f"{key}.{self._images[key]}", value)
         return plain(value)
 
     def __repr__(self) -> str:
@@ -117,7 +117,7 @@ def plain(value: Any) -> Any:
 
 
 def _is_empty(value: Any) -> bool:
-    """TFDS has no missing values: an empty text or picture stands for one."""
+    """TFDS has no missing values: an empty text or image stands for one."""
     return value is None or (isinstance(value, bytes | str) and not value)
 
 

@@ -1,4 +1,4 @@
-"""A medium model on 448-pixel pictures, everything from random weights, for one GPU.
+"""A medium model on 448-pixel images, everything from random weights, for one GPU.
 
 HeldObjects at 448 pixels, a VQ stage of its own, 5 epochs of 8,000 scenes. On an H200 with 32
 cores to draw the scenes it should take about ten minutes, evaluation included (`RESULTS.md`).

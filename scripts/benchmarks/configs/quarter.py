@@ -1,4 +1,4 @@
-"""`standard` at a quarter of its widths and half of its picture size: seconds a step on a CPU.
+"""`standard` at a quarter of its widths and half of its image size: seconds a step on a CPU.
 
 python scripts/benchmark.py --config scripts/benchmarks/configs/quarter.py --against torch
 """

@@ -1,4 +1,4 @@
-"""A small model on 112-pixel pictures, in float32: where a step's overhead counts.
+"""A small model on 112-pixel images, in float32: where a step's overhead counts.
 
 python scripts/benchmark.py --config scripts/benchmarks/configs/small.py --against torch
 """
