@@ -1,6 +1,6 @@
 """`standard` with one encoder, SigLIP: no VQ, no generation tokens, answers only.
 
-It fits where `standard` does: 9.6 TFLOP of a step for a sample, not 12.5. Nothing is painted.
+It fits where `standard` does: 9.6 TFLOP of a step for a sample, not 12.5. Nothing is completed.
 Without codes nothing reads the fused image, so Level 1 is absent too.
 
     python -m htfa_jax.train --config configs/ablation_single_encoder.py \\

@@ -1,4 +1,4 @@
-"""`standard` that paints and does not answer: no words in the sequence, no embedding, no LM head.
+"""`standard` that completes and does not answer: no text in the sequence, no embedding, no LM head.
 
 It fits where `standard` does, with half of the weights to train (319 million) and 6.5 TFLOP of a
 step for a sample, not 12.5. Completed images are scored, there are no answers.

@@ -1,6 +1,6 @@
 """HTFA with all 24 layers of InternLM2-1.8B, on 8 chips of 16 GB or one large GPU.
 
-Compiled for a v5e:2x4 it needs 7.4 GiB of each. One H200 makes 14.5 samples/s with 128 words of
+Compiled for a v5e:2x4 it needs 7.4 GiB of each. One H200 makes 14.5 samples/s with 128 tokens of
 text, in 40.5 GB.
 
     python -m htfa_jax.train --config configs/internlm2_1_8b.py \\

@@ -1,8 +1,9 @@
-"""`standard` that answers and does not paint: no generation head, no target codes, no VQ decoder.
+"""`standard` that answers and completes nothing: no generation head, no target codes, no VQ
+decoder.
 
 The codes of the fused image stay in the sequence, where the text can read them;
 `ablation_single_encoder` leaves them out too. It fits where `standard` does: a sample takes 12.0
-TFLOP of a step, not 12.5. The answers are scored, nothing is painted.
+TFLOP of a step, not 12.5. The answers are scored, nothing is completed.
 
     python -m htfa_jax.train --config configs/understanding_only.py \\
         --config.data.train=train.jsonl ...

@@ -30,6 +30,7 @@ from htfa_jax.common.cli import command, parse, use_compilation_cache
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import load_config
+from htfa_jax.config.renamed import current_flags
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.evaluation.report_html import PREDICTIONS
 from htfa_jax.inference.options import Completion, Decoding, Quantize, View
@@ -79,7 +80,7 @@ class InferArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parse(InferArgs, argv, __doc__)
+    args = parse(InferArgs, current_flags(argv or []), __doc__)
     if args.demo:
         args = of_the_demo(args)
     checkpoint, folder = given(args, "checkpoint"), given(args, "output_dir")

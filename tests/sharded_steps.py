@@ -78,12 +78,12 @@ class Run:
     """A small model in one of the cases, ready to train."""
 
     def __init__(self, case, **changes):
-        devices, micro_steps, settings = CASES[case]
+        devices, accumulation_steps, settings = CASES[case]
         config = override(tiny(**SIZES | changes), named(settings))
         self.layout = layout = Layout(config, jax.devices()[:devices])
         size = {
-            "train.batch_size": SAMPLES // (layout.num_shards * micro_steps),
-            "train.accumulation_steps": micro_steps,
+            "train.batch_size": SAMPLES // (layout.num_shards * accumulation_steps),
+            "train.accumulation_steps": accumulation_steps,
         }
         self.config = config = override(config, size)
         model = build_model(config)

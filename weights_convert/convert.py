@@ -95,7 +95,7 @@ class Layout:
 
     Attributes:
       family: of the weight folder: "siglip", "vq", "internlm2".
-      variant: what the checkpoint is, in words.
+      variant: what the checkpoint is, as text.
       sizes: the part's configuration dataclass.
       shapes: `{path: anything with .shape}` of its parameters.
       rules: the table; its keys stand behind `prefix`.

@@ -44,7 +44,7 @@ LEFT_TENSORS = {
     "(`python -m weights_convert internlm2`)",
     "vq_tokenizer": PLACEHOLDER,
     "level3_fusion.generation_branch.vq_tokenizer": PLACEHOLDER,
-    "level3_fusion.autoregressive_decoder": "its layers attend to the whole sequence, later words "
+    "level3_fusion.autoregressive_decoder": "its layers attend to the whole sequence, later tokens "
     "included, and know no positions; the decoder here is InternLM2",
     "level3_fusion.output_norm": "the norm at the end of the decoder that stays behind",
     "prediction_heads.head_understand": "it reads the decoder that stays behind; the LM head "

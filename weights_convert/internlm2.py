@@ -20,7 +20,7 @@ from weights_convert.source import Source
 
 
 def pad_vocab(x: np.ndarray) -> np.ndarray:
-    """Rows of zeros behind the last word, up to our multiple."""
+    """Rows of zeros behind the last token, up to our multiple."""
     return np.pad(x, ((0, -len(x) % VOCAB_MULTIPLE), (0, 0)))
 
 
@@ -137,7 +137,7 @@ def layout(source: Source, num_layers: int | None = None) -> Layout:
     return Layout(
         family="internlm2",
         variant=f"decoder as {naming} names it ({prefix or 'no prefix'}), {sizes.embed_dim} wide, "
-        f"{sizes.num_layers} of {total} layers, {sizes.vocab_size} words",
+        f"{sizes.num_layers} of {total} layers, vocabulary of {sizes.vocab_size} tokens",
         sizes=sizes,
         shapes=shapes(sizes),
         rules=internlm2_rules(sizes) if naming == "InternLM2" else llama_rules(),

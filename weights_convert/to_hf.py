@@ -51,7 +51,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
         flat = {path.removeprefix(part + "."): np.asarray(v) for path, v in inside.items()}
         sizes = getattr(config, part)
         if part == "decoder" and "embed.embedding" not in flat:
-            continue  # trained for images alone: it has no words
+            continue  # trained for images alone: it has no text
         with whole_folder(out / name, CheckpointError) as folder:
             arrays = {k: np.ascontiguousarray(v) for k, v in tensors(flat, sizes).items()}
             save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
@@ -141,13 +141,13 @@ def vq_config(sizes: VQConfig, image_size: int) -> dict[str, Any]:
 def internlm2_tensors(params: Flat, sizes: DecoderConfig) -> Flat:
     """The decoder as `InternLM2ForCausalLM` names it."""
 
-    def words(x: np.ndarray) -> np.ndarray:
+    def real_tokens(x: np.ndarray) -> np.ndarray:
         return x[: sizes.vocab_size]
 
     table = internlm2.internlm2_rules(sizes)
-    inverses: dict[Any, Inverse] = {same: same, linear: linear, internlm2.pad_vocab: words}
+    inverses: dict[Any, Inverse] = {same: same, linear: linear, internlm2.pad_vocab: real_tokens}
     head = next(rule for rule in table if rule.path.startswith("head"))
-    inverses[head.transform] = lambda x: words(linear(x))
+    inverses[head.transform] = lambda x: real_tokens(linear(x))
     fused = [rule for rule in table if "wqkv" in rule.key]
     tensors = undo(params, [rule for rule in table if rule not in fused], inverses)
     parts = [params[f"layers.attention.{p}_proj.kernel"] for p in "qkv"]

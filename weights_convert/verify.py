@@ -33,7 +33,7 @@ TOLERANCE = 1e-3  # relative to the largest output; float32 both
 def verify(folder: Path, source: Source, decoder_from: Source | None = None) -> str:
     """Compares a weight folder with what it was made from; says how far they are apart.
 
-    SigLIP: features of a random image. Decoder: hidden states and next-word probabilities of a
+    SigLIP: features of a random image. Decoder: hidden states and next-token probabilities of a
     random prompt of 512 tokens, with the Kullback-Leibler divergence per token. VQ: codes of a
     random image and the image of random codes.
 
@@ -196,7 +196,7 @@ def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
         if any(key.startswith("decoder.") for key in keys):
             some = rng.integers(0, sizes.codebook_size, codes.shape)
             theirs_image = theirs.decode(torch.from_numpy(some)).permute(0, 2, 3, 1)
-            line, other = difference("painted image", ours.decode(some), theirs_image)
+            line, other = difference("decoded image", ours.decode(some), theirs_image)
             lines, worst = [*lines, line], max(worst, other)
     return lines, worst
 

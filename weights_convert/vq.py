@@ -161,7 +161,7 @@ def layout(source: Source | Merged, decoder_from: Source | None = None) -> Layou
         family="vq",
         variant=f"VQ tokenizer as {naming} names it ({prefix or 'no prefix'}), {levels} levels, "
         f"{sizes.codebook_size} {'normalised ' if is_janus else ''}codes of {sizes.codebook_dim}"
-        + ("" if sizes.has_decoder else ", without decoder: it cannot paint"),
+        + ("" if sizes.has_decoder else ", without decoder: it only encodes"),
         sizes=sizes,
         shapes=shapes(sizes),
         rules=rules(names, None if is_janus else range(levels)[::-1], codebook),

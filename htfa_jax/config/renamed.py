@@ -42,6 +42,7 @@ PARAMETERS = {"passes": "refinement_steps"}
 ATTRIBUTES = {
     "can_paint": "can_complete",
     "need_painting": "need_completion",
+    "passes": "refinement_steps",
     "hidden_HW": "occluded_HW",
     "words": "tokens",
     "over_pictures": "over_images",

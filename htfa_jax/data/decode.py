@@ -72,7 +72,7 @@ def decode_field(
         raise record.error(f"{field}: {name} {error}", error.kind) from error
     except FileNotFoundError:
         raise record.error(
-            f"{field}: no file at {name}: put it there, or mend the path", "missing image"
+            f"{field}: no file at {name}: put it there, or correct the path", "missing image"
         ) from None
     except UnidentifiedImageError:
         raise record.error(

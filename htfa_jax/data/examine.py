@@ -161,7 +161,7 @@ def examine(examiner: Examiner, num: int, num_workers: int) -> Iterator[Seen]:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that looks at records was killed, maybe for want of memory: try fewer "
+                "a process that looks at records was killed, perhaps out of memory: try fewer "
                 f"with --num_workers ({num_workers} now)"
             ) from error
         finally:

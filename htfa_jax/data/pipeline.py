@@ -286,7 +286,7 @@ def read(dataset: grain.MapDataset, config: Config) -> Generator[Any, None, None
         if "Worker process was terminated" not in str(error):
             raise
         raise TrainingError(
-            f"a process that loads data was killed, maybe for want of memory: {error} Try fewer "
+            f"a process that loads data was killed, perhaps out of memory: {error} Try fewer "
             f"with data.num_workers ({data.num_workers} now) or data.num_threads "
             f"({data.num_threads} in each)"
         ) from error

@@ -132,7 +132,7 @@ def calibration(run: Run) -> float | None:
 # What the full structure is compared in beside joint accuracy: a measure and its unit.
 ALSO = {
     "occlusion ratio within 10, points": (accuracy("occlusion_ratio", "within_10_points"), 100.0),
-    "PSNR hidden, dB": (image("psnr"), 1.0),
+    "PSNR occluded, dB": (image("psnr"), 1.0),
     "PSNR of all pixels, dB": (image("psnr", "all"), 1.0),
 }
 
@@ -232,11 +232,11 @@ def main_table(runs: Runs) -> str:
         "joint accuracy": (accuracy("joint"), True),
         "occlusion ratio within 10 points": (accuracy("occlusion_ratio", "within_10_points"), True),
         "calibration error": (calibration, False),
-        "PSNR hidden": (image("psnr"), False),
-        "SSIM hidden": (image("ssim"), False),
+        "PSNR occluded": (image("psnr"), False),
+        "SSIM occluded": (image("ssim"), False),
         "gap closed": (gap_closed, False),
     }
-    forms = {"PSNR hidden": ".2f"}
+    forms = {"PSNR occluded": ".2f"}
     return markdown(
         ["variant", "seeds", *columns],
         [
@@ -254,7 +254,7 @@ def bucket_table(runs: Runs) -> str:
         cells = [cell(found, accuracy("joint", rows=name)) for name in names]
         if cells[0] != NONE:
             rows.append([variant, *cells])
-    return markdown(["joint accuracy where hidden", *names], rows)
+    return markdown(["joint accuracy where occluded", *names], rows)
 
 
 def differences(runs: Runs) -> dict[str, tuple[Difference, float]]:
@@ -321,7 +321,7 @@ def claims_table(runs: Runs) -> str:
     claim("joint accuracy: Level 2's affine is worth something", "no_level2_affine", None)
     for level, other, name in (
         ("Level 1", "no_level1", "PSNR of all pixels, dB"),
-        ("Level 2's affine", "no_level2_affine", "PSNR hidden, dB"),
+        ("Level 2's affine", "no_level2_affine", "PSNR occluded, dB"),
         ("Level 2's affine", "no_level2_affine", "occlusion ratio within 10, points"),
     ):
         if gained := gains(runs, other, *ALSO[name]):
@@ -359,11 +359,11 @@ def stress_table(runs: Runs, scenes: int) -> str:
 
 
 def stress_image_table(runs: Runs) -> str:
-    """The same for what is painted."""
+    """The same for what is completed."""
     splits = ("test", *STRESSES)
     rows = [[v, *(cell(r, above_flat(s), "+.2f") for s in splits)] for v, r in runs.items()]
     names = ("right reconstruction", *(stress.replace("_", " ") for stress in STRESSES))
-    head = ["PSNR hidden above flat fill, dB", *names]
+    head = ["PSNR occluded above flat fill, dB", *names]
     return markdown(head, [row for row in rows if row[1] != NONE])
 
 
@@ -371,11 +371,11 @@ def reference_table(runs: Runs) -> str:
     """What no model makes: the same for all variants whose reconstruction is aligned."""
     first = next((r for r in (runs.get(FULL), *runs.values()) if r and values(r, gap_closed)), None)
     if first is None:
-        return "No variant paints."
+        return "No variant completes images."
     names = {
         "original": "the original as it is",
         "aligned_reconstruction": "the aligned reconstruction",
-        "flat_fill": "covered pixels filled with the mean colour",
+        "flat_fill": "occluder region filled with the mean colour",
         "vq_round_trip": "VQ round trip of the target",
     }
     regions = ("all", "occluder", "occluded")

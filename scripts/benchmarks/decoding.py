@@ -1,4 +1,4 @@
-"""Words per second of the decoder, beside transformers' Llama with the same weights.
+"""Tokens per second of the decoder, beside transformers' Llama with the same weights.
 
     OMP_NUM_THREADS=2 taskset -c 0,1 python scripts/benchmarks/decoding.py --sizes small wide
     JAX_PLATFORMS=cuda python scripts/benchmarks/decoding.py --sizes internlm2_1_8b \\
@@ -7,15 +7,15 @@
 Both run in this process on the CPU, or on the same GPU, one after the other in every repetition,
 so that a busy machine is busy for both. transformers: `generate`, static cache, no torch.compile.
 The limit is what the memory gives: a large array read in order in the same run, several times
-without a wait in between, divided by the bytes that a word needs: all weights but the embedding
-table, and the keys and values of the words before it (of its own row; half of the answer on
+without a wait in between, divided by the bytes that a token needs: all weights but the embedding
+table, and the keys and values of the tokens before it (of its own row; half of the answer on
 average). It is compared with the fastest piece of decoding, and the array's fastest readings:
 other programs slow down both.
 
-Where the dtype rounds, one word that comes out otherwise changes all that follow. So the choice of
-the next word is compared too, after the same words on both sides, and with float32. What is written
-in one go has to be what the same weights choose word by word: on an H200 XLA's default order of
-kernels once wrote something else (`RESULTS.md`).
+Where the dtype rounds, one token that comes out otherwise changes all that follow. So the choice of
+the next token is compared too, after the same tokens on both sides, and with float32. What is
+written in one go has to be what the same weights choose token by token: on an H200 XLA's default
+order of kernels once wrote something else (`RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SIZES = {
 Size = tyro.extras.literal_type_from_choices(SIZES)
 PROBE_BYTES = {"cpu": 2**28, "gpu": 2**32}
 READINGS = 8  # of that array, one behind the other
-PIECE = 32  # words that are timed by themselves: an answer, not the start of a program
+PIECE = 32  # tokens that are timed by themselves: an answer, not the start of a program
 
 
 def llama(sizes: DecoderConfig) -> LlamaForCausalLM:
@@ -82,8 +82,8 @@ def ours(
     return split(DecodingInternLM2)[0], weights
 
 
-def words(rows: int, length: int, sizes: DecoderConfig) -> np.ndarray:
-    """Drawn words [rows, length]."""
+def tokens(rows: int, length: int, sizes: DecoderConfig) -> np.ndarray:
+    """Random tokens [rows, length]."""
     return np.random.default_rng(rows).integers(1, sizes.vocab_size, (rows, length), np.int32)
 
 
@@ -96,7 +96,7 @@ def their_logits(theirs: LlamaForCausalLM, ids: np.ndarray, last: int) -> np.nda
 
 
 def our_logits(graphdef: Any, weights: Any, ids: np.ndarray, prompt: int) -> np.ndarray:
-    """Of the positions after the prompt [B, T - prompt, V], word by word as decoding goes."""
+    """Of the positions after the prompt [B, T - prompt, V], token by token as decoding goes."""
 
     def step(weights: Any, cache: Any, ids: jax.Array, start: jax.Array) -> Any:
         decoder = nnx.merge(graphdef, unflatten(weights))
@@ -126,7 +126,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     sizes, backend = SIZES[name](), jax.default_backend()
     theirs = llama(sizes).to("cuda" if backend == "gpu" else "cpu")
     graphdef, weights = ours(sizes, theirs, dtype)
-    ids, rounded = words(1, prompt + new, sizes), dtype != "float32"
+    ids, rounded = tokens(1, prompt + new, sizes), dtype != "float32"
     exact = their_logits(theirs, ids, new) if rounded else None
     rotary = theirs.model.rotary_emb
     frequencies = rotary.inv_freq
@@ -142,7 +142,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
             error = np.sqrt(np.mean((logits - exact) ** 2)) / deviation
             same = np.mean(logits.argmax(axis=-1) == best)
             print(
-                f"{name}, {side} next words after the same words: {100 * same:.1f}% those of "
+                f"{name}, {side} next tokens after the same tokens: {100 * same:.1f}% those of "
                 f"float32; error of the logits {100 * error:.2f}% of their deviation"
             )
     needed = sum(v.nbytes for k, v in weights.items() if not k.startswith("embed"))
@@ -171,7 +171,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
     vocab = -(-sizes.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     length = min(PIECE, new - 1)
     for rows in batches:
-        ids = words(rows, prompt, sizes)
+        ids = tokens(rows, prompt, sizes)
         inputs = (
             jax.jit(lambda w, rows=rows: decoder(w).empty_cache(rows, 0))(weights),
             np.int32(0),
@@ -184,7 +184,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
 
         def generate(count: int, tensor: torch.Tensor = tensor) -> torch.Tensor:
             with torch.inference_mode():
-                words = theirs.generate(
+                tokens = theirs.generate(
                     tensor,
                     attention_mask=torch.ones_like(tensor),
                     max_new_tokens=count,
@@ -192,7 +192,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
                     cache_implementation="static",
                     disable_compile=True,
                 )
-            return words.cpu()  # which waits for it
+            return tokens.cpu()  # which waits for it
 
         said = np.asarray(further(weights, first(weights, *inputs), new).tokens_BT)
         same = (said == generate(new)[:, prompt:].numpy()).mean()
@@ -200,7 +200,7 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
             read_again = np.concatenate([ids, said[:, :-1]], axis=1)
             own = our_logits(graphdef, weights, read_again, prompt).argmax(axis=-1)
             share = 100 * (own == said[:, 1:]).mean()
-            print(f"{name}, words that are also chosen one by one: {share:.1f}%")
+            print(f"{name}, tokens that are also chosen one by one: {share:.1f}%")
         times: dict[str, list[float]] = {}
 
         def note(what: str, value: float, times: dict[str, list[float]] = times) -> None:
@@ -229,12 +229,12 @@ def compare(name: str, batches: list[int], prompt: int, new: int, repeat: int, d
         limit = rows * bandwidth / (needed + rows * needed_of_row)
         their_rate = rows * (new - 1) / (t["theirs"] - t["their prefill"])
         print(
-            f"{name}, batch {rows}: {rows * new / np.median(whole):.1f} words/s with prefill "
+            f"{name}, batch {rows}: {rows * new / np.median(whole):.1f} tokens/s with prefill "
             f"(transformers {rows * new / t['theirs']:.1f}, ratio "
             f"{t['theirs'] / np.median(whole):.2f}); decoding alone {rate:.1f} (transformers "
             f"{their_rate:.1f}, ratio {rate / their_rate:.2f}), at best {best:.1f}, "
             f"{100 * best / limit:.0f}% of the limit {limit:.1f} at {bandwidth / 1e9:.1f} GB/s; "
-            f"same words {100 * same:.1f}%"
+            f"same tokens {100 * same:.1f}%"
         )
 
 
@@ -252,8 +252,8 @@ class DecodingArgs:
 
     sizes: tuple[Size, ...] = tuple(SIZES)  # of the decoder
     batches: tuple[int, ...] = (1, 8)  # rows of a batch
-    prompt: int = 512  # words of the prompt
-    new: int = 128  # words of the answer
+    prompt: int = 512  # tokens of the prompt
+    new: int = 128  # tokens of the answer
     repeat: int = 5  # median of so many
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
 

@@ -25,8 +25,8 @@ from htfa_jax.evaluation.evaluator import questions
 from htfa_jax.evaluation.metrics import is_right, psnr
 
 
-def hidden_psnr(records: list[Record], completed: list[Image.Image]) -> float:
-    """Of all hidden pixels together, in dB."""
+def occluded_psnr(records: list[Record], completed: list[Image.Image]) -> float:
+    """Of all occluded pixels together, in dB."""
     errors = []
     for record, image in zip(records, completed, strict=True):
         masks = (load_mask(m) for m in (record.object_mask, record.occluder_mask))
@@ -59,14 +59,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = HTFAInference(args.checkpoint, quantize=quantize).batch_infer(records, asked)
         said[name] = [r.answer for rows in results for r in rows]
         right = np.mean([is_right(*x) for x in zip(said[name], sum(truths, []), strict=True)])
-        score = hidden_psnr(records, [rows[0].completed for rows in results])
-        print(f"{name}: {right:.4f} of {len(said[name])} answers right, {score:.2f} dB hidden")
+        score = occluded_psnr(records, [rows[0].completed for rows in results])
+        print(f"{name}: {right:.4f} accuracy of {len(said[name])} answers, {score:.2f} dB occluded")
     same = np.mean([a == b for a, b in zip(*said.values(), strict=True)])
     print(f"int8 gives the same answer {100 * same:.1f}% of the time")
     for passes in args.refinement_steps:
         results = engine.batch_infer(records, "?", completion=Completion(refinement_steps=passes))
-        score = hidden_psnr(records, [r.completed for r in results])
-        print(f"{passes} passes: {score:.2f} dB hidden")
+        score = occluded_psnr(records, [r.completed for r in results])
+        print(f"{passes} passes: {score:.2f} dB occluded")
     for size in (1, 8, 1, 8, 1, 8):
         start = time.perf_counter()
         engine.batch_infer(records, batch_size=size)

@@ -56,7 +56,7 @@ def random_arrays(
         row, column = np.arange(side)[None, :, None], np.arange(side)[None, None]
         return (column >= x) & (column < x + w) & (row >= y) & (row < y + h)
 
-    def words() -> np.ndarray:
+    def random_tokens() -> np.ndarray:
         return rng.integers(0, config.decoder.vocab_size, (samples, text_length), dtype=np.int32)
 
     region = np.tile(np.array([0, 0, side, side], np.float32), (samples, 1))
@@ -71,8 +71,8 @@ def random_arrays(
         "bbox_orig": bbox_orig,
         "bbox_recon": boxes(),
         **{f"has_{name}": np.ones(samples, bool) for name in flags},
-        "tokens": words(),
-        "labels": words(),
+        "tokens": random_tokens(),
+        "labels": random_tokens(),
         "loss_mask": np.ones((samples, text_length), np.float32),
         "weight": np.ones(samples, np.float32),
         "index": np.arange(samples, dtype=np.int32),

@@ -101,7 +101,7 @@ def parameters(config: Config) -> dict[str, tuple[int, bool]]:
         "generate": r"level3\.adapter_generate\..*",
         "code_head": r"level3\.head_generate\..*",
         "embedding": r"decoder\.embed\..*",
-        "text_head": r"decoder\.head\..*",
+        "lm_head": r"decoder\.head\..*",
         "blocks": r"decoder\.(?!embed|head).*",
     }
     all_shapes, frozen = build_model(config).shapes, frozen_pattern(config)
@@ -132,7 +132,7 @@ def labels(config: Config, length: int = 128) -> dict[str, str]:
     said["blocks"] = f"{config.decoder.num_layers} blocks, {config.decoder.embed_dim:,} wide"
     said["siglip"] = f"{config.siglip.num_layers} blocks, patches of {config.siglip.patch_size}"
     said["level2"] = f"{config.level2.num_heads} heads"
-    said["loss text"] = f"{config.loss.text_weight:g} × cross-entropy, next word"
+    said["loss text"] = f"{config.loss.text_weight:g} × cross-entropy, next token"
     said["loss codes"] = f"{config.loss.code_weight:g} × cross-entropy, codes of the target"
     return said
 
@@ -337,7 +337,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     art.box(1204, 108, 100, 442, "decoder",
             ["causal", say["blocks"].split(", ")[0], say["blocks"].split(", ")[1],
              *say["weight blocks"].split(", ")], frozen["blocks"])  # fmt: skip
-    art.box(1086, 580, 218, 52, "decoder", ["word embedding", say["weight embedding"]],
+    art.box(1086, 580, 218, 52, "decoder", ["token embedding", say["weight embedding"]],
             frozen["embedding"])  # fmt: skip
     art.arrow((1028, 224), (1084, 224))
     art.arrow((1028, 550), (1056, 550), (1056, 410), (1084, 410))
@@ -352,7 +352,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
             frozen["code_head"])  # fmt: skip
     art.box(1346, 482, 178, 84, "decoder",
             ["LM head", say["size text_logits"],
-             say["weight text_head"]], frozen["text_head"])  # fmt: skip
+             say["weight lm_head"]], frozen["lm_head"])  # fmt: skip
     art.box(1346, 254, 178, 74, "encoders", ["VQ decoder", say["weight vq_decoder"]],
             frozen["vq_decoder"])  # fmt: skip
     art.arrow((1304, 410), (1344, 410))
@@ -380,7 +380,7 @@ def draw(config: Config, scene: dict[str, Image.Image], question: str, answer: s
     still = sum(n for n, still in counted.values() if still)
     art.text(
         1538, 736,
-        f"{short(trained)} parameters trained, {short(still)} frozen; L: words of text",
+        f"{short(trained)} parameters trained, {short(still)} frozen; L: text tokens",
         12.5, SOFT, text_anchor="end",
     )  # fmt: skip
     return art.svg()
@@ -396,7 +396,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def example() -> tuple[dict[str, Image.Image], str, str]:
-    """A scene of the demo model, a question, and what the model paints and says."""
+    """A scene of the demo model, a question, and what the model completes and answers."""
     raw = json.loads((DEMO / EXAMPLES).read_text(encoding="utf-8").splitlines()[0])
     folder = (DEMO / EXAMPLES).parent
     orig, recon = (folder / raw[name] for name in ("image_orig", "image_recon"))

@@ -1,4 +1,4 @@
-"""Measures the small parts that come with the package, and what a run paints, on unseen scenes.
+"""Measures the pretrained components of this package, and what a run completes, on unseen scenes.
 
     python scripts/tiny_parts/measure.py --run runs/x
 
@@ -49,7 +49,7 @@ BATCHES = 20  # of conversations
 class MeasureArgs:
     """Measures the tiny parts, and a run's completed images."""
 
-    run: Path | None = None  # a run or export that paints; none leaves this out
+    run: Path | None = None  # a run or export that completes; none leaves this out
     probe_epochs: int = 6  # of the convolutional probe on 4,000 targets
     output: Path | None = None  # JSON file for the figures
 
@@ -165,7 +165,7 @@ def completion_scores(
     vq, weights = vq_of(config)
     round_trip = jax.jit(lambda x: vq.merge(weights).decode(vq.merge(weights).encode(x)))
     targets, originals = images(test, "image_target"), images(test, "image_orig")
-    painted = [
+    decoded = [
         np.asarray(round_trip(part.astype(np.float32) / 127.5 - 1))
         for part in np.array_split(targets, 10)
     ]
@@ -178,7 +178,7 @@ def completion_scores(
     )
     shown = {
         "targets": targets,
-        "round trips": np.clip((np.concatenate(painted) + 1) * 127.5, 0, 255).astype(np.uint8),
+        "round trips": np.clip((np.concatenate(decoded) + 1) * 127.5, 0, 255).astype(np.uint8),
         "completed by the model": [r.completed for r in completed],
         "covered pixels filled with the mean colour": filled,
         "originals": originals,

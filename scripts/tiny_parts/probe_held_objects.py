@@ -149,7 +149,7 @@ def evaluate(model: Probe, images: np.ndarray, labels: dict[str, np.ndarray]) ->
     }
     result = {name: round(float(values.mean()), 4) for name, values in hits.items()}
     bucket = np.digitize(labels["share"], BUCKETS[1:-1])
-    result["by_hidden_share"] = {
+    result["by_occlusion_ratio"] = {
         f"{low}-{high}": {
             name: round(float(hits[name][bucket == i].mean()), 4) for name in ("category", "color")
         }

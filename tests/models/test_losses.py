@@ -43,7 +43,7 @@ def test_agrees_with_reference_vectors(case):
 
 @pytest.mark.parametrize("kernel_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_text_heads_gradients_are_products_in_the_type_of_the_computation(dtype, kernel_dtype):
+def test_the_lm_heads_gradients_are_matmuls_in_the_dtype_of_the_computation(dtype, kernel_dtype):
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((2, 3, 8)), dtype)
     kernel = jnp.asarray(rng.standard_normal((8, 5)), kernel_dtype)

@@ -80,8 +80,8 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
     results = []
     for config in (whole, parts):
         state, frozen, step = steps_of(config, optax.sgd(1.0))
-        micro_batches = split_for_accumulation(batch, config.train.accumulation_steps)
-        results.append(step(state, frozen, micro_batches))
+        parts = split_for_accumulation(batch, config.train.accumulation_steps)
+        results.append(step(state, frozen, parts))
     (expected, expected_metrics), (got, metrics) = results
     for name in ("loss", "text_loss", "code_loss", "code_accuracy", "grad_norm", "alpha_mean"):
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-4, err_msg=name)

@@ -85,7 +85,7 @@ def draw_light(rng: np.random.Generator) -> Light:
 def make_scene(seed: int, split: str, index: int, image_size: int) -> Scene:
     """Scene `index` of a split ("train", "validation" or "test"): always the same for these values.
 
-    The composition does not depend on image_size (pixels of a side). Drawn hidden shares cover
+    The composition does not depend on image_size (pixels of a side). Drawn occlusion ratios cover
     0.1 to 0.9 evenly in any run of scenes.
     """
     streams = random_streams(seed, split, index, 6)
