@@ -23,8 +23,8 @@ class Chat:
       confidence: of the newest answer, as in `Result`; None before the first.
     """
 
-    def __init__(self, answerer: Sampler, params: Any, cache: Cache):
-        self._answerer, self._params, self._cache = answerer, params, cache
+    def __init__(self, sampler: Sampler, params: Any, cache: Cache):
+        self._sampler, self._params, self._cache = sampler, params, cache
         self._read = np.zeros(0, np.int32)
         self.turns: list[Turn] = []
         self.confidence: float | None = None
@@ -44,14 +44,14 @@ class Chat:
         Raises:
           DataError: if the conversation is longer than the decoder can read.
         """
-        answerer, params = self._answerer, self._params
-        decoding = (decoding or Decoding()).for_run(answerer.config)
-        question = Turn("user", checked_query(answerer.config, query))
-        prompt = answerer.tokenizer.encode_prompt([*self.turns, question])
+        sampler, params = self._sampler, self._params
+        decoding = (decoding or Decoding()).for_run(sampler.config)
+        question = Turn("user", checked_query(sampler.config, query))
+        prompt = sampler.tokenizer.encode_prompt([*self.turns, question])
         kept = common_prefix(prompt[:-1], self._read)
-        start = answerer.start(params, self._cache, [prompt], decoding, kept)
+        start = sampler.start(params, self._cache, [prompt], decoding, kept)
         pieces = []
-        for piece, state, said in answerer.stream(params, start, decoding):
+        for piece, state, said in sampler.stream(params, start, decoding):
             pieces.append(piece)
             # Taken at every piece: whoever stops listening has used up the older cache.
             self._cache = state.cache

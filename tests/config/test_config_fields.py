@@ -33,7 +33,7 @@ from htfa_jax.models.factory import build_model
 from htfa_jax.models.losses import count, loss_and_metrics
 from htfa_jax.models.registration import normalize_image
 from htfa_jax.sharding.layout import Layout
-from htfa_jax.training import encoder_cache, vq_stage
+from htfa_jax.training import encoder_cache, evaluations, vq_stage
 from htfa_jax.training import trainer as train_module
 from htfa_jax.training.loss_guard import LossGuard
 from htfa_jax.training.optim import frozen_pattern, learning_rate, make_optimizer
@@ -142,6 +142,7 @@ def vq_step(config):
         "step": jax.ShapeDtypeStruct((), jnp.int32),
         "params": params,
         "opt_state": {"tx": jax.eval_shape(tx.init, params), "unused": unused},
+        "halted": jax.ShapeDtypeStruct((), bool),
     }
     return program(
         vq_stage.make_step(config, model, tx, Layout(config)), state, random_batch(config, size=2)
@@ -304,7 +305,7 @@ def run(config):
     evaluated = []
     losses = iter([3.0, 1.0, 2.0, 4.0] * 2)
 
-    class Evaluations:
+    class NoEvaluator:
         def __init__(self, *args):
             pass
 
@@ -330,18 +331,15 @@ def run(config):
         weights = {path: np.zeros(s.shape, np.float32) for path, s in model.shapes.items()}
         return split(jax.device_put(weights), frozen_pattern(config))[::-1]
 
-    names = "compile_train_step", "Evaluator", "new_params"
-    real = [getattr(train_module, name) for name in names]
-    for name, stand_in in zip(names, (make_step, Evaluations, zeros), strict=True):
-        setattr(train_module, name, stand_in)
-    try:
-        train_module.train(config, workdir)
-        failed = None
-    except DataError as error:
-        failed = str(error)
-    finally:
-        for name, original in zip(names, real, strict=True):
-            setattr(train_module, name, original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "compile_train_step", make_step)
+        patch.setattr(train_module, "new_params", zeros)
+        patch.setattr(evaluations, "Evaluator", NoEvaluator)
+        try:
+            train_module.train(config, workdir)
+            failed = None
+        except DataError as error:
+            failed = str(error)
     with open_checkpoints(workdir, config) as checkpoints:
         best = checkpoints.best_step()
         kept = sorted(int(p.name) for p in checkpoints.folder.iterdir())
@@ -379,7 +377,7 @@ def decoding(config):
 
     evaluator._look = look
     evaluator._losses = lambda params, batch: {}
-    evaluator._answerer.answers = answers
+    evaluator._sampler.answers = answers
     report = evaluator({}, records)
     return asked, len(report.panel)
 
