@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(InferArgs, current_flags(argv or []), __doc__)
     if args.demo:
-        args = of_the_demo(args)
-    checkpoint, folder = given(args, "checkpoint"), given(args, "output_dir")
+        args = with_demo_defaults(args)
+    checkpoint, folder = required(args, "checkpoint"), required(args, "output_dir")
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
     workdir, step = find_run(checkpoint, args.revision)
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
 
 
-def given(args: InferArgs, name: str) -> Path:
+def required(args: InferArgs, name: str) -> Path:
     """An option that cannot do without a value. Raises ConfigError if it has none."""
     value = getattr(args, name)
     if value is None:
@@ -107,7 +107,7 @@ def given(args: InferArgs, name: str) -> Path:
     return value
 
 
-def of_the_demo(args: InferArgs) -> InferArgs:
+def with_demo_defaults(args: InferArgs) -> InferArgs:
     """The options with the demo model, its scenes and a folder where the user gave none."""
     if args.checkpoint is not None:
         raise ConfigError("--demo brings its own model: leave --checkpoint out")

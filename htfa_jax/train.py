@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_first():
         only_warnings_to_terminal()
     if args.init_from is not None:
-        # All weights come from there, whatever parts the preset names.
-        nothing = dict.fromkeys(f"pretrained.{part}" for part in FAMILIES)
+        # All weights come from there, whatever components the preset names.
+        nothing = dict.fromkeys(f"pretrained.{component}" for component in FAMILIES)
         config = override(config, nothing | {"pretrained.run": args.init_from})
     if args.dry_run:
         from htfa_jax.training.dry_run import dry_run

@@ -103,7 +103,7 @@ def benchmark(args: BenchmarkArgs) -> dict[str, Any]:
     """Runs it; the figures as they are written to JSON."""
     # Nothing is read from disk, what encoders made of it neither.
     nothing = dict.fromkeys(("data.cache_codes", "data.cache_features"), False)
-    config = override(args.config, {"pretrained.random_parts": "as_configured", **nothing})
+    config = override(args.config, {"pretrained.random_components": "as_configured", **nothing})
     length = args.text_length or config.data.text_buckets[0]
     figures: dict[str, Any] = {
         "text_length": length,

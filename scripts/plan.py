@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     from htfa_jax.training.topologies import find
 
     # Weights are not looked at: what would be pretrained is frozen as it would be with them.
-    config = override(args.config, {"pretrained.random_parts": "as_configured"})
+    config = override(args.config, {"pretrained.random_components": "as_configured"})
     print(describe_plan(config, args.topology and find(args.topology)))
 
 

@@ -15,7 +15,7 @@ import jax
 import pytest
 from support import random_weights, tiny, write_dataset, write_run
 
-from htfa_jax.checkpoints.weights import save_part
+from htfa_jax.checkpoints.weights import save_component
 from htfa_jax.models.factory import build_model
 from htfa_jax.training import vq_stage
 
@@ -51,7 +51,7 @@ def vq_folder(tmp_path_factory):
     config = tiny()
     structure = vq_stage.build_vq(config)
     folder = tmp_path_factory.mktemp("vq") / "weights"
-    save_part(folder, "vq", config.vq, random_weights(structure))
+    save_component(folder, "vq", config.vq, random_weights(structure))
     return folder
 
 

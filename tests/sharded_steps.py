@@ -47,7 +47,7 @@ SIZES = {
     "loss__text_chunk": 24,
     "optim__schedule": "constant",
     "freeze__siglip": False,
-    "pretrained__random_parts": "as_configured",
+    "pretrained__random_components": "as_configured",
 }
 # Matrices that outweigh everything small, and short sequences: memory is that of weights.
 WIDE = {

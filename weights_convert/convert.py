@@ -91,12 +91,12 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How one sort of checkpoint becomes one part of the model.
+    """How one sort of checkpoint becomes one component of the model.
 
     Attributes:
       family: of the weight folder: "siglip", "vq", "internlm2".
       variant: what the checkpoint is, as text.
-      sizes: the part's configuration dataclass.
+      sizes: the component's configuration dataclass.
       shapes: `{path: anything with .shape}` of its parameters.
       rules: the table; its keys stand behind `prefix`.
       prefix: of the keys in this checkpoint.

@@ -15,7 +15,7 @@ from htfa_jax.config import DecoderConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
 from weights_convert.convert import Layout, Rule, Transform, linear, same
-from weights_convert.siglip import OTHER_PARTS, count_layers
+from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
 
 
@@ -128,7 +128,7 @@ def layout(source: Source, num_layers: int | None = None) -> Layout:
     inside = re.escape(prefix)
     ignored = {rf"{inside}.*rotary_emb\.inv_freq": "computed from rope_theta"}
     if prefix:
-        ignored[rf"(?!{inside}).*"] = OTHER_PARTS
+        ignored[rf"(?!{inside}).*"] = OTHER_COMPONENTS
     if sizes.num_layers < total:
         above = "|".join(map(str, range(sizes.num_layers, total)))
         ignored[rf"{inside}model\.layers\.({above})\..*"] = "a layer above --num_layers"

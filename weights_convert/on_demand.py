@@ -1,8 +1,8 @@
 """Pretrained weights that a configuration names, brought into the form that a run reads.
 
 `config.pretrained.siglip`, `.vq` and `.decoder` may name a weight folder, or what `weights_convert`
-reads: a PyTorch checkpoint, a hub id, or "tiny" for the small parts that this package brings along.
-Those are converted once, into the cache.
+reads: a PyTorch checkpoint, a hub id, or "tiny" for the small components that this package
+brings along. Those are converted once, into the cache.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ log = logging.getLogger("htfa_jax.weights_convert")
 
 
 def with_weights(config: Config, base: Config) -> Config:
-    """The configuration with weight folders for all parts that it names, and with their sizes.
+    """The configuration with weight folders for all components that it names, and with their sizes.
 
     Args:
-      config: names parts in `pretrained`.
-      base: what it was before the user's flags; see `parts.with_sizes`.
+      config: names components in `pretrained`.
+      base: what it was before the user's flags; see `weights.with_sizes`.
 
     Raises:
       CheckpointError: a name that is nothing, or a checkpoint of something else.
     """
     changes = {}
-    for part, family in weights.FAMILIES.items():
-        name = getattr(config.pretrained, part)
+    for component, family in weights.FAMILIES.items():
+        name = getattr(config.pretrained, component)
         if name is None or (Path(name).expanduser() / weights.WEIGHTS).is_file():
             continue
-        changes[f"pretrained.{part}"] = str(converted(family, name, config))
+        changes[f"pretrained.{component}"] = str(converted(family, name, config))
     return weights.with_sizes(override(config, changes), base)
 
 
@@ -82,7 +82,7 @@ def converted(family: str, name: str, config: Config) -> Path:
 
 
 def tiny(family: str) -> Path:
-    """The checkpoint of a small part that this package brings along."""
+    """The checkpoint of a small component that this package brings along."""
     return Path(htfa_jax.__file__).parent / TINY / family
 
 

@@ -24,7 +24,7 @@ from weights_convert.convert import Layout, Rule, Transform, linear, same
 from weights_convert.source import Source
 
 POOLING = "the pooling head makes one vector of an image; HTFA reads the patches"
-OTHER_PARTS = "belongs to another part of the checkpoint"
+OTHER_COMPONENTS = "belongs to another component of the checkpoint"
 
 
 def patch_kernel(x: np.ndarray) -> np.ndarray:
@@ -202,7 +202,7 @@ def _transformers(source: Source, prefix: str):
         rf"{inside}head\..*": POOLING,
         rf"{inside}embeddings\.position_ids": "numbers 0, 1, 2, ...",
         r"(.*\.)?text_model\..*|logit_scale|logit_bias": "the text tower; HTFA reads images",
-        rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_PARTS,
+        rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_COMPONENTS,
     }
     return sizes, rules, ignored
 
@@ -219,7 +219,7 @@ def _timm(source: Source, prefix: str):
     inside = re.escape(prefix)
     ignored = {
         rf"{inside}(attn_pool|head|fc_norm)\..*": POOLING,
-        rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_PARTS,
+        rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_COMPONENTS,
     }
     return sizes, timm_rules, ignored
 

@@ -43,20 +43,20 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
     """
     config, params, _, workdir = load_run(run, lambda c: build_model(c).shapes)
     written = []
-    for part, name, tensors, description in (
+    for component, name, tensors, description in (
         ("siglip", "siglip", siglip_tensors, siglip_config),
         ("decoder", "internlm2", internlm2_tensors, internlm2_config),
     ):
-        inside, _ = param_paths.split(params, rf"{part}\..*")
-        flat = {path.removeprefix(part + "."): np.asarray(v) for path, v in inside.items()}
-        sizes = getattr(config, part)
-        if part == "decoder" and "embed.embedding" not in flat:
+        inside, _ = param_paths.split(params, rf"{component}\..*")
+        flat = {path.removeprefix(component + "."): np.asarray(v) for path, v in inside.items()}
+        sizes = getattr(config, component)
+        if component == "decoder" and "embed.embedding" not in flat:
             continue  # trained for images alone: it has no text
         with whole_folder(out / name, CheckpointError) as folder:
             arrays = {k: np.ascontiguousarray(v) for k, v in tensors(flat, sizes).items()}
             save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
             write_json(folder / "config.json", description(config))
-            if part == "decoder":
+            if component == "decoder":
                 for file in (workdir / "tokenizer").iterdir():
                     shutil.copy(file, folder / file.name)
         written.append(out / name)
@@ -150,10 +150,10 @@ def internlm2_tensors(params: Flat, sizes: DecoderConfig) -> Flat:
     inverses[head.transform] = lambda x: real_tokens(linear(x))
     fused = [rule for rule in table if "wqkv" in rule.key]
     tensors = undo(params, [rule for rule in table if rule not in fused], inverses)
-    parts = [params[f"layers.attention.{p}_proj.kernel"] for p in "qkv"]
+    qkv = [params[f"layers.attention.{p}_proj.kernel"] for p in "qkv"]
     for i in range(sizes.num_layers):
         # One group per key head: its queries, then its key, then its value.
-        rows = [p[i].T.reshape(sizes.num_kv_heads, -1, sizes.embed_dim) for p in parts]
+        rows = [p[i].T.reshape(sizes.num_kv_heads, -1, sizes.embed_dim) for p in qkv]
         joined = np.concatenate(rows, axis=1).reshape(-1, sizes.embed_dim)
         tensors[f"model.layers.{i}.attention.wqkv.weight"] = joined
     return tensors

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from htfa_jax.checkpoints import weights as parts
+from htfa_jax.checkpoints.weights import CONFIG, load_component, read_description
 from htfa_jax.common import param_paths
 from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
@@ -60,9 +60,9 @@ def verify(folder: Path, source: Source, decoder_from: Source | None = None) -> 
 
 
 def _family(folder: Path) -> str:
-    path = folder / parts.CONFIG
+    path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"no {parts.CONFIG} in {folder}: expected a weight folder")
+        raise CheckpointError(f"no {CONFIG} in {folder}: expected a weight folder")
     family = read_json(path, CheckpointError).get("family")
     if family not in CHECKS:
         raise CheckpointError(f"{folder} is of family {family!r}; {', '.join(CHECKS)} are compared")
@@ -101,7 +101,7 @@ def inside(source: Source, prefix: str, ignored: dict[str, str]) -> list[str]:
 
 def load(folder: Path, family: str, layout, module: nnx.Module) -> nnx.Module:
     """Our module with the folder's weights in float32."""
-    arrays = parts.load_part(folder, family, layout.sizes, layout.shapes, **layout.notes)
+    arrays = load_component(folder, family, layout.sizes, layout.shapes, **layout.notes)
     weights: Flat = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
     return nnx.merge(nnx.split(module)[0], param_paths.unflatten(weights))
 
@@ -116,7 +116,7 @@ def difference(name: str, ours: np.ndarray, theirs: torch.Tensor) -> tuple[str, 
 
 def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
     """Features of a random image."""
-    config = parts.read_description(folder, "siglip")
+    config = read_description(folder, "siglip")
     layout = siglip.layout(source, config["image_size"])
     size = config["image_size"]
     keys = inside(source, layout.prefix, layout.ignored)
@@ -138,7 +138,7 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
 
 def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
     """Hidden states and probabilities of a random prompt."""
-    config = parts.read_description(folder, "internlm2")
+    config = read_description(folder, "internlm2")
     layout = internlm2.layout(source, config["num_layers"])
     sizes = layout.sizes
     keys = inside(source, layout.prefix, layout.ignored)
@@ -207,7 +207,7 @@ def check_htfa(folder: Path, source: Source) -> tuple[list[str], float]:
     sizes = layout.sizes
     keys = inside(source, layout.prefix, layout.ignored)
     theirs = reference.Levels(_reader(source, layout.prefix), keys, sizes.num_heads)
-    arrays = parts.load_part(folder, "htfa", sizes, layout.shapes)
+    arrays = load_component(folder, "htfa", sizes, layout.shapes)
     weights = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
     ours = nnx.merge(
         nnx.split(nnx.eval_shape(lambda: htfa.levels(sizes)))[0], param_paths.unflatten(weights)

@@ -24,7 +24,7 @@ from htfa_jax.errors import CheckpointError
 from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.vq import VQ
 from weights_convert.convert import Layout, Rule, conv, plan, same
-from weights_convert.siglip import OTHER_PARTS, count_layers
+from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
 
 CODEBOOK = "quantize.embedding.weight"
@@ -116,7 +116,7 @@ def ignored(prefix: str = "", has_decoder: bool = True) -> dict[str, str]:
     if not has_decoder:
         reasons[rf"{inside}post_quant_conv\..*"] = "leads to a decoder that is not there"
     if prefix:
-        reasons[rf"(?!{inside}).*"] = OTHER_PARTS
+        reasons[rf"(?!{inside}).*"] = OTHER_COMPONENTS
     return reasons
 
 

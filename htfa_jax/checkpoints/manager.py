@@ -4,8 +4,8 @@ A run's workdir holds
 
     config.json            the resolved configuration
     tokenizer/             what its text went through
-    frozen/PART-HASH/      frozen weights, once
-    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen parts;
+    frozen/COMPONENT-HASH/ frozen weights, once
+    checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen weights;
                            hashes.json, the hashes of these files
     damaged/STEP-TIME/     checkpoints whose files no longer have these hashes
     lock.json              which process trains here
@@ -262,35 +262,37 @@ def open_checkpoints(workdir: Path, config: Config, read_only: bool = False) -> 
 
 
 def save_frozen(workdir: Path, config: Config, frozen: Flat) -> dict[str, str]:
-    """Writes frozen weights that are not there yet; returns their folders' names by part.
+    """Writes frozen weights that are not there yet; returns their folders' names by component.
 
     For the process that trains in the workdir: what one that was killed left half written goes.
     """
     names = {}
     if is_first() and (workdir / FROZEN).is_dir():
         drop_partials(workdir / FROZEN)
-    for part in dict.fromkeys(path.split(".")[0] for path in frozen):
-        inside, _ = param_paths.split(frozen, rf"{part}\..*")
-        arrays = {p.removeprefix(part + "."): to_host(v) for p, v in inside.items()}
-        names[part] = f"{part}-{weights.digest(arrays)[:12]}"
-        folder = workdir / FROZEN / names[part]
+    for component in dict.fromkeys(path.split(".")[0] for path in frozen):
+        inside, _ = param_paths.split(frozen, rf"{component}\..*")
+        arrays = {p.removeprefix(component + "."): to_host(v) for p, v in inside.items()}
+        names[component] = f"{component}-{weights.digest(arrays)[:12]}"
+        folder = workdir / FROZEN / names[component]
         if is_first() and not (folder / weights.WEIGHTS).is_file():
-            sizes = getattr(config, part)
-            weights.save_part(folder, weights.FAMILIES.get(part, part), sizes, arrays)
+            sizes = getattr(config, component)
+            weights.save_component(
+                folder, weights.FAMILIES.get(component, component), sizes, arrays
+            )
     return names
 
 
 def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
     """The frozen weights of a run, checked against the hashes in their names."""
     frozen: Flat = {}
-    for part, name in names.items():
-        if not re.fullmatch(rf"{re.escape(part)}-[0-9a-f]{{12}}", str(name)):
+    for component, name in names.items():
+        if not re.fullmatch(rf"{re.escape(component)}-[0-9a-f]{{12}}", str(name)):
             raise CheckpointError(
-                f"a checkpoint of {workdir} names {name!r} as its frozen {part}: expected "
-                f"{part}-HASH, a folder of {workdir / FROZEN}"
+                f"a checkpoint of {workdir} names {name!r} as its frozen {component}: expected "
+                f"{component}-HASH, a folder of {workdir / FROZEN}"
             )
         arrays = weights.read_weights(workdir / FROZEN / name)
-        if f"{part}-{weights.digest(arrays)[:12]}" != name:
+        if f"{component}-{weights.digest(arrays)[:12]}" != name:
             raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
-        frozen |= {f"{part}.{path}": value for path, value in arrays.items()}
+        frozen |= {f"{component}.{path}": value for path, value in arrays.items()}
     return frozen

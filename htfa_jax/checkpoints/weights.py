@@ -1,4 +1,4 @@
-"""Weight folders: one part of a model (SigLIP, VQ, decoder) as config.json and safetensors.
+"""Weight folders: one component of a model (SigLIP, VQ, decoder) as config.json and safetensors.
 
 Safetensors, because it holds arrays and nothing that runs, is read by memory mapping tensor by
 tensor, and is what hubs exchange. Training state, which must be written asynchronously and in
@@ -47,18 +47,18 @@ LEVEL_SIZES = (
 # What it was trained with; the weights fit other choices too.
 LEVEL_CHOICES = "pytorch_original"
 
-# Fields of the parts' configurations that no weight depends on.
+# Fields of the components' configurations that no weight depends on.
 NOT_SIZES = ("dropout",)
 
 
-def save_part(folder: Path, family: str, sizes: Any, params: Mapping[str, Any]) -> None:
+def save_component(folder: Path, family: str, sizes: Any, params: Mapping[str, Any]) -> None:
     """Writes a weight folder, whole or not at all.
 
     Args:
       folder: where; replaced if it exists.
       family: "siglip", "vq" or "internlm2".
-      sizes: the part's configuration dataclass.
-      params: `{path inside the part: array}`.
+      sizes: the component's configuration dataclass.
+      params: `{path inside the component: array}`.
 
     Raises CheckpointError if it cannot be written.
     """
@@ -69,7 +69,7 @@ def save_part(folder: Path, family: str, sizes: Any, params: Mapping[str, Any]) 
 
 
 def description(family: str, sizes: Any) -> dict[str, Any]:
-    """What config.json of a weight folder says: the sizes, not how a run trains the part."""
+    """What config.json of a weight folder says: the sizes, not how a run trains the component."""
     fields = {k: v for k, v in dataclasses.asdict(sizes).items() if k not in NOT_SIZES}
     return {"family": family, **json.loads(json.dumps(fields))}
 
@@ -144,19 +144,19 @@ def read_description(folder: str | Path, family: str) -> dict[str, Any]:
 def with_sizes(config: Config, base: Config) -> Config:
     """The configuration with the sizes of the weight folders that it names.
 
-    Fields that differ from `base`, as a flag makes them, stay as they are: `load_part` refuses
+    Fields that differ from `base`, as a flag makes them, stay as they are: `load_component` refuses
     them if they contradict the folder.
     """
     changes: dict[str, Any] = {}
-    for part, family in FAMILIES.items():
-        folder = getattr(config.pretrained, part)
+    for component, family in FAMILIES.items():
+        folder = getattr(config.pretrained, component)
         if folder is None:
             continue
         found = read_description(folder, family)
-        sizes, before = getattr(config, part), getattr(base, part)
+        sizes, before = getattr(config, component), getattr(base, component)
         for f in dataclasses.fields(sizes):
             if f.name in found and getattr(sizes, f.name) == getattr(before, f.name):
-                changes[f"{part}.{f.name}"] = found[f.name]
+                changes[f"{component}.{f.name}"] = found[f.name]
     if config.pretrained.htfa is not None:
         found = read_description(config.pretrained.htfa, "htfa")
         choices = preset_changes(LEVEL_CHOICES)
@@ -168,7 +168,7 @@ def with_sizes(config: Config, base: Config) -> Config:
     return override(config, changes)
 
 
-def load_part(
+def load_component(
     folder: str | Path,
     family: str,
     sizes: Any,
@@ -180,9 +180,9 @@ def load_part(
     """Reads a weight folder strictly.
 
     Args:
-      folder: what `save_part` wrote.
+      folder: what `save_component` wrote.
       family: what it must hold.
-      sizes: the run's configuration dataclass of this part, which must agree.
+      sizes: the run's configuration dataclass of this component, which must agree.
       shapes: `{path: anything with .shape}` that must be there, no more and no less.
       unused: regex of the paths that may be there besides, and are left out.
       **facts: more of the run's configuration that must agree, where the folder tells it.
@@ -227,20 +227,23 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
     ]
     if differing:
         raise CheckpointError(f"{folder} is of other levels:\n  " + "\n  ".join(differing))
-    for part, size in (("adapter_generate", "codebook_dim"), ("head_generate", "codebook_size")):
+    for component, size in (
+        ("adapter_generate", "codebook_dim"),
+        ("head_generate", "codebook_size"),
+    ):
         if found[size] != getattr(config.vq, size):
             log.warning(
                 "level3.%s starts fresh: %s has vq.%s=%s, this run %s",
-                part,
+                component,
                 folder,
                 size,
                 found[size],
                 getattr(config.vq, size),
             )
-            arrays = {k: v for k, v in arrays.items() if not k.startswith(f"level3.{part}.")}
+            arrays = {k: v for k, v in arrays.items() if not k.startswith(f"level3.{component}.")}
     kept = {path: value for path, value in arrays.items() if path in shapes}
     for path in sorted(set(arrays) - set(kept)):
-        log.warning("%s of %s is not used: this run's model has no such part", path, folder)
+        log.warning("%s of %s is not used: this run's model has no such component", path, folder)
     check_shapes(kept, {path: shapes[path] for path in kept}, str(folder))
     log.info("%d parameters of the levels from %s", len(kept), folder)
     return kept

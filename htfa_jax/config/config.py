@@ -81,17 +81,17 @@ class Config:
         yield from checks.optim(self.optim)
         yield from checks.sharding(self.sharding)
 
-    def is_frozen(self, part: Literal["siglip", "vq", "decoder"]) -> bool:
-        """Whether a part that can be pretrained stays as it is.
+    def is_frozen(self, component: Literal["siglip", "vq", "decoder"]) -> bool:
+        """Whether a component that can be pretrained stays as it is.
 
         One that starts at random must learn, whatever its freeze flag says, unless
-        `pretrained.random_parts` asks for the flags as they are. The VQ never starts at random:
-        its own stage comes first.
+        `pretrained.random_components` asks for the flags as they are. The VQ never starts at
+        random: its own stage comes first.
         """
-        if part == "vq" or self.pretrained.random_parts == "as_configured":
-            return getattr(self.freeze, part)
-        pretrained = getattr(self.pretrained, part) or self.pretrained.run
-        return getattr(self.freeze, part) and pretrained is not None
+        if component == "vq" or self.pretrained.random_components == "as_configured":
+            return getattr(self.freeze, component)
+        pretrained = getattr(self.pretrained, component) or self.pretrained.run
+        return getattr(self.freeze, component) and pretrained is not None
 
     @property
     def patch_grid(self) -> int:

@@ -292,12 +292,14 @@ def parse_args(
 
 
 def tiny(config: Config) -> Config:
-    """The configuration at test size; its parts start at random and keep their freeze flags."""
+    """The configuration at test size; components start at random and keep their freeze flags."""
     fewer = {
         "train.batch_size": min(config.train.batch_size, 2),
         "train.accumulation_steps": min(config.train.accumulation_steps, 2),
     }
     none = dict.fromkeys(
-        f"pretrained.{part}" for part in ("siglip", "vq", "decoder", "htfa", "run")
+        f"pretrained.{component}" for component in ("siglip", "vq", "decoder", "htfa", "run")
     )
-    return override(config, SIZES | fewer | none | {"pretrained.random_parts": "as_configured"})
+    return override(
+        config, SIZES | fewer | none | {"pretrained.random_components": "as_configured"}
+    )

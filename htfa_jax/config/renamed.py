@@ -16,7 +16,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Fields of the configuration, in config.json and as --config.NAME.
-FIELDS = {"loss.hidden_cell_weight": "loss.occluded_cell_weight"}
+FIELDS = {
+    "loss.hidden_cell_weight": "loss.occluded_cell_weight",
+    "pretrained.random_parts": "pretrained.random_components",
+}
 # Kinds of questions in records, and what is scored beside them.
 KINDS = {"hidden_share": "occlusion_ratio", "both_right": "joint"}
 # Metrics by short names, as `train.best_metric` and logs have them.

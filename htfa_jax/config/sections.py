@@ -115,9 +115,9 @@ class FreezeConfig:
 
 @dataclass(frozen=True)
 class PretrainedConfig:
-    """Where weights come from; None starts a part at random.
+    """Where weights come from; None starts a component at random.
 
-    A part is a weight folder (config.json and weights.safetensors), or a PyTorch checkpoint, a hub
+    Each is a weight folder (config.json and weights.safetensors), or a PyTorch checkpoint, a hub
     id, or "tiny" for the small one of this package: converted once, into `data.cache_dir`.
     """
 
@@ -126,7 +126,8 @@ class PretrainedConfig:
     decoder: str | None = None  # InternLM2, with its tokenizer
     htfa: str | None = None  # levels, adapters and generation head of the PyTorch original
     run: str | None = None  # a run: all weights of its best or latest checkpoint
-    random_parts: Literal["train", "as_configured"] = "train"  # parts without pretrained weights
+    # What becomes of components without pretrained weights.
+    random_components: Literal["train", "as_configured"] = "train"
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ class DataConfig:
 class AugmentConfig:
     """Random changes of training samples, the same for all images of a record (see `augment`)."""
 
-    crop: float = 0.0  # part of both sides that a crop cuts off at most; the object's box stays
+    crop: float = 0.0  # share of both sides that a crop cuts off at most; the object's box stays
     flip: float = 0.0  # probability that left and right change places (answers may speak of them)
     brightness: float = 0.0  # values are multiplied by 1 +- up to this
     gamma: float = 0.0  # values in [0, 1] are raised to 1 +- up to this
@@ -201,8 +202,8 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm
     schedule: Literal["cosine", "cosine_restarts", "linear", "constant"] = "cosine"  # after warm-up
     num_cycles: int = 2  # of cosine_restarts
-    min_ratio: float = 0.1  # floor of the schedule, as a part of the peak
-    warmup_ratio: float = 0.03  # part of all steps
+    min_ratio: float = 0.1  # floor of the schedule, as a share of the peak
+    warmup_ratio: float = 0.03  # share of all steps
     warmup_steps: int = 0  # instead of warmup_ratio, if above 0
 
 
@@ -212,8 +213,8 @@ class ShardingConfig:
 
     mode: Literal["replicated", "zero2", "fsdp"] = "zero2"  # what the fsdp axis shards
     data: int | None = None  # replicas of the rest (None: 1, or what leaves 16 for fsdp)
-    fsdp: int = -1  # parts that weights, moments and gradients are sharded into
-    tensor: int = 1  # parts that heads and hidden units are sharded into
+    fsdp: int = -1  # shards of weights, moments and gradients
+    tensor: int = 1  # shards of heads and hidden units
     reduce_dtype: Literal["compute", "float32"] = "compute"  # type that gradients are added up in
 
 
@@ -221,9 +222,7 @@ class ShardingConfig:
 class TrainConfig:
     """The training loop."""
 
-    batch_size: int = (
-        2  # samples per accumulation step and part of the batch (a device, without tensor)
-    )
+    batch_size: int = 2  # samples per accumulation step and data shard (a device, without tensor)
     accumulation_steps: int = 4  # accumulation steps per update
     epochs: int = 4  # passes over the training data
     max_steps: int | None = None  # updates, instead of epochs
@@ -248,7 +247,7 @@ class EvalConfig:
 
     during_training: Literal["steps", "epoch", "no"] = "epoch"  # when to evaluate
     every: int | None = None  # steps or epochs between evaluations (None: 250 or 1)
-    batch_size: int = 8  # samples per step and part of the batch (a device, without tensor)
+    batch_size: int = 8  # samples per step and data shard (a device, without tensor)
     max_samples: int | None = None  # of the validation split, during training (None: all)
     max_new_tokens: int = 64  # longest answer
     panel_samples: int = 8  # rows of the image panel

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.config.renamed import METRICS
 from htfa_jax.errors import DataError
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -32,22 +33,24 @@ def read_curves(workdir: str | Path) -> Curves:
             raise DataError(f"{path} has a line that is not a step's numbers: {str(values)[:80]}")
         for name, value in values.items():
             if name not in ("step", "time"):
+                group, _, metric = name.partition("/")
+                name = f"{group}/{METRICS.get(metric, metric)}"
                 steps.setdefault(name, {})[values["step"]] = value
     return {name: sorted(found.items()) for name, found in steps.items()}
 
 
 def curves_figure(workdir: str | Path) -> Figure:
-    """Losses in training and validation, and what share of the questions is answered right."""
+    """Losses in training and validation, and the accuracy of answers by kind of question."""
     curves = read_curves(workdir)
     losses = {
         "loss": "train/loss",
-        "words": "train/text_loss",
+        "text": "train/text_loss",
         "codes": "train/code_loss",
         "loss, validation": "validation/loss",
     }
     start = "validation/accuracy/"
     answers = {n[len(start) :].replace("_", " "): n for n in curves if n.startswith(start)}
-    shown = [("loss in nats", losses)] + ([("answers right", answers)] if answers else [])
+    shown = [("loss in nats", losses)] + ([("accuracy", answers)] if answers else [])
     figure = Figure(figsize=(4.6 * len(shown), 3.1), layout="constrained")
     FigureCanvasAgg(figure)
     for ax, (title, names) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown,
@@ -62,7 +65,7 @@ def curves_figure(workdir: str | Path) -> Figure:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", color="0.9")
         ax.tick_params(labelsize=8)
-        if title == "answers right":
+        if title == "accuracy":
             ax.set_ylim(0, 1.02)
         ax.legend(fontsize=8, frameon=False)
     return figure

@@ -156,8 +156,8 @@ def _eval_results(config: Config, scores: Mapping[str, Any]) -> list[EvalResult]
 def _facts(
     config: Config, step: int, shapes: Mapping[str, tuple[int, ...]], dtype: str
 ) -> dict[str, str]:
-    def sizes(part: Any) -> str:
-        return f"{part.embed_dim} wide, {part.num_layers} layers, {part.num_heads} heads"
+    def sizes(of: Any) -> str:
+        return f"{of.embed_dim} wide, {of.num_layers} layers, {of.num_heads} heads"
 
     facts = {
         "parameters": f"{sum(map(math.prod, shapes.values())):,}, stored in {dtype}",
@@ -188,8 +188,8 @@ def _data(config: Config) -> str:
 
 def _started_from(config: Config) -> list[str]:
     given = config.pretrained
-    parts = ("run", "siglip", "vq", "decoder", "htfa")
-    return [f"{part} (`{name}`)" for part in parts if (name := getattr(given, part)) is not None]
+    components = ("run", "siglip", "vq", "decoder", "htfa")
+    return [f"{c} (`{name}`)" for c in components if (name := getattr(given, c)) is not None]
 
 
 def _results(table: str | None) -> str:

@@ -50,7 +50,8 @@ def with_tokens(
 
     def put(old_BKSH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
         if positions_BT.size == 1:
-            # As a slice: assigned by an array, the slot's old content would be read for its bounds.
+            # Assigning through an index array reads the slot's old content too, to keep it where
+            # an index is out of bounds. A slice update only writes.
             start = (0, 0, positions_BT[0, 0], 0)
             return jax.lax.dynamic_update_slice(old_BKSH, new_BTKH.swapaxes(1, 2), start)
         # Rows first: the indexed axes of an assignment come before the others.

@@ -96,7 +96,7 @@ class Layout:
     Attributes:
       mesh: the devices.
       platform: of the devices, as JAX names it.
-      num_shards: parts of a batch.
+      num_shards: shards of a batch.
       batch: of arrays whose first axis is samples.
       stacked_batch: of arrays [accumulation steps or layers, samples, ...].
       replicated: of arrays that every device has in full.
@@ -202,11 +202,11 @@ class Layout:
         sharding = sharding or self.batch
         if jax.process_count() == 1:
             return jax.device_put(tree, sharding)
-        _, parts = self.process_share
+        _, num_shares = self.process_share
         axis = sharding.spec.index(BATCH_AXES)
 
         def global_array(x: np.ndarray) -> jax.Array:
-            shape = (*x.shape[:axis], x.shape[axis] * parts, *x.shape[axis + 1 :])
+            shape = (*x.shape[:axis], x.shape[axis] * num_shares, *x.shape[axis + 1 :])
             return jax.make_array_from_process_local_data(sharding, np.asarray(x), shape)
 
         return jax.tree.map(global_array, tree)

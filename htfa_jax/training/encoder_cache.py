@@ -37,7 +37,7 @@ from htfa_jax.models.registration import register
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training.loop import duration
 
-# Field of `Batch`: the part of the model that makes it, what asks for it.
+# Field of `Batch`: the component of the model that makes it, what asks for it.
 ENCODERS = {
     "target_codes": ("vq", "data.cache_codes"),
     "features": ("siglip", "data.cache_features"),
@@ -98,7 +98,7 @@ def open_or_make(
       config: of the run.
       model: its structure.
       params: all weights.
-      names: of the frozen parts, with their hashes, as `checkpoint.save_frozen` gives them.
+      names: of the frozen components, with their hashes, as `checkpoint.save_frozen` gives them.
       records: the training data.
       layout: of the run.
 
@@ -124,13 +124,13 @@ def cache_key(config: Config, name: str, names: Mapping[str, str]) -> str:
     Args:
       config: of the run.
       name: of the field.
-      names: of the frozen parts, with their hashes.
+      names: of the frozen components, with their hashes.
     """
-    part, data = ENCODERS[name][0], config.data
+    component, data = ENCODERS[name][0], config.data
     described = [
         name,
-        names[part],
-        dataclasses.asdict(getattr(config, part)),
+        names[component],
+        dataclasses.asdict(getattr(config, component)),
         [config.image_size, config.train.dtype],
         # How the reconstruction comes into the original's frame.
         [config.level2.alignment, config.level2.intensity_threshold, data.use_object_mask],

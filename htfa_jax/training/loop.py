@@ -133,7 +133,7 @@ class Loop:
         if self._pending is None:
             return
         (step, device_metrics, loaded), self._pending = self._pending, None
-        metrics = {name: float(value) for name, value in device_metrics.items()}
+        metrics = {k: float(v) for k, v in jax.device_get(device_metrics).items()}
         applied = self.guard.passes(self.name, step, metrics, loaded)
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         bar.update(1)

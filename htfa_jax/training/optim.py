@@ -17,7 +17,9 @@ def frozen_pattern(config: Config) -> str:
     freeze = config.freeze
     # The tokenizer never moves: what trains in its place is `vq_encoder`.
     patterns = [r"vq\..*"]
-    patterns += [rf"{part}\..*" for part in ("siglip", "decoder") if config.is_frozen(part)]
+    patterns += [
+        rf"{component}\..*" for component in ("siglip", "decoder") if config.is_frozen(component)
+    ]
     patterns += [r"level1\..*"] if freeze.level1 else []
     patterns += [r"level2\..*"] if freeze.level2 else []
     patterns += [r"level3\..*"] if freeze.adapters else []

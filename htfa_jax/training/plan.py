@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 def size_table(shapes: Mapping[str, Any], config: Config) -> str:
-    """Parameters of each part, trainable and frozen, as text."""
+    """Parameters of each component, trainable and frozen, as text."""
     frozen, trainable = param_paths.split(shapes, frozen_pattern(config))
 
     def row(name: str, paths_: list[str]) -> str:
@@ -165,7 +165,7 @@ class Plan:
       estimated: bytes by kind that a step needs beside; their sum is the compiler's, how it
         divides is worked out from shapes.
       peak: bytes at the worst moment, as the compiler says.
-      operations: floating-point operations of a sample, by part of the model.
+      operations: floating-point operations of a sample, by component of the model.
       collectives: communications in the program's text, by kind.
     """
 
@@ -216,7 +216,7 @@ def describe_plan(config: Config, target: Target | None = None) -> str:
         f"operations   {operations / 1e9:,.1f} GFLOP per sample and step ("
         + ", ".join(f"{name} {value / 1e9:,.1f}" for name, value in found.operations.items())
         + ")",
-        f"samples      {train.batch_size} x {abstract.layout.num_shards} parts of the batch per "
+        f"samples      {train.batch_size} x {abstract.layout.num_shards} data shards per "
         f"accumulation step, {train.accumulation_steps} accumulation steps per update",
         "collectives  "
         + (", ".join(f"{n} {kind}" for kind, n in found.collectives.items()) or "none")
@@ -308,8 +308,8 @@ class Sizes:
 
 
 def sizes(name: str) -> Sizes:
-    """What a preset or a file is made of, with pretrained parts."""
-    config = override(load_config(name), {"pretrained.random_parts": "as_configured"})
+    """What a preset or a file is made of, with pretrained components."""
+    config = override(load_config(name), {"pretrained.random_components": "as_configured"})
     abstract = abstract_step(config, jax.devices()[:1])
     length = config.data.text_buckets[-1]
     kept, beside = abstract.device_bytes(), abstract.step_bytes(config)

@@ -11,7 +11,7 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
 from htfa_jax.models.factory import Model, build_model
 
-# Of a part and a loss: what a run leaves out where that loss has no weight.
+# Of a component and a loss: what a run leaves out where that loss has no weight.
 LEFT_OUT = {("vq", "code_weight"): r"decoder\..*", ("decoder", "text_weight"): r"(embed|head)\..*"}
 
 log = logging.getLogger(__name__)
@@ -29,34 +29,34 @@ def load_pretrained(config: Config, model: Model) -> Flat:
         log.info("all weights from %s, step %d", config.pretrained.run, step)
         return loaded
     loaded = {}
-    for part, family in weights.FAMILIES.items():
-        folder, sizes = getattr(config.pretrained, part), getattr(config, part)
-        inside, _ = param_paths.split(model.shapes, rf"{part}\..*")
+    for component, family in weights.FAMILIES.items():
+        folder, sizes = getattr(config.pretrained, component), getattr(config, component)
+        inside, _ = param_paths.split(model.shapes, rf"{component}\..*")
         if not inside:
             continue
         if folder is None:
-            _say_random(config, part)
+            _say_random(config, component)
             continue
-        shapes = {path.removeprefix(part + "."): s for path, s in inside.items()}
+        shapes = {path.removeprefix(component + "."): s for path, s in inside.items()}
         # Position embeddings are made for one size of images.
-        facts = {"image_size": config.image_size} if part == "siglip" else {}
+        facts = {"image_size": config.image_size} if component == "siglip" else {}
         unused = "|".join(
             names
             for (owner, weight), names in LEFT_OUT.items()
-            if owner == part and not getattr(config.loss, weight)
+            if owner == component and not getattr(config.loss, weight)
         )
-        arrays = weights.load_part(folder, family, sizes, shapes, unused=unused, **facts)
-        loaded |= {f"{part}.{path}": value for path, value in arrays.items()}
-        log.info("%s: weights from %s", part, folder)
+        arrays = weights.load_component(folder, family, sizes, shapes, unused=unused, **facts)
+        loaded |= {f"{component}.{path}": value for path, value in arrays.items()}
+        log.info("%s: weights from %s", component, folder)
     if config.pretrained.htfa is not None:
         loaded |= weights.load_levels(config, model.shapes)
     return loaded
 
 
-def _say_random(config: Config, part: str) -> None:
-    if part != "vq" and not config.is_frozen(part):
-        freeze = getattr(config.freeze, part)
-        flag = f", whatever freeze.{part}=True says" if freeze else ""
-        log.warning("%s: no pretrained weights; it starts random and is trained%s", part, flag)
+def _say_random(config: Config, component: str) -> None:
+    if component != "vq" and not config.is_frozen(component):
+        freeze = getattr(config.freeze, component)
+        flag = f", whatever freeze.{component}=True says" if freeze else ""
+        log.warning("%s: no pretrained weights; it starts random and is trained%s", component, flag)
     else:
-        log.warning("%s: starts random and stays so; results will mean nothing", part)
+        log.warning("%s: starts random and stays so; results will mean nothing", component)

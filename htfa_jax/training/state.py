@@ -47,7 +47,7 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
     Args:
       config: the run's configuration.
       model: its structure.
-      loaded: `{path: array}` of pretrained parts.
+      loaded: `{path: array}` of pretrained components.
       layout: of the run.
     """
     frozen, trainable = param_paths.split(model.shapes, frozen_pattern(config))

@@ -45,12 +45,12 @@ def make_train_step(
         params = compute_dtype_params(config, layout, state["params"])
         scale = loss_scale.scale(state)
 
-        def loss_fn(params: Flat, part: Batch, key: jax.Array):
-            loss, metrics = loss_and_metrics(model.merge(params, frozen), part, counts, key)
+        def loss_fn(params: Flat, micro: Batch, key: jax.Array):
+            loss, metrics = loss_and_metrics(model.merge(params, frozen), micro, counts, key)
             return loss * scale, metrics
 
-        def grads_of(part: Batch, key: jax.Array) -> tuple[Flat, Metrics]:
-            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, part, key)
+        def grads_of(micro: Batch, key: jax.Array) -> tuple[Flat, Metrics]:
+            (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, micro, key)
             return layout.scatter(grads), metrics
 
         def unscaled(grads: Flat) -> Flat:
@@ -122,8 +122,8 @@ def params_dtype(config: Config) -> jnp.dtype:
 
 def put_update(config: Config, layout: Layout, batch: Batch) -> Batch:
     """The samples of an update [samples, ...], from the host, as the training step takes them."""
-    parts = split_for_accumulation(batch, config.train.accumulation_steps)
-    return layout.put(parts, layout.stacked_batch)
+    stacked = split_for_accumulation(batch, config.train.accumulation_steps)
+    return layout.put(stacked, layout.stacked_batch)
 
 
 def compile_train_step(

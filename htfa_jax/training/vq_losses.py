@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from htfa_jax.checkpoints import weights as parts
+from htfa_jax.checkpoints.weights import load_component
 from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
@@ -74,7 +74,7 @@ def perceptual_encoder(config: Config) -> tuple[Model, Flat]:
     )
     model = Model(graphdef, param_paths.flatten(state))
     folder, facts = config.pretrained.siglip, {"image_size": config.image_size}
-    return model, parts.load_part(folder, "siglip", config.siglip, model.shapes, **facts)
+    return model, load_component(folder, "siglip", config.siglip, model.shapes, **facts)
 
 
 def losses(

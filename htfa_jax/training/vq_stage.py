@@ -19,9 +19,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from htfa_jax.checkpoints import weights as parts
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints
+from htfa_jax.checkpoints.weights import WEIGHTS, read_weights, save_component
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import made_once
 from htfa_jax.common.hashing import short_hash
@@ -196,7 +196,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     if settings.batch_size % layout.num_shards:
         raise ConfigError(
             f"vq_train.batch_size={settings.batch_size} must be a multiple of the "
-            f"{layout.num_shards} parts that a batch is sharded into"
+            f"{layout.num_shards} shards that a batch is sharded into"
         )
     records = open_split(config, "train")
     model = build_vq(config)
@@ -252,7 +252,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     with first_goes_ahead("vq weights"):
         if is_first():
             weights = {path: to_host(x) for path, x in state["params"].items()}
-            parts.save_part(folder, "vq", config.vq, weights)
+            save_component(folder, "vq", config.vq, weights)
     if config.data.validation is not None:
         records = open_split(config, "validation")
         scores = evaluate(config, model, state["params"], records, layout)
@@ -274,7 +274,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
 def needs_vq_stage(config: Config) -> bool:
     """Whether a run begins with this stage."""
     given = config.pretrained.vq or config.pretrained.run
-    return config.level3.generation and not given and config.pretrained.random_parts == "train"
+    return config.level3.generation and not given and config.pretrained.random_components == "train"
 
 
 def train_in(workdir: Path, config: Config) -> Path | None:
@@ -311,10 +311,10 @@ def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> 
         log.info("no pretrained VQ: training one on the images of %s", config.data.train)
         trained = train_vq(config, workdir / key, stop)
         if trained is not None:
-            parts.save_part(folder, "vq", config.vq, parts.read_weights(trained))
+            save_component(folder, "vq", config.vq, read_weights(trained))
 
-    made_once(folder, f"the VQ tokenizer of {config.data.train}", make, holds=parts.WEIGHTS)
-    return folder if (folder / parts.WEIGHTS).is_file() else None
+    made_once(folder, f"the VQ tokenizer of {config.data.train}", make, holds=WEIGHTS)
+    return folder if (folder / WEIGHTS).is_file() else None
 
 
 def cached_folder(config: Config) -> Path:

@@ -102,7 +102,7 @@ class Side:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse_args(MeasureArgs, argv)
-    config = override(args.config, {"pretrained.random_parts": "as_configured"})
+    config = override(args.config, {"pretrained.random_components": "as_configured"})
     with tempfile.TemporaryDirectory() as folder:
         weights = new_params(config, build_model(config), {}, Layout(config))
         sides = {

@@ -436,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(DrawArgs, argv, __doc__)
     # As it would be with pretrained parts.
-    config = override(load_config(args.config), {"pretrained.random_parts": "as_configured"})
+    config = override(load_config(args.config), {"pretrained.random_components": "as_configured"})
     drawn = {
         "level2.alignment": "pixels",
         "level2.values": "reconstruction",

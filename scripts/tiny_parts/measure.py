@@ -26,7 +26,7 @@ import tiny_text
 from flax import nnx
 from PIL import Image
 
-from htfa_jax.checkpoints import weights as parts
+from htfa_jax.checkpoints.weights import read_weights
 from htfa_jax.common import param_paths
 from htfa_jax.common.cli import command, parse, use_compilation_cache
 from htfa_jax.config import Config, load_config, override
@@ -121,7 +121,7 @@ def linear_probe(seen_ND: np.ndarray, label_N: np.ndarray, test_ND: np.ndarray) 
 
 def vq_of(config: Config) -> tuple[Model, Mapping[str, np.ndarray]]:
     """The tiny tokenizer: structure and float32 weights."""
-    weights = parts.read_weights(Path(config.pretrained.vq))
+    weights = read_weights(Path(config.pretrained.vq))
     return vq_stage.build_vq(config), {k: np.asarray(v, np.float32) for k, v in weights.items()}
 
 
@@ -132,7 +132,7 @@ def decoder_scores(config: Config) -> dict[str, float]:
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: InternLM2(config.decoder, dtype=dtype, rngs=nnx.Rngs(0)))
     )
-    weights = {k: np.asarray(v, np.float32) for k, v in parts.read_weights(folder).items()}
+    weights = {k: np.asarray(v, np.float32) for k, v in read_weights(folder).items()}
     model = nnx.merge(graphdef, param_paths.unflatten(weights))
     batches = tiny_decoder.token_batches(override(config, {"seed": 2024}), tokenizer, 0, 32)
     look = jax.jit(lambda batch: tiny_decoder.loss(model, batch))

@@ -78,7 +78,7 @@ def tiny_config(args: PretrainArgs) -> Config:
             **{f"pretrained.{part}": None for part in ("siglip", "vq", "decoder")},
             "vq_train.num_steps": args.vq_steps,
             "vq_train.batch_size": 32,
-            "pretrained.random_parts": "as_configured",
+            "pretrained.random_components": "as_configured",
         },
     )
 

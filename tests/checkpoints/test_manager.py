@@ -24,11 +24,11 @@ def state(step):
 
 def test_a_weight_folder_and_back(tmp_path):
     folder = tmp_path / "vq"
-    weights.save_part(folder, "vq", VQConfig(), ARRAYS)
-    found = weights.load_part(folder, "vq", VQConfig(), ARRAYS)
+    weights.save_component(folder, "vq", VQConfig(), ARRAYS)
+    found = weights.load_component(folder, "vq", VQConfig(), ARRAYS)
     for path, value in ARRAYS.items():
         np.testing.assert_array_equal(found[path], value)
-    weights.save_part(folder, "vq", VQConfig(stem=2), {"b": np.zeros(2)})  # replaced whole
+    weights.save_component(folder, "vq", VQConfig(stem=2), {"b": np.zeros(2)})  # replaced whole
     assert set(weights.read_weights(folder)) == {"b"}
     assert not list(tmp_path.glob("*.partial"))
 
@@ -36,15 +36,15 @@ def test_a_weight_folder_and_back(tmp_path):
 def test_a_weight_folder_that_does_not_fit_is_refused_with_both_sides(tmp_path):
     folder = tmp_path / "vq"
     with pytest.raises(CheckpointError, match=r"no config.json in .*expected a weight folder"):
-        weights.load_part(folder, "vq", VQConfig(), ARRAYS)
-    weights.save_part(folder, "vq", VQConfig(), ARRAYS)
+        weights.load_component(folder, "vq", VQConfig(), ARRAYS)
+    weights.save_component(folder, "vq", VQConfig(), ARRAYS)
     with pytest.raises(CheckpointError, match=r"stem: 1 in the folder, 2 in the configuration"):
-        weights.load_part(folder, "vq", VQConfig(stem=2), ARRAYS)
+        weights.load_component(folder, "vq", VQConfig(stem=2), ARRAYS)
     with pytest.raises(CheckpointError, match="family: 'vq' in the folder, 'siglip'"):
-        weights.load_part(folder, "siglip", VQConfig(), ARRAYS)
+        weights.load_component(folder, "siglip", VQConfig(), ARRAYS)
     other = {"a.kernel": np.zeros((2, 4)), "a.bia": np.zeros(3)}
     with pytest.raises(CheckpointError) as error:
-        weights.load_part(folder, "vq", VQConfig(), other)
+        weights.load_component(folder, "vq", VQConfig(), other)
     for said in (
         "missing: a.bia (nearest there: a.bias)",
         "not in the model: a.bias",
@@ -54,7 +54,7 @@ def test_a_weight_folder_that_does_not_fit_is_refused_with_both_sides(tmp_path):
         assert said in str(error.value), said
     (folder / weights.WEIGHTS).write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        weights.load_part(folder, "vq", VQConfig(), ARRAYS)
+        weights.load_component(folder, "vq", VQConfig(), ARRAYS)
 
 
 def test_digests_see_names_values_shapes_and_types():

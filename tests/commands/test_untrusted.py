@@ -64,7 +64,7 @@ def test_a_pickle_with_a_payload_is_no_source_of_weights(tmp_path, trap, name, z
 
 
 def test_a_pickle_is_no_weight_folder_and_no_run(tmp_path, trap):
-    weights.save_part(tmp_path / "vq", "vq", tiny().vq, {"a": np.zeros(2)})
+    weights.save_component(tmp_path / "vq", "vq", tiny().vq, {"a": np.zeros(2)})
     (tmp_path / "vq" / weights.WEIGHTS).write_bytes(trap[0])
     with pytest.raises(CheckpointError, match="cannot be read"):
         weights.read_weights(tmp_path / "vq")
@@ -103,7 +103,7 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
 
 
 def test_frozen_weights_come_from_the_workdir_alone(tmp_path):
-    weights.save_part(tmp_path / "elsewhere", "vq", tiny().vq, {"a": np.zeros(2)})
+    weights.save_component(tmp_path / "elsewhere", "vq", tiny().vq, {"a": np.zeros(2)})
     for name in ("../elsewhere", str(tmp_path / "elsewhere"), ".."):
         with pytest.raises(CheckpointError, match="expected vq-HASH"):
             load_frozen(tmp_path / "run", {"vq": name})

@@ -53,7 +53,7 @@ BASE = {
     "optim.schedule": "cosine_restarts",
     "optim.learning_rate_factors": ((r"level1\..*", 2.0),),
     "data.text_buckets": (70, 90),
-    "pretrained.random_parts": "as_configured",
+    "pretrained.random_components": "as_configured",
     "data.validation": None,
     "data.test": None,
 }
@@ -447,7 +447,7 @@ CASES = {
     "pretrained.decoder": ("nowhere", opened),
     "pretrained.run": ("nowhere", opened),
     "pretrained.htfa": ("nowhere", opened),
-    "pretrained.random_parts": ("train", frozen),
+    "pretrained.random_components": ("train", frozen),
     "data.train": ("nowhere.json", opened),
     "data.sources": ((("nowhere.json", 1.0),), opened),
     "data.validation": ("nowhere.json", opened),

@@ -90,7 +90,7 @@ def test_debug_is_small_and_starts_from_small_parts():
 @pytest.mark.parametrize("name", ["debug", *DIFFERENCES])
 def test_its_model_and_step_are_sound_at_full_size(name):
     """The step takes a state to one of the same shapes; nothing is allocated."""
-    config = override(load_config(name), {"pretrained.random_parts": "as_configured"})
+    config = override(load_config(name), {"pretrained.random_components": "as_configured"})
     abstract = abstract_step(config, jax.devices()[:1])
     after, metrics = jax.eval_shape(abstract.step, abstract.state, abstract.frozen, abstract.batch)
     kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), s) for s in (abstract.state, after)]
@@ -158,7 +158,7 @@ def test_what_is_off_has_no_parameters_and_costs_nothing(name, tiny_steps):
 )
 def test_passes_of_a_frozen_siglip(changes, passes):
     """Forward for each image that is read, and back through the fused one if alpha learns."""
-    config = override(Config(), {"pretrained.random_parts": "as_configured"} | changes)
+    config = override(Config(), {"pretrained.random_components": "as_configured"} | changes)
     assert flops.training_step(config, 128)["siglip"] == passes * flops.siglip(config)
 
 
@@ -174,7 +174,7 @@ def test_tiny_changes_sizes_only():
     config = load_config("memory_efficient")
     small = tiny(config)
     changed = {k for k, v in leaves(small) if v != dict(leaves(config))[k]}
-    assert changed <= {*SIZES, "train.accumulation_steps", "pretrained.random_parts"}
+    assert changed <= {*SIZES, "train.accumulation_steps", "pretrained.random_components"}
     assert small.freeze.decoder and small.train.remat == "full"
     assert load_config("configs/memory_efficient.py:tiny") == small
     debug = load_config("debug:tiny")

@@ -36,9 +36,15 @@ def test_a_step_that_was_made_again_counts_once(run):
 def test_every_curve_is_drawn_under_its_name(run):
     losses, answers = curves_figure(run).axes
     drawn = {line.get_label(): list(line.get_ydata()) for line in losses.lines}
-    assert drawn == {"loss": [3.0, 2.4], "words": [2.0, 1.4], "loss, validation": [2.7]}
+    assert drawn == {"loss": [3.0, 2.4], "text": [2.0, 1.4], "loss, validation": [2.7]}
     (line,) = answers.lines
     assert line.get_label() == "occlusion ratio" and list(line.get_ydata()) == [0.25]
+
+
+def test_lines_with_older_names_of_metrics_are_drawn_with_todays(run):
+    path = run / "logs/metrics.jsonl"
+    path.write_text(path.read_text().replace("accuracy/occlusion_ratio", "accuracy/hidden_share"))
+    assert read_curves(run)["validation/accuracy/occlusion_ratio"] == [(4, 0.25)]
 
 
 def test_half_a_last_line_is_that_of_a_run_that_writes_it(run):

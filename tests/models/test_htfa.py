@@ -75,13 +75,13 @@ def test_no_target_reaches_any_input(model):
     "changes",
     [
         {},
-        {"pretrained__random_parts": "as_configured", "level2__alignment": "features"},
+        {"pretrained__random_components": "as_configured", "level2__alignment": "features"},
         {"freeze__vq": False, "level1__alpha": "map", "level1__num_scales": 2},
         {
             "freeze__adapters": True,
             "freeze__decoder": True,
             "freeze__level2": True,
-            "pretrained__random_parts": "as_configured",
+            "pretrained__random_components": "as_configured",
         },
     ],
     ids=["debug", "siglip frozen", "vq trained", "decoder frozen"],
@@ -95,9 +95,9 @@ def test_gradient_reaches_every_trainable_leaf_and_no_other(changes):
     batch = random_batch(config)
     grads = jax.jit(jax.grad(lambda t: loss({**t, **frozen}, batch)[0]))(trainable)
     silent = [path for path, grad in grads.items() if not np.any(grad)]
-    assert silent == ([KEYS_BIAS] if config.pretrained.random_parts == "train" else [])
+    assert silent == ([KEYS_BIAS] if config.pretrained.random_components == "train" else [])
     parts = {path.split(".")[0] for path in trainable}
-    assert ("siglip" in parts) == (config.pretrained.random_parts == "train")
+    assert ("siglip" in parts) == (config.pretrained.random_components == "train")
     assert ("vq_encoder" in parts) == (not config.freeze.vq)
     assert "vq" not in parts
 
@@ -132,7 +132,7 @@ def test_a_frozen_siglip_stores_nothing_for_the_unfused_images():
 
     def temporary_bytes(frozen):
         config = tiny(
-            pretrained__random_parts="as_configured",
+            pretrained__random_components="as_configured",
             freeze__siglip=frozen,
             siglip__num_layers=8,
             siglip__mlp_dim=300,

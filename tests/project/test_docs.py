@@ -238,7 +238,7 @@ def test_the_drawing_is_of_the_model():
     from docs import draw_architecture
     from htfa_jax.config import load_config, override
 
-    config = override(load_config("standard"), {"pretrained.random_parts": "as_configured"})
+    config = override(load_config("standard"), {"pretrained.random_components": "as_configured"})
     drawn = (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")
     for name, words in draw_architecture.labels(config).items():
         for word in words.split(", "):

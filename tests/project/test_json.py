@@ -265,7 +265,7 @@ def test_nothing_else_calls_json():
 
 def test_what_is_not_damaged_is_read(tmp_path):
     assert load_config(written(tmp_path / "config.json", b"{}")) is not None
-    weights.save_part(tmp_path / "vq", "vq", tiny().vq, {"a": np.zeros(2)})
+    weights.save_component(tmp_path / "vq", "vq", tiny().vq, {"a": np.zeros(2)})
     assert weights.read_description(tmp_path / "vq", "vq")["family"] == "vq"
     assert read_box("1, 2, 3.5, 4", "x") == read_box(" [1, 2, 3.5, 4]", "x") == [1, 2, 3.5, 4]
     assert read_box(" ", "x") is None

@@ -47,7 +47,7 @@ def test_figures_of_both_sides_fit_together(tmp_path, capsys, monkeypatch):
     assert ours["first_loss"] == pytest.approx(theirs["first_loss"], abs=1e-4)
     assert len(ours["step_seconds"]) == len(theirs["step_seconds"]) == 2
     assert ours["samples_per_second"] == pytest.approx(2 / ours["median_step_seconds"])
-    as_configured = tiny(pretrained__random_parts="as_configured")
+    as_configured = tiny(pretrained__random_components="as_configured")
     per_sample = sum(flops.training_step(as_configured, 40).values())
     achieved = per_sample * ours["samples_per_second"]
     assert ours["utilisation"] == pytest.approx(achieved / ours["matmul_flops_per_second"])

@@ -35,7 +35,7 @@ WHOLE = {
     "loss__occluded_cell_weight": 3.0,
     "data__use_object_mask": False,
 }
-FROZEN = {"pretrained__random_parts": "as_configured"}
+FROZEN = {"pretrained__random_components": "as_configured"}
 
 
 def both(config):

@@ -73,7 +73,7 @@ def config(dataset, tmp_path_factory):
         "data.train": str(dataset),
         "data.validation": str(dataset),
         "data.cache_dir": str(folder / "cache"),
-        "pretrained.random_parts": "as_configured",
+        "pretrained.random_components": "as_configured",
         "vq.has_decoder": False,
         "level2.alignment": "none",
         "sharding.mode": "fsdp",

@@ -93,7 +93,7 @@ def test_memory_falls_as_the_modes_promise(compiled):
 
 @pytest.mark.parametrize("fsdp,tensor", [(8, 1), (16, 1), (4, 4)])
 def test_every_large_parameter_of_the_standard_model_is_cut(fsdp, tensor):
-    config = override(Config(), {"pretrained.random_parts": "as_configured"})
+    config = override(Config(), {"pretrained.random_components": "as_configured"})
     mesh = {"data": 2, "fsdp": fsdp, "tensor": tensor}
     _, trainable = split(build_model(config).shapes, frozen_pattern(config))
     for path, shape in trainable.items():

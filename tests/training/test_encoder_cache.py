@@ -40,7 +40,7 @@ def config(dataset, tmp_path_factory):
         data__train=str(folder / "data" / "data.jsonl"),
         data__cache_dir=str(folder),
         data__drop_recon=0.5,
-        pretrained__random_parts="as_configured",
+        pretrained__random_components="as_configured",
         eval__batch_size=2,
     )
     return override(config, BOTH)
@@ -79,7 +79,7 @@ def test_losses_are_those_without_a_cache(config, tmp_path):
 
 def test_the_step_runs_fewer_encoders():
     """Two of SigLIP's three passes stay out, and one of the VQ encoder's two."""
-    config = tiny(pretrained__random_parts="as_configured")
+    config = tiny(pretrained__random_components="as_configured")
     model = build_model(config)
 
     def operations(changes):
@@ -100,7 +100,7 @@ def test_the_step_runs_fewer_encoders():
 
 
 def test_operations_of_what_is_not_run_are_not_counted():
-    config = tiny(pretrained__random_parts="as_configured")
+    config = tiny(pretrained__random_components="as_configured")
     without, codes, features = (
         flops.training_step(override(config, changes), 64)
         for changes in ({}, {"data.cache_codes": True}, {"data.cache_features": True})

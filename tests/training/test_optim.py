@@ -111,7 +111,7 @@ def test_weight_decay_leaves_out_what_it_should():
     "changes,parts",
     [
         ({}, {"vq"}),
-        ({"pretrained__random_parts": "as_configured"}, {"vq", "siglip"}),
+        ({"pretrained__random_components": "as_configured"}, {"vq", "siglip"}),
         ({"pretrained__siglip": "somewhere"}, {"vq", "siglip"}),
         ({"pretrained__decoder": "somewhere", "freeze__decoder": True}, {"vq", "decoder"}),
         ({"freeze__decoder": True}, {"vq"}),

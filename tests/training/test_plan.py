@@ -95,7 +95,7 @@ def test_the_levels_agree_with_xla():
 
 
 def test_a_training_step_counts_what_learns_three_times():
-    frozen = tiny(pretrained__random_parts="as_configured", freeze__decoder=True)
+    frozen = tiny(pretrained__random_components="as_configured", freeze__decoder=True)
     learning = tiny()
     one, other = flops.training_step(frozen, 64), flops.training_step(learning, 64)
     assert one["siglip"] / flops.siglip(frozen) == 2 and other["siglip"] == 6 * flops.siglip(frozen)
@@ -135,7 +135,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, mon
     ):
         assert said in shown
     # Two samples in each of two accumulation steps and part of the batch.
-    update = 4 * int(re.search(r"x (\d+) parts of the batch", shown)[1])
+    update = 4 * int(re.search(r"x (\d+) data shards", shown)[1])
     drawn = config.held_objects.num_train
     records = 7 + drawn
     assert f"{records * 3 // update:,} of {update} samples, {records // update:,} an ep" in shown
@@ -146,7 +146,7 @@ def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, mon
 
 
 def test_dry_run_reads_the_first_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(dry_run, "describe", lambda config: "")
+    monkeypatch.setattr(dry_run, "describe_plan", lambda config: "")
     path = write_dataset(tmp_path / "data", 9)
     (tmp_path / "data/orig3.png").unlink()
     (tmp_path / "data/orig8.png").unlink()  # beyond those that are read
@@ -156,7 +156,7 @@ def test_dry_run_reads_the_first_records(tmp_path, monkeypatch):
     shown = dry_run.dry_run(override(config, {"data.on_error": "skip"}), None)
     assert "9 records, the first 8 read and decoded: 1 bad" in shown and "a new run" in shown
     (tmp_path / "run/checkpoints/12").mkdir(parents=True)
-    lenient = {"data.on_error": "skip", "pretrained.random_parts": "as_configured"}
+    lenient = {"data.on_error": "skip", "pretrained.random_components": "as_configured"}
     shown = dry_run.dry_run(override(config, lenient), tmp_path / "run")
     assert "run goes on after step 12" in shown and "VQ stage" not in shown
     with pytest.raises(DataError, match="nowhere.jsonl"):

@@ -71,7 +71,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
         loss__occluded_cell_weight=3.0,
         decoder__dropout=0.0,
         level2__alignment="none",
-        pretrained__random_parts="as_configured",
+        pretrained__random_components="as_configured",
     )
     parts = override(whole, {"train.batch_size": 2, "train.accumulation_steps": 2})
     batch = random_batch(whole, size=4)
@@ -135,7 +135,7 @@ def config(dataset, vq_folder, tmp_path_factory):
         data__test=None,
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         pretrained__vq=str(vq_folder),
-        pretrained__random_parts="as_configured",
+        pretrained__random_components="as_configured",
         level2__alignment="none",
         train__save_every=2,
         train__log_every=1,
@@ -310,11 +310,11 @@ def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(begun, tmp_path
     assert "holds no complete checkpoint yet: starting at step 0" in log
 
 
-def test_random_parts_are_announced(begun, tmp_path):
+def test_random_components_are_announced(begun, tmp_path):
     config, workdir = begun
     log = (workdir / "logs/train.log").read_text()
     assert "siglip: starts random and stays so; results will mean nothing" in log
-    train(override(config, {"pretrained.random_parts": "train"}), tmp_path / "b")
+    train(override(config, {"pretrained.random_components": "train"}), tmp_path / "b")
     log = (tmp_path / "b/logs/train.log").read_text()
     assert "siglip: no pretrained weights; it starts random and is trained" in log
     assert "whatever freeze.siglip=True says" in log
@@ -329,7 +329,7 @@ def test_when_things_are_due():
 
 
 def test_frozen_weights_are_stored_as_configured():
-    config = tiny(train__frozen_dtype="bfloat16", pretrained__random_parts="as_configured")
+    config = tiny(train__frozen_dtype="bfloat16", pretrained__random_components="as_configured")
     structure = build_model(config)
     trainable, frozen = jax.eval_shape(lambda: new_params(config, structure, {}, Layout(config)))
     assert {v.dtype for v in trainable.values()} == {jnp.dtype("float32")}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support import random_batch, random_weights, tiny
 
-from htfa_jax.checkpoints import weights as parts
+from htfa_jax.checkpoints.weights import read_weights, save_component
 from htfa_jax.common import param_paths
 from htfa_jax.config import override
 from htfa_jax.errors import ConfigError
@@ -164,7 +164,7 @@ def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_
     with pytest.raises(ConfigError, match="VQ stage of other settings"):
         vq_stage.train_vq(override(config, {"vq_train.l1_weight": 2.0}), tmp_path / "parts")
     again = vq_stage.train_vq(config, tmp_path / "parts")
-    expected, got = parts.read_weights(whole), parts.read_weights(again)
+    expected, got = read_weights(whole), read_weights(again)
     for path, value in expected.items():
         np.testing.assert_array_equal(got[path], value, err_msg=path)
     lines = (tmp_path / "parts/logs/metrics.jsonl").read_text()
@@ -177,7 +177,7 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
 
     def train(config, workdir, stop):
         made.append(workdir)
-        parts.save_part(workdir / "weights", "vq", config.vq, {"x": np.zeros(2)})
+        save_component(workdir / "weights", "vq", config.vq, {"x": np.zeros(2)})
         return workdir / "weights"
 
     monkeypatch.setattr(vq_stage, "train_vq", train)
@@ -199,7 +199,7 @@ def test_of_two_runs_that_need_the_same_tokenizer_one_trains_it(dataset, tmp_pat
     def slowly(config, workdir, stop):
         trained.append(workdir)
         time.sleep(0.5)
-        parts.save_part(workdir / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
+        save_component(workdir / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
         return workdir / "weights"
 
     monkeypatch.setattr(vq_stage, "train_vq", slowly)
@@ -216,7 +216,7 @@ def test_a_stage_that_was_stopped_leaves_the_tokenizer_to_the_next_run(
     monkeypatch.setattr(vq_stage, "train_vq", lambda *_: None)
     assert vq_stage.cached_vq(config, tmp_path / "a") is None
     (tmp_path / "weights").mkdir()
-    parts.save_part(tmp_path / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
+    save_component(tmp_path / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})
     monkeypatch.setattr(vq_stage, "train_vq", lambda *_: tmp_path / "weights")
     vq_stage.cached_folder(config).mkdir()  # emptied by hand
     assert vq_stage.cached_vq(config, tmp_path / "b") == vq_stage.cached_folder(config)
@@ -227,7 +227,7 @@ def test_the_perceptual_loss_is_the_error_of_features(tokenizer, tmp_path):
     siglip = build_model(config)
     inside, _ = param_paths.split(random_weights(siglip), r"siglip\..*")
     weights = {path.removeprefix("siglip."): x for path, x in inside.items()}
-    parts.save_part(tmp_path / "siglip", "siglip", config.siglip, weights)
+    save_component(tmp_path / "siglip", "siglip", config.siglip, weights)
     config = override(
         config,
         {"pretrained.siglip": str(tmp_path / "siglip"), "vq_train.perceptual_weight": 0.5},

@@ -22,7 +22,7 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAE
 from transformers.models.janus.configuration_janus import JanusVQVAEConfig
 from transformers.models.janus.modeling_janus import JanusVQVAE
 
-from htfa_jax.checkpoints.weights import WEIGHTS, load_part, read_weights
+from htfa_jax.checkpoints.weights import WEIGHTS, load_component, read_weights
 from htfa_jax.common.param_paths import flatten
 from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
@@ -221,7 +221,7 @@ def program(sizes):
 def converted(source, layout, folder):
     """The program with the weights of a weight folder that was written to `folder`."""
     write_folder(source, layout, folder)
-    weights = load_part(folder, "vq", layout.sizes, layout.shapes)
+    weights = load_component(folder, "vq", layout.sizes, layout.shapes)
     weights = {path: array.astype(np.float32) for path, array in weights.items()}
     return functools.partial(program(layout.sizes), weights)
 

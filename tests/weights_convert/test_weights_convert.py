@@ -471,8 +471,8 @@ def test_flags_that_contradict_a_folder_are_refused(vision, tmp_path):
     assert weights.with_sizes(flagged, config).siglip.num_layers == 5
     shapes = {"x": jnp.zeros(1)}
     with pytest.raises(CheckpointError, match="num_layers: 3 in the folder, 5 in the conf"):
-        weights.load_part(
+        weights.load_component(
             tmp_path / "siglip", "siglip", weights.with_sizes(flagged, config).siglip, shapes
         )
     with pytest.raises(CheckpointError, match="image_size: 48 in the folder, 56 in the conf"):
-        weights.load_part(tmp_path / "siglip", "siglip", base.siglip, shapes, image_size=56)
+        weights.load_component(tmp_path / "siglip", "siglip", base.siglip, shapes, image_size=56)
