@@ -26,14 +26,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs that several tests need are compiled once, by whichever test process is first."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
-    # For this process and for those that it starts.
+def compilation_cache(request):
+    """Programs are compiled once: for all test processes, those that they start, and later sessions.
+
+    `pytest --cache-clear` forgets them.
+    """
+    folder = request.config.cache.mkdir("compiled")
     for name, value in (
-        ("jax_compilation_cache_dir", str(folder / "compiled")),
-        ("jax_persistent_cache_min_compile_time_secs", 0.2),
+        ("jax_compilation_cache_dir", str(folder)),
+        ("jax_persistent_cache_min_compile_time_secs", float(os.environ.get("MINT", "0"))),
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -90,7 +90,7 @@ class Run:
         trainable, self.frozen = new_params(config, model, random_weights(model), layout)
         schedule = learning_rate(config.optim, STEPS)
         optimizer = make_optimizer(config.optim, schedule)
-        self.state = new_state(config, trainable, optimizer, layout)
+        self.state = new_state(config.train, trainable, optimizer, layout)
         self.step = compile_train_step(
             config, model, optimizer, schedule, layout, self.state, self.frozen
         )
@@ -100,7 +100,7 @@ class Run:
         found = []
         for i in range(first, last):
             batch = random_batch(self.config, size=SAMPLES, seed=i)
-            batch = put_update(self.config, self.layout, batch)
+            batch = put_update(self.config.train, self.layout, batch)
             self.state, metrics = self.step(self.state, self.frozen, batch)
             found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
         return found

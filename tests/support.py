@@ -207,7 +207,7 @@ def write_run(folder: Path, dataset: Path, **changes) -> Path:
     save_config(config, folder / "config.json")
     open_tokenizer(config, folder, RecordFile(dataset))
     state = {"step": 7, "params": trainable, "opt_state": {"count": jnp.int32(7)}}
-    with open_checkpoints(folder, config) as checkpoints:
+    with open_checkpoints(folder, config.train) as checkpoints:
         checkpoints.save(state, {"frozen": save_frozen(folder, config, frozen)})
     return folder
 

@@ -37,7 +37,7 @@ def load_run(
 
     from htfa_jax.checkpoints.manager import load_frozen, open_checkpoints
 
-    with open_checkpoints(folder, config, read_only=True) as checkpoints:
+    with open_checkpoints(folder, config.train, read_only=True) as checkpoints:
         step = checkpoints.best_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{folder / CHECKPOINTS} holds no complete checkpoint")

@@ -31,7 +31,7 @@ from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import drop_partials
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.config import Config
+from htfa_jax.config import Config, TrainConfig
 from htfa_jax.config.renamed import METRICS, with_current_names
 from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
 from htfa_jax.sharding.layout import to_host
@@ -249,9 +249,8 @@ class Checkpoints:
         self.close()
 
 
-def open_checkpoints(workdir: Path, config: Config, read_only: bool = False) -> Checkpoints:
+def open_checkpoints(workdir: Path, train: TrainConfig, read_only: bool = False) -> Checkpoints:
     """The checkpoints of a run of the main job."""
-    train = config.train
     return Checkpoints(
         workdir,
         keep=train.keep_checkpoints,

@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-from htfa_jax.config import Config
+from htfa_jax.config import Config, TrainConfig
 from htfa_jax.data.augment import Change, draw
 from htfa_jax.data.batch import Batch
 from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, REGIONS, load_images, without_recon
@@ -179,23 +179,25 @@ def _stack(field: str, samples: Sequence[dict[str, Any]]) -> np.ndarray:
     return stacked
 
 
-def samples_per_step(config: Config, num_shards: int) -> int:
+def samples_per_step(train: TrainConfig, num_shards: int) -> int:
     """Samples of one update, on a mesh that cuts a batch into `num_shards` parts."""
-    return config.train.batch_size * config.train.accumulation_steps * num_shards
+    return train.batch_size * train.accumulation_steps * num_shards
 
 
-def num_steps(config: Config, num_records: int, samples: int, step: int = 0, seen: int = 0) -> int:
+def num_steps(
+    train: TrainConfig, num_records: int, samples: int, step: int = 0, seen: int = 0
+) -> int:
     """Step at which a run is complete: `train.max_steps`, or the end of `train.epochs`.
 
     Args:
-      config: of the run.
+      train: section of the run's configuration.
       num_records: of an epoch.
       samples: of an update.
       step, seen: updates and samples that are behind it already, maybe of another size.
     """
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    left = config.train.epochs * num_records - seen
+    if train.max_steps is not None:
+        return train.max_steps
+    left = train.epochs * num_records - seen
     return max(1, step + max(left, 0) // samples)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from htfa_jax.config import Config
+from htfa_jax.config import Config, DataConfig
 from htfa_jax.data.records import EMBEDDED, Dataset, Split
 from htfa_jax.data.sources.mixture import Mixture
 from htfa_jax.data.sources.open import open_source
@@ -17,9 +17,9 @@ from htfa_jax.errors import ConfigError, DataError
 log = logging.getLogger(__name__)
 
 
-def cache_folder(config: Config) -> Path:
+def cache_folder(data: DataConfig) -> Path:
     """Where embedded images and what is learned from them are kept."""
-    return Path(config.data.cache_dir).expanduser()
+    return Path(data.cache_dir).expanduser()
 
 
 def open_split(config: Config, split: Split) -> Dataset:
@@ -43,7 +43,7 @@ def open_named(config: Config, source: str, split: Split) -> Dataset:
     # The ray caster is loaded only where scenes are drawn.
     from htfa_jax.data.held_objects.builder import drawn_scenes
 
-    folder, size = cache_folder(config), config.image_size
+    folder, size = cache_folder(config.data), config.image_size
     return drawn_scenes(config.held_objects, size, split, folder)
 
 
@@ -80,7 +80,7 @@ def open_tokenizer(config: Config, workdir: Path, train: Dataset) -> ChatTokeniz
             ChatTokenizer(config.pretrained.decoder).save(folder)
         else:
             log.info("training a tokenizer on the text of %s", train)
-            train_tokenizer(_texts(config, train), config.data.tokenizer_vocab_size, folder)
+            train_tokenizer(_texts(config.data, train), config.data.tokenizer_vocab_size, folder)
     tokenizer = ChatTokenizer(folder)
     if len(tokenizer) > config.decoder.vocab_size:
         raise ConfigError(
@@ -90,12 +90,12 @@ def open_tokenizer(config: Config, workdir: Path, train: Dataset) -> ChatTokeniz
     return tokenizer
 
 
-def _texts(config: Config, records: Dataset) -> Iterator[str]:
+def _texts(data: DataConfig, records: Dataset) -> Iterator[str]:
     for i in range(len(records)):
         try:
             turns = records[i].turns
         except DataError:
-            if config.data.on_error == "raise":
+            if data.on_error == "raise":
                 raise
             continue  # counted and logged when it is its turn to be trained on
         for turn in turns:

@@ -18,7 +18,7 @@ import numpy as np
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.config import Config
+from htfa_jax.config import Config, LossConfig
 from htfa_jax.data.batch import Batch
 from htfa_jax.data.pipeline import Loaded, evaluation_batches
 from htfa_jax.data.records import Dataset, Record, Split, Turn
@@ -109,7 +109,7 @@ class Evaluator:
                 if wanted := self.config.eval.panel_samples - len(panel):
                     panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
                 bar.update(sum(record is not None for record in found))
-        return Report(_scores(totals, answers, self.config), answers, panel)
+        return Report(_scores(totals, answers, self.config.loss), answers, panel)
 
     def _batches(self, records: Dataset, max_samples: int | None) -> Iterator[Loaded]:
         layout = self.layout
@@ -250,16 +250,18 @@ def _panel_rows(
     ]
 
 
-def _scores(totals: Mapping[str, Any], answers: list[Prediction], config: Config) -> dict[str, Any]:
+def _scores(
+    totals: Mapping[str, Any], answers: list[Prediction], loss: LossConfig
+) -> dict[str, Any]:
     scores: dict[str, Any] = {"samples": int(totals["samples"])}
     samples = max(totals["samples"], 1)
     losses = {}
     for name, tokens in (("text_loss", "text"), ("code_loss", "code"), ("code_accuracy", "code")):
         if name in totals:
             losses[name] = float(totals[name] / max(totals[f"{tokens}_count"], 1))
-    losses["loss"] = config.loss.text_weight * losses.get(
+    losses["loss"] = loss.text_weight * losses.get(
         "text_loss", 0.0
-    ) + config.loss.code_weight * losses.get("code_loss", 0.0)
+    ) + loss.code_weight * losses.get("code_loss", 0.0)
     scores["losses"] = losses
     if answers:
         scores["answers"] = score_answers(answers)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from htfa_jax.config import Config
+from htfa_jax.config import DataConfig
 from htfa_jax.data.records import Turn
 from htfa_jax.errors import DataError
 from htfa_jax.inference.options import Decoding
@@ -45,8 +45,8 @@ class Chat:
           DataError: if the conversation is longer than the decoder can read.
         """
         sampler, params = self._sampler, self._params
-        decoding = (decoding or Decoding()).for_run(sampler.config)
-        question = Turn("user", checked_query(sampler.config, query))
+        decoding = (decoding or Decoding()).for_run(sampler.config.eval)
+        question = Turn("user", checked_query(sampler.config.data, query))
         prompt = sampler.tokenizer.encode_prompt([*self.turns, question])
         kept = common_prefix(prompt[:-1], self._read)
         start = sampler.start(params, self._cache, [prompt], decoding, kept)
@@ -69,9 +69,9 @@ def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
     return int(differs[0]) if len(differs) else length
 
 
-def checked_query(config: Config, query: str | None) -> str:
+def checked_query(data: DataConfig, query: str | None) -> str:
     """A question, or the run's own. Raises DataError if it is not a text."""
-    query = config.data.default_query if query is None else query
+    query = data.default_query if query is None else query
     if not isinstance(query, str) or not query.strip():
         raise DataError(f"a query must be a text that is not empty, it is {query!r}")
     return query.strip()

@@ -96,7 +96,9 @@ class HTFAInference:
         layout = Layout(config, [device])
         self.config, self.step = config, step
         self.tokenizer = ChatTokenizer(workdir / "tokenizer")
-        self.params = jax.device_put(for_inference(config, params, quantize), layout.replicated)
+        self.params = jax.device_put(
+            for_inference(config.train, params, quantize), layout.replicated
+        )
         model = self._model = build_model(config, DecodingInternLM2)
         self.can_complete = config.loss.code_weight > 0 and config.vq.has_decoder
         self.can_answer = config.loss.text_weight > 0
@@ -294,13 +296,13 @@ class HTFAInference:
     ) -> list[Result | list[Result]]:
         asked = [
             [
-                checked_query(self.config, q)
+                checked_query(self.config.data, q)
                 for q in ([query] if query is None or isinstance(query, str) else query)
             ]
             for query in queries
         ]
         answers = self._answers(
-            encoded, asked, (decoding or Decoding()).for_run(self.config), return_intermediates
+            encoded, asked, (decoding or Decoding()).for_run(self.config.eval), return_intermediates
         )
         completed: Sequence[Image.Image | None] = [None] * len(asked)
         if completion is not None and self.can_complete:

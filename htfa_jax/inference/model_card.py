@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from htfa_jax.config import Config
+from htfa_jax.config import Config, PretrainedConfig
 from htfa_jax.data.records import EMBEDDED
 
 # Tasks, as the hub names them.
@@ -181,15 +181,14 @@ def _data(config: Config) -> str:
         )
     else:
         text = f"`{config.data.train}`, image pairs with conversations."
-    if given := _started_from(config):
+    if given := _started_from(config.pretrained):
         text += f" It started from other weights: {', '.join(given)}."
     return text
 
 
-def _started_from(config: Config) -> list[str]:
-    given = config.pretrained
+def _started_from(pretrained: PretrainedConfig) -> list[str]:
     components = ("run", "siglip", "vq", "decoder", "htfa")
-    return [f"{c} (`{name}`)" for c in components if (name := getattr(given, c)) is not None]
+    return [f"{c} (`{name}`)" for c in components if (name := getattr(pretrained, c)) is not None]
 
 
 def _results(table: str | None) -> str:
@@ -203,6 +202,6 @@ def _results(table: str | None) -> str:
 
 def _licence(config: Config, license: str | None) -> str:
     text = f"`{license}`." if license else "Not stated: ask whoever made this model."
-    if _started_from(config):
+    if _started_from(config.pretrained):
         text += " Weights that it started from and data have licences of their own."
     return text

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from htfa_jax.config import Config
+from htfa_jax.config import EvalConfig
 from htfa_jax.config.renamed import takes_old_names
 from htfa_jax.errors import ConfigError
 
@@ -47,11 +47,11 @@ class Decoding:
         if problems:
             raise ConfigError("this decoding cannot work: " + "; ".join(problems))
 
-    def for_run(self, config: Config) -> Decoding:
+    def for_run(self, defaults: EvalConfig) -> Decoding:
         """The options with what the run decides where they do not."""
         if self.max_new_tokens is not None:
             return self
-        return dataclasses.replace(self, max_new_tokens=config.eval.max_new_tokens)
+        return dataclasses.replace(self, max_new_tokens=defaults.max_new_tokens)
 
 
 @takes_old_names

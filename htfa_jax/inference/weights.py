@@ -7,7 +7,7 @@ import re
 import jax.numpy as jnp
 
 from htfa_jax.common.param_paths import Flat, split
-from htfa_jax.config import Config
+from htfa_jax.config import TrainConfig
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.options import Quantize
 from htfa_jax.models.decoding import decoding_layout
@@ -17,20 +17,20 @@ from htfa_jax.models.factory import FLOAT32_PARAMS
 MATRICES = r".*\.(kernel|embedding)"
 
 
-def for_inference(config: Config, params: Flat, quantize: Quantize | None = None) -> Flat:
+def for_inference(train: TrainConfig, params: Flat, quantize: Quantize | None = None) -> Flat:
     """A run's weights as `build_model(config, DecodingInternLM2)` takes them.
 
     The decoder is laid out for decoding, and matrices are cast to the computation's type once
     instead of at every use. Norms, alpha and the codebook stay in float32.
 
     Args:
-      config: of the run.
+      train: section of the run's configuration.
       params: all weights, in the layout of training.
       quantize: "int8" for the decoder's blocks and head.
     """
     decoder, others = split(params, r"decoder\..*")
     inside = {path.removeprefix("decoder."): v for path, v in decoder.items()}
-    dtype = jnp.dtype(config.train.dtype)
+    dtype = jnp.dtype(train.dtype)
 
     def is_cast(path: str) -> bool:
         return bool(re.fullmatch(MATRICES, path)) and not re.fullmatch(FLOAT32_PARAMS, path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.weights import WEIGHTS
-from htfa_jax.config import Config
+from htfa_jax.config import Config, DataConfig
 from htfa_jax.data.pipeline import SampleLoader, num_steps, samples_per_step
 from htfa_jax.data.records import EMBEDDED, SPLITS, Split
 from htfa_jax.data.splits import open_named
@@ -29,7 +29,7 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     """
     lines, num_train = [], 0
     for split in SPLITS:
-        for source in sources_of(config, split):
+        for source in sources_of(config.data, split):
             num, seen = _look(config, split, source)
             lines.append(f"{split:<12} {source}: {num:,} records, {seen}")
             num_train += num if split == "train" else 0
@@ -41,11 +41,11 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     return "\n".join(lines)
 
 
-def sources_of(config: Config, split: Split) -> list[str]:
+def sources_of(data: DataConfig, split: Split) -> list[str]:
     """Names of what a split is read from; none if there is no such split."""
-    if split == "train" and config.data.sources:
-        return [name for name, _ in config.data.sources]
-    source = getattr(config.data, split)
+    if split == "train" and data.sources:
+        return [name for name, _ in data.sources]
+    source = getattr(data, split)
     return [] if source is None else [source]
 
 
@@ -63,15 +63,15 @@ def _look(config: Config, split: Split, source: str) -> tuple[int, str]:
 
 def _has_vq(config: Config) -> bool:
     """Whether the cache holds the stage's result, as far as that is known without drawing data."""
-    mixed = config.data.sources and EMBEDDED in sources_of(config, "train")
+    mixed = config.data.sources and EMBEDDED in sources_of(config.data, "train")
     return not mixed and (cached_folder(config) / WEIGHTS).is_file()
 
 
 def _steps(config: Config, workdir: Path | None, num_records: int) -> str:
-    samples = samples_per_step(config, Layout(config).num_shards)
+    samples = samples_per_step(config.train, Layout(config).num_shards)
     done = integrity.steps(workdir)[-1:] if workdir is not None else []
     return (
-        f"steps        {num_steps(config, num_records, samples):,} of {samples} samples, "
+        f"steps        {num_steps(config.train, num_records, samples):,} of {samples} samples, "
         f"{max(1, num_records // samples):,} an epoch; "
         + (f"{workdir} goes on after step {done[0]:,}" if done else "a new run")
     )

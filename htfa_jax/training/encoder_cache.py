@@ -106,7 +106,7 @@ def open_or_make(
     """
     kinds, files = cached_spec(config), {}
     for name, kind in kinds.items():
-        folder = cache_folder(config) / "encoded" / cache_key(config, name, names)
+        folder = cache_folder(config.data) / "encoded" / cache_key(config, name, names)
         path = files[name] = folder / f"{name}.npy"
         make = functools.partial(_make, path, kind, config, model, params, records, layout)
         try:

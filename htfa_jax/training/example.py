@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from htfa_jax.config import Config
+from htfa_jax.config import DataConfig
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
@@ -16,7 +16,7 @@ from htfa_jax.inference.inputs import FIELDS
 SCRIPT, EXAMPLE = "infer.sh", "example"
 
 
-def write_example(workdir: Path, config: Config, records: Dataset) -> None:
+def write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
     """Puts a pair of the data and `infer.sh`, which looks at it, into a run's workdir."""
     record = next((r for r in _readable(records)), None)
     if record is None:
@@ -33,7 +33,7 @@ def write_example(workdir: Path, config: Config, records: Dataset) -> None:
         elif value is not None:
             words += [f"--{field}", *map(str, value)]
     questions = [turn.text for turn in record.turns if turn.role == "user"]
-    words += ["--query", *dict.fromkeys(questions or [config.data.default_query])]
+    words += ["--query", *dict.fromkeys(questions or [data.default_query])]
     script = workdir / SCRIPT
     script.write_text(
         "#!/bin/sh\n"

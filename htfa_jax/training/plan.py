@@ -142,12 +142,12 @@ def abstract_step(
     layout, model = Layout(config, devices), build_model(config)
     frozen, trainable = param_paths.split(model.shapes, frozen_pattern(config))
     frozen = {
-        path: jax.ShapeDtypeStruct(s.shape, frozen_dtype(path, config))
+        path: jax.ShapeDtypeStruct(s.shape, frozen_dtype(path, config.train))
         for path, s in frozen.items()
     }
     schedule = learning_rate(config.optim, 100)
     optimizer = make_optimizer(config.optim, schedule)
-    state = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
+    state = jax.eval_shape(lambda p: new_state(config.train, p, optimizer, layout), trainable)
     steps = config.train.accumulation_steps
     length = text_length or config.data.text_buckets[-1]
     batch = abstract_batch(config, config.train.batch_size * layout.num_shards, length)

@@ -52,7 +52,7 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
     layout, model = Layout(config), build_model(config)
     schedule = learning_rate(config.optim, facts["num_steps"])
     optimizer = make_optimizer(config.optim, schedule)
-    with open_checkpoints(workdir, config, read_only=True) as checkpoints:
+    with open_checkpoints(workdir, config.train, read_only=True) as checkpoints:
         meta = checkpoints.restore(facts["step"] - 1)["meta"]
         state, frozen = restore_state(config, workdir, model, optimizer, layout, checkpoints, meta)
     step_fn = compile_train_step(config, model, optimizer, schedule, layout, state, frozen)
@@ -60,7 +60,7 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
     def run(batch: Batch) -> Metrics:
         # A copy: the step takes the memory of its state, and every record is tried on the same one.
         fresh = jax.tree.map(jnp.copy, state) | progress(facts["step"] - 1, layout.replicated)
-        _, metrics = step_fn(fresh, frozen, put_update(config, layout, batch))
+        _, metrics = step_fn(fresh, frozen, put_update(config.train, layout, batch))
         return {name: float(value) for name, value in metrics.items()}
 
     again, alone = run(batch), {}

@@ -33,7 +33,7 @@ def restore_state(
     """
     frozen = layout.put_parameters(load_frozen(workdir, meta["frozen"]))
     trainable = {path: shape for path, shape in model.shapes.items() if path not in frozen}
-    wanted = jax.eval_shape(lambda p: new_state(config, p, optimizer, layout), trainable)
+    wanted = jax.eval_shape(lambda p: new_state(config.train, p, optimizer, layout), trainable)
     like = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         wanted,

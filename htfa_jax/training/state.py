@@ -17,7 +17,7 @@ from flax import nnx
 
 from htfa_jax.common import param_paths
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.config import Config
+from htfa_jax.config import Config, TrainConfig
 from htfa_jax.kernels.compiler import jit_light
 from htfa_jax.models.factory import CODE_HEAD, FLOAT32_PARAMS, Model
 from htfa_jax.models.htfa import HTFA
@@ -32,10 +32,10 @@ from htfa_jax.training.optim import frozen_pattern
 TrainState = dict[str, Any]
 
 
-def frozen_dtype(path: str, config: Config) -> jnp.dtype:
+def frozen_dtype(path: str, train: TrainConfig) -> jnp.dtype:
     """What a frozen parameter is stored as."""
     keeps = re.fullmatch(FLOAT32_PARAMS, path)
-    return jnp.dtype(jnp.float32 if keeps else config.train.frozen_dtype)
+    return jnp.dtype(jnp.float32 if keeps else train.frozen_dtype)
 
 
 def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tuple[Flat, Flat]:
@@ -52,7 +52,7 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
     """
     frozen, trainable = param_paths.split(model.shapes, frozen_pattern(config))
     dtypes = dict.fromkeys(trainable, jnp.dtype(jnp.float32))
-    dtypes |= {path: frozen_dtype(path, config) for path in frozen}
+    dtypes |= {path: frozen_dtype(path, config.train) for path in frozen}
     shardings = {path: layout.stored(path, s.shape) for path, s in trainable.items()}
     shardings |= layout.frozen(frozen)
     # A tokenizer encoder that trains starts as a copy of the tokenizer's own.
@@ -79,13 +79,13 @@ def new_params(config: Config, model: Model, loaded: Flat, layout: Layout) -> tu
 
 
 def new_state(
-    config: Config, trainable: Flat, optimizer: optax.GradientTransformation, layout: Layout
+    train: TrainConfig, trainable: Flat, optimizer: optax.GradientTransformation, layout: Layout
 ) -> TrainState:
     """The state at step 0."""
 
     def init(params: Flat) -> TrainState:
         return {"opt_state": optimizer.init(params)} | (
-            {"loss_scale": loss_scale.first()} if config.train.dtype == "float16" else {}
+            {"loss_scale": loss_scale.first()} if train.dtype == "float16" else {}
         )
 
     shardings = layout.state({"params": trainable} | jax.eval_shape(init, trainable))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.config import Config
+from htfa_jax.config import Config, TrainConfig
 from htfa_jax.data.batch import Batch, split_for_accumulation
 from htfa_jax.errors import ConfigError
 from htfa_jax.kernels import compiler
@@ -120,9 +120,9 @@ def params_dtype(config: Config) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if wide else config.train.dtype)
 
 
-def put_update(config: Config, layout: Layout, batch: Batch) -> Batch:
+def put_update(train: TrainConfig, layout: Layout, batch: Batch) -> Batch:
     """The samples of an update [samples, ...], from the host, as the training step takes them."""
-    stacked = split_for_accumulation(batch, config.train.accumulation_steps)
+    stacked = split_for_accumulation(batch, train.accumulation_steps)
     return layout.put(stacked, layout.stacked_batch)
 
 

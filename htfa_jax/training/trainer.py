@@ -103,7 +103,7 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
         tokenizer = open_tokenizer(config, workdir, records)
     encoder_cache.check(config, len(records))
     writer = MetricWriter(workdir / "logs", silent=not is_first())
-    with open_checkpoints(workdir, config) as checkpoints:
+    with open_checkpoints(workdir, config.train) as checkpoints:
         run = Run(
             config=config,
             workdir=workdir,
@@ -125,7 +125,7 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
     writer.close()
     if scores is not None and is_first():
         example = next((s for s in reversed(SPLITS) if getattr(config.data, s)), SPLITS[0])
-        write_example(workdir, config, open_split(config, example))
+        write_example(workdir, config.data, open_split(config, example))
     return scores
 
 
@@ -181,7 +181,7 @@ class Run:
     stop: StopSignal
 
     def __post_init__(self) -> None:
-        self.samples_per_step = samples_per_step(self.config, self.layout.num_shards)
+        self.samples_per_step = samples_per_step(self.config.train, self.layout.num_shards)
         self.evaluations = Evaluations(
             self.config, self.workdir, self.model, self.tokenizer, self.layout, self.writer
         )
@@ -206,7 +206,9 @@ class Run:
         elif before is not None:
             log.warning("%s holds no complete checkpoint yet: starting at step 0", self.workdir)
         samples = int(meta["samples"]) if meta else 0
-        steps = num_steps(config, len(self.records), self.samples_per_step, latest or 0, samples)
+        steps = num_steps(
+            config.train, len(self.records), self.samples_per_step, latest or 0, samples
+        )
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
         if meta is None:
@@ -246,7 +248,7 @@ class Run:
             source = override(source, {"pretrained.vq": str(folder)})
         loaded = load_pretrained(source, self.model)
         trainable, frozen = new_params(source, self.model, loaded, self.layout)
-        state = new_state(self.config, trainable, optimizer, self.layout)
+        state = new_state(self.config.train, trainable, optimizer, self.layout)
         return state, frozen, save_frozen(self.workdir, self.config, frozen)
 
     def train(self, start: Start) -> dict[str, Any] | None:
@@ -270,7 +272,7 @@ class Run:
                 self.workdir / "logs",
                 config.train.profile_steps,
             ),
-            put=lambda batch: put_update(config, layout, batch),
+            put=lambda batch: put_update(config.train, layout, batch),
             num_steps=start.num_steps,
             log_every=config.train.log_every,
             writer=self.writer,

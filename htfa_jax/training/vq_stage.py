@@ -319,7 +319,7 @@ def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> 
 
 def cached_folder(config: Config) -> Path:
     """Where the weight folder is kept; not there before it is trained."""
-    return cache_folder(config) / "vq" / cache_key(config)
+    return cache_folder(config.data) / "vq" / cache_key(config)
 
 
 def cache_key(config: Config) -> str:

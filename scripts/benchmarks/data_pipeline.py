@@ -110,7 +110,7 @@ class Pipeline:
         )
         records = open_split(config, "train")
         tokenizer = open_tokenizer(config, workdir, records)
-        self.samples = samples_per_step(config, 1)
+        self.samples = samples_per_step(config.train, 1)
         # What may be ready before it is asked for, in updates.
         self.ahead = max(num_workers, 1) * (2 * num_threads + 3) + 2
         self.batches = training_batches(config, records, tokenizer, 0, self.samples)

@@ -64,7 +64,7 @@ class Side:
         self.frozen = frozen
         # Steps take the memory of their state, and all sides start from the same weights.
         trainable = jax.tree.map(jnp.copy, trainable)
-        self.state = new_state(config, trainable, optimizer, self.layout)
+        self.state = new_state(config.train, trainable, optimizer, self.layout)
         names = save_frozen(folder, config, frozen)
         start = time.perf_counter()
         # Of this measurement alone, so that it is made now.
@@ -74,10 +74,10 @@ class Side:
         self.making = time.perf_counter() - start
         self.bytes = sum(path.stat().st_size for path in kept.files.values()) if kept else 0
         tokenizer = open_tokenizer(config, folder, records)
-        self.samples = min(samples_per_step(config, self.layout.num_shards), len(records))
+        self.samples = min(samples_per_step(config.train, self.layout.num_shards), len(records))
         loader, collate = SampleLoader(records, tokenizer, config, kept), Collate(config, tokenizer)
         self.load = lambda: collate([loader(i) for i in range(self.samples)]).batch
-        self.batch = put_update(config, self.layout, self.load())
+        self.batch = put_update(config.train, self.layout, self.load())
         args = (config, model, optimizer, schedule, self.layout, self.state, self.frozen)
         self.run = compile_train_step(*args)
         self.loading, self.stepping, self.working = [], [], []

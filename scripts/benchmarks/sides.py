@@ -200,9 +200,9 @@ def jax_side(
     compiled, _, abstract = compile_step(config, length, cache)
     layout = abstract.layout
     trainable, frozen = new_params(config, build_model(config), {}, layout)
-    state = new_state(config, trainable, abstract.optimizer, layout)
+    state = new_state(config.train, trainable, abstract.optimizer, layout)
     del trainable
-    batch = put_update(config, layout, Batch(**arrays))
+    batch = put_update(config.train, layout, Batch(**arrays))
     jax.clear_caches()
 
     def run() -> jax.Array:

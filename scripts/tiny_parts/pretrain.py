@@ -132,7 +132,11 @@ def pretrain_decoder(args: PretrainArgs, config: Config) -> bool:
     if params is None:
         return False
     folder = args.out / "internlm2"
-    write(folder, to_hf.internlm2_tensors(params, config.decoder), to_hf.internlm2_config(config))
+    write(
+        folder,
+        to_hf.internlm2_tensors(params, config.decoder),
+        to_hf.internlm2_config(config),
+    )
     tokenizer.save(folder)
     return True
 

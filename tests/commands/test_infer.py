@@ -138,7 +138,7 @@ def test_one_input_or_the_other(run_folder, tmp_path, capsys):
 
 
 def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch):
-    example.write_example(run_folder, load_config(run_folder), RecordFile(dataset))
+    example.write_example(run_folder, load_config(run_folder).data, RecordFile(dataset))
     script = run_folder / "infer.sh"
     assert os.access(script, os.X_OK)
     command = script.read_text().splitlines()[-1]

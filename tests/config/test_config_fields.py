@@ -125,9 +125,9 @@ def step(config):
     tx = make_optimizer(config.optim, schedule)
     trainable = split(model.shapes, frozen_pattern(config))[1]
     layout = Layout(config)
-    state = jax.eval_shape(lambda p: new_state(config, p, tx, layout), trainable)
+    state = jax.eval_shape(lambda p: new_state(config.train, p, tx, layout), trainable)
     rest = {path: s for path, s in model.shapes.items() if path not in trainable}
-    batch = random_batch(config, size=samples_per_step(config, 1))
+    batch = random_batch(config, size=samples_per_step(config.train, 1))
     batch = split_for_accumulation(batch, config.train.accumulation_steps)
     return program(make_train_step(config, model, tx, schedule, layout), state, rest, batch)
 
@@ -170,7 +170,7 @@ def mesh(config):
 def batches(config):
     """The first batches for training and for evaluation."""
     records = open_split(config, "train")
-    folder = cache_folder(config)
+    folder = cache_folder(config.data)
     tokenizer = open_tokenizer(config, folder, records)
     found = itertools.islice(training_batches(config, records, tokenizer, 0, 2), 3)
     found = [*found, next(evaluation_batches(config, records, tokenizer))]
@@ -182,8 +182,8 @@ def batches(config):
 
 def plan(config):
     """How many samples and updates."""
-    samples = samples_per_step(config, 1)
-    return samples, num_steps(config, 1000, samples)
+    samples = samples_per_step(config.train, 1)
+    return samples, num_steps(config.train, 1000, samples)
 
 
 def embedded(config):
@@ -203,7 +203,7 @@ def embedded(config):
         pass
     finally:
         builder.build_scenes = real
-    cache = str(cache_folder(config))
+    cache = str(cache_folder(config.data))
     return [(str(args).replace(cache, ""), options) for args, options in asked]
 
 
@@ -214,7 +214,7 @@ def opened(config):
         lambda: open_split(config, "train"),
         lambda: open_split(config, "validation"),
         lambda: open_split(config, "test"),
-        lambda: open_tokenizer(config, cache_folder(config), RecordFile(config.data.train)),
+        lambda: open_tokenizer(config, cache_folder(config.data), RecordFile(config.data.train)),
         lambda: load_pretrained(config, build_model(config)),
     ):
         try:
@@ -269,7 +269,7 @@ def vq_settings(config):
 
     vq_stage.optax.cosine_decay_schedule = schedule
     try:
-        vq_stage.train_vq(config, cache_folder(config) / "vq_run")
+        vq_stage.train_vq(config, cache_folder(config.data) / "vq_run")
     except KeyboardInterrupt:
         pass
     finally:
@@ -300,7 +300,7 @@ def run(config):
             "loss.code_weight": 0.0,
         },
     )
-    workdir = cache_folder(config) / "run"
+    workdir = cache_folder(config.data) / "run"
     workdir.mkdir()
     evaluated = []
     losses = iter([3.0, 1.0, 2.0, 4.0] * 2)
@@ -340,7 +340,7 @@ def run(config):
             failed = None
         except DataError as error:
             failed = str(error)
-    with open_checkpoints(workdir, config) as checkpoints:
+    with open_checkpoints(workdir, config.train) as checkpoints:
         best = checkpoints.best_step()
         kept = sorted(int(p.name) for p in checkpoints.folder.iterdir())
     lines = (workdir / "logs" / "metrics.jsonl").read_text().splitlines()
@@ -363,7 +363,7 @@ def decoding(config):
     config = override(config, {"eval.batch_size": 2})
     model = build_model(config)
     records = open_split(config, "train")
-    tokenizer = open_tokenizer(config, cache_folder(config), records)
+    tokenizer = open_tokenizer(config, cache_folder(config.data), records)
     evaluator = Evaluator(config, model, tokenizer, Layout(config))
     asked = []
 
@@ -466,12 +466,12 @@ CASES = {
     "augment.brightness": (0.5, batches),
     "augment.gamma": (0.5, batches),
     "augment.saturation": (0.5, batches),
-    "data.default_query": ("What?", lambda c: checked_query(c, None)),
+    "data.default_query": ("What?", lambda c: checked_query(c.data, None)),
     "data.max_text_length": (20, batches),
     "data.text_buckets": ((80, 90), batches),
     "data.on_error": ("skip", run),
     "data.max_bad_records": (0, run, {"data.on_error": "skip"}),
-    "data.cache_dir": ("elsewhere", lambda c: cache_folder(c).name == "elsewhere"),
+    "data.cache_dir": ("elsewhere", lambda c: cache_folder(c.data).name == "elsewhere"),
     "data.cache_codes": (True, kept),
     "data.cache_features": (True, kept),
     "data.cache_gb": (1e-6, kept, {"data.cache_codes": True}),

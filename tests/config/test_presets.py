@@ -123,7 +123,7 @@ def test_two_steps_at_test_size(name, tiny_steps):
     params = {path: weights[path] for path in abstract.state["params"]}
     frozen = {path: weights[path].astype(s.dtype) for path, s in abstract.frozen.items()}
     before = {path: np.asarray(x) for path, x in params.items()}
-    state = new_state(config, params, abstract.optimizer, abstract.layout)
+    state = new_state(config.train, params, abstract.optimizer, abstract.layout)
     compiled, steps = lowered.compile(), config.train.accumulation_steps
     samples = config.train.batch_size * steps
     for seed in range(2):

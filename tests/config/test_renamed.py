@@ -11,6 +11,7 @@ from htfa_jax.config import Config, load_config, override, renamed
 from htfa_jax.config.io import fields_without_value, to_dict
 from htfa_jax.config.renamed import current_flags, current_scores, takes_old_names
 from htfa_jax.data.records import parse_record
+from htfa_jax.evaluation.curves import read_curves
 from htfa_jax.infer import InferArgs
 from htfa_jax.inference.answer_attention import AnswerAttention
 from htfa_jax.inference.options import Completion
@@ -48,6 +49,13 @@ def test_flags(said):
         "--limits.sessions=3",
     ]
     assert said.text.count("is now called") == 3
+
+
+def test_lines_of_metrics_that_a_run_of_then_wrote(tmp_path):
+    (tmp_path / "logs").mkdir()
+    line = {"step": 4, "time": 2.0, "validation/accuracy/hidden_share": 0.25}
+    (tmp_path / "logs/metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert read_curves(tmp_path) == {"validation/accuracy/occlusion_ratio": [(4, 0.25)]}
 
 
 def test_the_command_takes_an_old_flag(monkeypatch, tmp_path):

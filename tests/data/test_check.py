@@ -82,7 +82,7 @@ def test_every_problem_is_counted_with_its_record_and_reason(report):
     example = report["problems"]["missing image"]["examples"][0]
     assert example["file"] == report["source"]
     assert "record 3 (id r3): image_orig: no file at" in example["reason"]
-    assert "put it there, or mend the path" in example["reason"]
+    assert "put it there, or correct the path" in example["reason"]
 
 
 def test_what_the_data_is_like(report, config, damaged, tmp_path):
@@ -187,7 +187,7 @@ def test_a_worker_that_is_killed_ends_it_with_the_reason(config, damaged, tmp_pa
     monkeypatch.setattr("htfa_jax.data.examine.CHUNK", 4)
     lenient = override(config, {"data.on_error": "skip"})
     tokenizer = open_tokenizer(lenient, tmp_path, RecordFile(damaged))
-    with pytest.raises(DataError, match="was killed, maybe for want of memory: try fewer"):
+    with pytest.raises(DataError, match="was killed, perhaps out of memory: try fewer"):
         list(examine(Examiner(Deadly(damaged), tokenizer, config), NUM, 2))
 
 

@@ -242,11 +242,11 @@ def test_skipped_records_keep_their_places(damaged, source):
 
 def test_number_of_steps():
     config = tiny(train__accumulation_steps=3, train__epochs=2)
-    assert samples_per_step(config, num_shards=4) == 24
+    assert samples_per_step(config.train, num_shards=4) == 24
     epochs = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=None))
-    assert num_steps(config, 100, 6) == 4
-    assert num_steps(epochs, 100, 6) == 33
-    assert num_steps(epochs, 1, 6) == 1
+    assert num_steps(config.train, 100, 6) == 4
+    assert num_steps(epochs.train, 100, 6) == 33
+    assert num_steps(epochs.train, 1, 6) == 1
     # 10 updates of 6 were done on other devices: 140 samples are left for updates of 12.
-    assert num_steps(epochs, 100, 12, step=10, seen=60) == 21
-    assert num_steps(epochs, 100, 6, step=33, seen=198) == 33
+    assert num_steps(epochs.train, 100, 12, step=10, seen=60) == 21
+    assert num_steps(epochs.train, 100, 6, step=33, seen=198) == 33

@@ -41,12 +41,6 @@ def test_every_curve_is_drawn_under_its_name(run):
     assert line.get_label() == "occlusion ratio" and list(line.get_ydata()) == [0.25]
 
 
-def test_lines_with_older_names_of_metrics_are_drawn_with_todays(run):
-    path = run / "logs/metrics.jsonl"
-    path.write_text(path.read_text().replace("accuracy/occlusion_ratio", "accuracy/hidden_share"))
-    assert read_curves(run)["validation/accuracy/occlusion_ratio"] == [(4, 0.25)]
-
-
 def test_half_a_last_line_is_that_of_a_run_that_writes_it(run):
     whole = read_curves(run)
     with (run / "logs/metrics.jsonl").open("a") as file:

@@ -9,7 +9,7 @@ from flax import nnx
 from support import compile_as_for, random_batch, random_weights, taken_apart
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from htfa_jax.config import DecoderConfig
+from htfa_jax.config import DecoderConfig, override
 from htfa_jax.inference.generate import complete, decode_until, expected_image, prefill, read_images
 from htfa_jax.inference.options import Decoding
 from htfa_jax.inference.sampling import make_sampling
@@ -34,7 +34,7 @@ def decode(model):
     prompts = [rng.integers(0, 390, n).astype(np.int32) for n in (9, 1, 16)]
     layouts = {
         "training": (structure, weights),
-        "decoding": (build_model(config, DecodingInternLM2), for_inference(config, weights)),
+        "decoding": (build_model(config, DecodingInternLM2), for_inference(config.train, weights)),
     }
 
     def run(params, batch, prompt_BT, length_B, sampling, until, layout, stops):
@@ -281,9 +281,7 @@ def test_layouts_hold_the_same_numbers(model):
 def test_matrices_are_cast_once_and_the_rest_is_not(model):
     config, structure, _ = model
     weights = random_weights(structure)
-    cast = for_inference(
-        type(config)(**{**config.__dict__, "train": type(config.train)(dtype="bfloat16")}), weights
-    )
+    cast = for_inference(override(config, {"train.dtype": "bfloat16"}).train, weights)
     for path, value in cast.items():
         matrix = path.endswith((".kernel", ".embedding")) and not path.startswith("level1.")
         assert value.dtype == (jnp.bfloat16 if matrix else jnp.float32), path

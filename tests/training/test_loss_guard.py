@@ -158,7 +158,7 @@ def test_the_step_that_was_under_way_is_not_applied_either(config):
     frozen, trainable = split(random_weights(structure), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule)
-    state = new_state(config, trainable, optimizer, layout)
+    state = new_state(config.train, trainable, optimizer, layout)
     compiled = compile_train_step(config, structure, optimizer, schedule, layout, state, frozen)
 
     def step(state, batch):

@@ -60,7 +60,7 @@ def scaled():
     frozen, trainable = split(random_weights(model), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
     optimizer = make_optimizer(config.optim, schedule)
-    state = new_state(config, trainable, optimizer, layout)
+    state = new_state(config.train, trainable, optimizer, layout)
     step = jax.jit(make_train_step(config, model, optimizer, schedule, layout))
     batch = split_for_accumulation(random_batch(config, size=2), 1)
     return step, state, frozen, batch

@@ -38,7 +38,7 @@ def steps_of(config, optimizer=None):
     schedule = learning_rate(config.optim, 10)
     optimizer = optimizer or make_optimizer(config.optim, schedule)
     step = jax.jit(make_train_step(config, structure, optimizer, schedule, layout))
-    return new_state(config, trainable, optimizer, layout), frozen, step
+    return new_state(config.train, trainable, optimizer, layout), frozen, step
 
 
 def assert_equal(got, expected):
@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, undisturbed, tmp_p
     with monkeypatch.context() as patch:
         interrupt(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert train(config, stopped) is None
-    with open_checkpoints(stopped, config) as checkpoints:
+    with open_checkpoints(stopped, config.train) as checkpoints:
         assert checkpoints.latest_step() == 3
 
     def crash():
@@ -212,7 +212,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, undisturbed, tmp_p
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
         interrupt(patch, 3, crash)
         train(config, stopped)
-    with open_checkpoints(stopped, config) as checkpoints:
+    with open_checkpoints(stopped, config.train) as checkpoints:
         assert checkpoints.latest_step() == 4
 
     assert train(config, stopped) == {}
@@ -414,7 +414,7 @@ def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config
     wrong = {"data.validation": config.data.train, "train.best_metric": "accuracy/colour"}
     with pytest.raises(ConfigError, match="accuracy/colour is not a validation metric .*color"):
         train(override(config, wrong), tmp_path / "a")
-    with open_checkpoints(tmp_path / "a", config) as checkpoints:
+    with open_checkpoints(tmp_path / "a", config.train) as checkpoints:
         assert checkpoints.latest_step() == 1
 
 

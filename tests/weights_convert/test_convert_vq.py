@@ -460,7 +460,7 @@ def test_a_tokenizer_without_decoder_makes_no_images():
     module = nnx.eval_shape(
         lambda: VQ(VQConfig(has_decoder=False), dtype=jnp.dtype("float32"), rngs=make_rngs(0))
     )
-    with pytest.raises(CheckpointError, match="cannot paint"):
+    with pytest.raises(CheckpointError, match="cannot make them"):
         module.decode_vectors(np.zeros((1, 16, 256), np.float32))
 
 
@@ -575,7 +575,7 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
         source = saved(tmp_path / "model.pt", theirs.state_dict())
     write_folder(source, vq.layout(source), tmp_path / "vq")
     shown = verify(tmp_path / "vq", source)
-    assert "0 differ where the nearest is clear" in shown and "painted image" in shown
+    assert "0 differ where the nearest is clear" in shown and "decoded image" in shown
     weights = read_weights(tmp_path / "vq")
     weights["decoder.conv_out.bias"] = weights["decoder.conv_out.bias"] + 1
     save_file(weights, tmp_path / "vq" / WEIGHTS)
@@ -586,6 +586,6 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
 def test_verify_takes_both_checkpoints_of_a_merged_one(taming, vqgan, tmp_path):
     source = saved(tmp_path / "model.pt", chameleon_vqvae(taming).state_dict())
     write_folder(vq.Merged(source, vqgan), vq.layout(source, vqgan), tmp_path / "vq")
-    assert "painted image" in verify(tmp_path / "vq", source, vqgan)
+    assert "decoded image" in verify(tmp_path / "vq", source, vqgan)
     with pytest.raises(CheckpointError, match="is not the file that"):
         verify(tmp_path / "vq", source)
