@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,11 @@ from htfa_jax.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 MAX_BYTES = 256 * 2**20  # of a file
 MAX_PIXELS = 64 * 2**20  # of an image: 200 MB once it is decoded
+# Each costs time, an empty one too; those of a progressive JPEG are about ten.
+MAX_SCANS = 100
+# Then markers: those that no segment follows, except the end, need not be found.
+JPEG, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", b"\xda", b"\xd9"
+MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
 
 # A file, its contents, or an image in memory.
 ImageSource = ImageFile | bytes | Image.Image | np.ndarray
@@ -129,6 +135,10 @@ def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Imag
             f"has {size / 2**20:.0f} MiB, more than {MAX_BYTES >> 20}: make it smaller",
             "too large an image",
         )
+    if isinstance(source, Path) and _begins_as_jpeg(source):
+        source = source.read_bytes()
+    if isinstance(source, bytes) and too_many_scans(source):
+        raise DataError(f"is a JPEG of more than {MAX_SCANS} scans: save it anew", "scans")
     try:
         opened = source if isinstance(source, Path) else io.BytesIO(source)
         image = Image.open(opened, formats=FORMATS)
@@ -138,6 +148,27 @@ def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Imag
         image.close()
         raise _too_large(f"{image.width}x{image.height} pixels,")
     return image
+
+
+def too_many_scans(content: bytes) -> bool:
+    """Whether a JPEG has so many scans that decoding it takes long, however small the file is."""
+    # Counting bytes is quick, and right unless there are such bytes in a profile, a thumbnail or
+    # behind the image.
+    if not content.startswith(JPEG) or content.count(b"\xff" + START_OF_SCAN) <= MAX_SCANS:
+        return False
+    scans, at = 0, len(JPEG)
+    while scans <= MAX_SCANS and (marker := MARKER.search(content, at)):
+        kind, at = marker[1], marker.end()
+        if kind == END_OF_IMAGE:
+            break
+        scans += kind == START_OF_SCAN
+        at += int.from_bytes(content[at : at + 2], "big")  # the segment behind it
+    return scans > MAX_SCANS
+
+
+def _begins_as_jpeg(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(JPEG)) == JPEG
 
 
 def _too_large(size: str) -> DataError:

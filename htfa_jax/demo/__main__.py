@@ -63,7 +63,7 @@ def private_folder() -> Iterator[Path]:
     before = tempfile.tempdir
     with tempfile.TemporaryDirectory(prefix="htfa_demo_", ignore_cleanup_errors=True) as folder:
         # Gradio reads these when it is loaded.
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "files")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         tempfile.tempdir = folder
         try:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
-import json
 from collections.abc import AsyncIterator, Awaitable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
@@ -27,6 +27,7 @@ from htfa_jax.inference.inputs import LoadedPair
 from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
+T = TypeVar("T")
 # Seconds between two looks at whether a client is still there.
 PATIENCE = 0.2
 
@@ -104,7 +105,8 @@ async def images(
     }
     boxes = {"bbox_orig": bbox_orig, "bbox_recon": bbox_recon}
     serving: Serving = request.app.state.serving
-    return await serving.read(packed, {name: read_box(box, name) for name, box in boxes.items()})
+    read = serving.read(packed, {name: read_box(box, name) for name, box in boxes.items()})
+    return await while_connected(request, read)
 
 
 async def decoding(
@@ -113,7 +115,9 @@ async def decoding(
         int | None, Form(description="words of the longest answer (default: the run's)")
     ] = None,
     temperature: Annotated[float, Form(description="0: always the most probable word")] = 0.0,
-    top_k: Annotated[int, Form(description="choose among so many words only; 0: all")] = 0,
+    top_k: Annotated[
+        int, Form(description="choose among so many words only; 0: all", lt=2**31)
+    ] = 0,
     top_p: Annotated[
         float, Form(description="the likeliest words that together are this probable")
     ] = 1.0,
@@ -137,7 +141,8 @@ async def decoding(
 
 async def completion(
     temperature: Annotated[
-        float, Form(description="0: none is drawn, each cell gets the expected one")
+        float,
+        Form(description="0: none is drawn, each cell gets the expected one", allow_inf_nan=False),
     ] = 0.0,
     passes: Annotated[
         int, Form(description="how often the unsure codes are predicted again", le=16)
@@ -152,9 +157,26 @@ async def completion(
 Pair = Annotated[LoadedPair, Depends(images)]
 Words = Annotated[Decoding, Depends(decoding)]
 Painting = Annotated[Completion, Depends(completion)]
+Begun = tuple[str | float, AsyncIterator[str | float]]
 Queries = Annotated[
     list[str] | None, Form(description="a question; several times for several (default: the run's)")
 ]
+
+
+async def begin(
+    request: Request,
+    pair: Pair,
+    words: Words,
+    query: Annotated[str | None, Form(description="a question (default: the run's)")] = None,
+) -> AsyncIterator[Begun]:
+    """An answer's first piece, and the others to come; it ends with the request."""
+    serving: Serving = request.app.state.serving
+    (question,) = _questions(serving, None if query is None else [query])
+    client = client_of(request)
+    pieces = serving.stream(client, lambda: serving.engine.chat(pair), question, words)
+    async with contextlib.aclosing(pieces):
+        # Before anything is sent, so that a full queue is an answer with its own status.
+        yield await while_connected(request, anext(pieces)), pieces
 
 
 def add_api(app: FastAPI, serving: Serving, model: str) -> None:
@@ -168,11 +190,12 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
     app.state.serving = serving
     _add_errors(app)
 
-    @app.get("/healthz", tags=["health"])
-    async def health() -> Health:
-        """Whether the server works, and how much waits."""
+    @app.get("/healthz", tags=["health"], responses={503: {"model": Health}})
+    async def health(response: Response) -> Health:
+        """Whether the server works, and how much waits; 503 if the engine has stopped."""
+        response.status_code = 200 if serving.alive else 503
         return Health(
-            status="ok",
+            status="ok" if serving.alive else "the engine has stopped",
             model=model,
             step=serving.engine.step,
             waiting=serving.waiting,
@@ -184,7 +207,7 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
         """Answers one question about a pair, or several."""
         questions = _questions(serving, query)
         look = serving.look(client_of(request), pair, questions, decoding=words, completion=None)
-        results = await while_connected(request, look)
+        results = _checked(await while_connected(request, look))
         return Answers(
             answers=[
                 Answer(query=r.query, answer=r.answer, confidence=r.confidence) for r in results
@@ -195,27 +218,24 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
 
     events = {
         200: {
-            "content": {"text/event-stream": {}},
             "description": 'Server-sent events: {"text": piece} each, then `end` with '
             '{"answer", "confidence"}, or `error` with {"error"}.',
         }
     }
 
-    @app.post("/v1/stream", responses=PROBLEMS | events, response_class=StreamingResponse)
-    async def stream(
-        request: Request,
-        pair: Pair,
-        words: Words,
-        query: Annotated[str | None, Form(description="a question (default: the run's)")] = None,
-    ) -> StreamingResponse:
+    @app.post("/v1/stream", responses=PROBLEMS | events, response_class=EventSourceResponse)
+    async def stream(begun: Annotated[Begun, Depends(begin)]) -> AsyncIterator[ServerSentEvent]:
         """Answers one question piece by piece, as server-sent events."""
-        (question,) = _questions(serving, None if query is None else [query])
-        pieces = serving.stream(
-            client_of(request), lambda: serving.engine.chat(pair), question, words
-        )
-        # Here, so that a full queue is an answer with its own status.
-        first = await anext(pieces)
-        return StreamingResponse(_events(first, pieces), media_type="text/event-stream")
+        item, pieces = begun
+        text = ""
+        try:
+            while isinstance(item, str):
+                text += item
+                yield ServerSentEvent(data={"text": item})
+                item = await anext(pieces)
+            yield ServerSentEvent(data={"answer": text, "confidence": item}, event="end")
+        except Exception as error:
+            yield ServerSentEvent(data={"error": sentence(error)}, event="error")
 
     image = {200: {"content": {"image/png": {}}, "description": "The whole object."}}
 
@@ -231,7 +251,7 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
             decoding=Decoding(max_new_tokens=1),
             completion=painting,
         )
-        (result,) = await while_connected(request, look)
+        (result,) = _checked(await while_connected(request, look))
         return Response(await asyncio.to_thread(png, result), media_type="image/png")
 
 
@@ -250,37 +270,24 @@ def _questions(serving: Serving, queries: list[str] | None) -> list[str]:
     return queries
 
 
-async def while_connected(request: Request, work: Awaitable[list[Result]]) -> list[Result]:
-    """What `work` gives; it is given up when the client leaves. Raises DataError of a bad pair."""
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives; it is given up when the client leaves."""
     task = asyncio.ensure_future(work)
     try:
         while not (await asyncio.wait({task}, timeout=PATIENCE))[0]:
             if await request.is_disconnected():
                 raise HTTPException(499, "nobody waits for this any more")
-        results = task.result()
+        return task.result()
     finally:
-        task.cancel()
+        if task.cancel():
+            await asyncio.wait({task})
+
+
+def _checked(results: list[Result]) -> list[Result]:
+    """The same. Raises DataError of a bad pair."""
     if results[0].error is not None:
         raise DataError(results[0].error)
     return results
-
-
-async def _events(first: str | float, pieces: AsyncIterator[str | float]) -> AsyncIterator[str]:
-    """Server-sent events of an answer."""
-    text, item = "", first
-    async with contextlib.aclosing(pieces):
-        try:
-            while isinstance(item, str):
-                text += item
-                yield _event({"text": item})
-                item = await anext(pieces)
-            yield _event({"answer": text, "confidence": item}, "end")
-        except Exception as error:
-            yield _event({"error": sentence(error)}, "error")
-
-
-def _event(data: dict[str, Any], name: str = "") -> str:
-    return (f"event: {name}\n" if name else "") + f"data: {json.dumps(data)}\n\n"
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -292,7 +299,8 @@ def _add_errors(app: FastAPI) -> None:
         if isinstance(error, Closed):
             return problem(str(error), 503, {"retry-after": "10"})
         if isinstance(error, StarletteHTTPException):
-            return problem(sentence(error), error.status_code)
+            headers = dict(error.headers or {})
+            return problem(sentence(error), error.status_code, headers)
         expected = isinstance(error, HTFAError | RequestValidationError)
         return problem(sentence(error), 422 if expected else 500)
 

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from urllib.parse import SplitResult, urlsplit
+import collections
+import contextlib
+from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from htfa_jax.demo.http import PREFIX, busy_problem, problem
+from htfa_jax.demo.http import PREFIX, busy_problem, client_at, problem
 from htfa_jax.demo.serving import Serving
-from htfa_jax.errors import Busy
+from htfa_jax.errors import Busy, ConfigError
 
 # Of a request to the API, besides its images: the other fields.
 FIELDS_BYTES = 2**20
 SAFE = ("GET", "HEAD", "OPTIONS")
+# What only the page itself and programs ask for.
+INSIDE = (PREFIX, "/gradio_api/")
+HOST_IS_OURS = "htfa_jax.host_is_ours"
 
 
 class Gate:
@@ -24,83 +32,144 @@ class Gate:
 
     - A request whose Host is none of ours: a page elsewhere may have bent its own name to our
       address (DNS rebinding).
-    - A request that changes something and says that another site's page made it.
+    - A request that another site's page made, as browsers say.
     - More bytes than allowed, told or counted, or bytes that come too slowly.
     - A request to the API for which there is no room in the queue.
 
     Args:
       app: what stands behind it.
       serving: whose queue and limits these are.
-      hosts: names that this server is called by; None allows all.
+      hosts: names that this server is called by, `*.example.org` for all below; None allows all.
+
+    Raises ConfigError for a name that cannot be.
     """
 
     def __init__(self, app: ASGIApp, serving: Serving, hosts: frozenset[str] | None):
-        self.app, self.serving, self.hosts = app, serving, hosts
+        self.serving = serving
+        # Requests to the API that are not answered yet, by address.
+        self.answering: collections.Counter[str] = collections.Counter()
+        self.app = RequestBodyLimitMiddleware(app, serving.limits.upload_mb * 10**6 + FIELDS_BYTES)
+        self.trusted = TrustedHostMiddleware(
+            _note, ["*"] if hosts is None else patterns(hosts), www_redirect=False
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            refusal = self._refusal(scope)
-            if refusal is not None:
-                await refusal(scope, receive, send)
-                return
-            if scope["method"] not in SAFE:
-                receive = self._counted(receive)
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # The middleware answers with plain text: here it is only asked, and answered for.
+        await self.trusted(scope, receive, _nowhere)
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        with self._counted(_client(scope)) if asks(scope) else contextlib.nullcontext():
+            await self.app(scope, self._timed(receive), self._explained(scope, receive, send))
+
+    @contextlib.contextmanager
+    def _counted(self, client: str) -> Iterator[None]:
+        self.answering[client] += 1
+        try:
+            yield
+        finally:
+            self.answering[client] -= 1
+            self.answering = +self.answering
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.hosts is not None and _parts(f"//{host}").hostname not in self.hosts:
+        if HOST_IS_OURS not in scope:
             return problem(f"this server is not called {host!r}: --hosts tells it its names", 400)
-        if scope["method"] in SAFE:
-            return None
         origin = headers.get("origin")
-        if origin is not None and _parts(origin).netloc != host:
+        if origin is not None and _place(origin) != host.lower():
             return problem(f"pages of {origin} may not use this server", 403)
-        told = headers.get("content-length", "0")
-        if not told.isdigit() or int(told) > self._most:
-            return problem(self._too_large, 413)
-        if scope["path"].startswith(PREFIX):
+        # Of an image or a link in such a page browsers say no origin.
+        if headers.get("sec-fetch-site") == "cross-site" and scope["path"].startswith(INSIDE):
+            return problem("pages of other sites may not use this server", 403)
+        if asks(scope):
             try:
-                self.serving.check_room((scope.get("client") or ("unknown",))[0])
+                self._check_room(_client(scope))
             except Busy as busy:
                 return busy_problem(busy)
         return None
 
-    @property
-    def _most(self) -> int:
-        return self.serving.limits.upload_mb * 10**6 + FIELDS_BYTES
+    def _check_room(self, client: str) -> None:
+        """Raises Busy if the queue is full, or if more is being read than it will hold."""
+        limits = self.serving.limits
+        self.serving.check_room(client)
+        # Those that the engine works on have left the queue.
+        worked_on = limits.batch + limits.streams
+        if self.answering[client] >= limits.per_client + worked_on:
+            raise Busy("too many requests of yours are being read: try again in 1 s", 1, True)
+        if self.answering.total() >= limits.queue + worked_on:
+            raise Busy("too many requests are being read: try again in 1 s", 1)
 
-    @property
-    def _too_large(self) -> str:
-        return f"more than {self.serving.limits.upload_mb} MB: make the images smaller"
+    def _explained(self, scope: Scope, receive: Receive, send: Send) -> Send:
+        """The same, but what is too large is refused with our sentence, whoever notices it."""
+        refused = False
 
-    def _counted(self, receive: Receive) -> Receive:
-        """The same, as long as the body keeps to the limits."""
+        async def explained(message: Message) -> None:
+            nonlocal refused
+            if message["type"] == "http.response.start" and message["status"] == 413:
+                refused = True
+                most = self.serving.limits.upload_mb
+                answer = problem(f"more than {most} MB: make the images smaller", 413)
+                await answer(scope, receive, send)
+            elif not refused:
+                await send(message)
+
+        return explained
+
+    def _timed(self, receive: Receive) -> Receive:
+        """The same, as long as the body comes in time."""
         seconds = self.serving.limits.upload_seconds
         deadline = asyncio.get_running_loop().time() + seconds
-        come, whole = 0, False
+        whole = False
 
-        async def counted() -> Message:
-            nonlocal come, whole
+        async def timed() -> Message:
+            nonlocal whole
             if whole:
                 return await receive()
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise HTTPException(408, f"the request took more than {seconds} s") from None
-            come += len(message.get("body", b""))
+                reason, headers = f"the request took more than {seconds} s", {"connection": "close"}
+                raise HTTPException(408, reason, headers) from None
             whole = not message.get("more_body", False)
-            if come > self._most:
-                raise HTTPException(413, self._too_large)
             return message
 
-        return counted
+        return timed
 
 
-def _parts(address: str) -> SplitResult:
+def patterns(hosts: frozenset[str]) -> list[str]:
+    """Names as Starlette writes them. Raises ConfigError for one that cannot be."""
+    for host in hosts:
+        if "*" in host.removeprefix("*.") and host != "*":
+            raise ConfigError(f"--hosts {host!r}: a * stands for the first part, as *.example.org")
+    return [f"[{host}]" if ":" in host and host[0] != "[" else host for host in hosts]
+
+
+def asks(scope: Scope) -> bool:
+    """Whether a request asks the engine for something."""
+    return scope["method"] not in SAFE and scope["path"].startswith(PREFIX)
+
+
+def _client(scope: Scope) -> str:
+    return client_at((scope.get("client") or (None,))[0])
+
+
+async def _note(scope: Scope, receive: Receive, send: Send) -> None:
+    scope[HOST_IS_OURS] = True
+
+
+async def _nowhere(message: Message) -> None:
+    pass
+
+
+def _place(address: str) -> str:
+    """Host and port of an address; empty if it has none."""
     try:
-        return urlsplit(address)
+        return urlsplit(address).netloc.lower()
     except ValueError:
-        return urlsplit("")
+        return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -12,14 +13,17 @@ from htfa_jax.common.json_files import parse_json
 from htfa_jax.errors import Busy, DataError, HTFAError
 
 PREFIX = "/v1/"
+LONGEST_BOX = 200  # characters
 
 
 def read_box(text: str | None, name: str) -> Any:
     """A box as JSON or as numbers with commas; None without one. Raises DataError."""
     if not text or not text.strip():
         return None
+    numbers = f"[{text.strip().removeprefix('[').removesuffix(']')}]"
     try:
-        numbers = f"[{text.strip().removeprefix('[').removesuffix(']')}]"
+        if len(text) > LONGEST_BOX:
+            raise DataError(f"{name} is {len(text)} characters long")
         return parse_json(numbers, name, DataError, list)
     except DataError:
         raise DataError(
@@ -28,8 +32,21 @@ def read_box(text: str | None, name: str) -> Any:
 
 
 def client_of(request: Any) -> str:
-    """The address that a request came from."""
-    return request.client.host if request.client else "unknown"
+    """Whom a request came from."""
+    return client_at(request.client.host if request.client else None)
+
+
+def client_at(address: str | None) -> str:
+    """Who is at an address, for limits: of IPv6 one connection has 2^64 of them."""
+    try:
+        found = ipaddress.ip_address(address or "")
+    except ValueError:
+        return address or "unknown"
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((found.packed, 64), strict=False))
 
 
 def sentence(error: Exception) -> str:

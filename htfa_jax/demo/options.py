@@ -14,6 +14,9 @@ from htfa_jax.inference.options import Quantize
 class Limits:
     """What is taken from callers; more is refused with a sentence."""
 
+    connections: int = 512  # that are open at a time
+    connections_per_client: int = 128  # of these, from one address
+    header_seconds: int = 10  # in which the head of a request must have come
     queue: int = 64  # requests that wait
     per_client: int = 32  # of these, from one address
     batch: int = 4  # requests that are worked on together
@@ -21,10 +24,13 @@ class Limits:
     upload_mb: int = 20  # of a request, all images together
     upload_seconds: int = 60  # in which it must have come
     megapixels: int = 16  # of an image
+    decode_seconds: int = 10  # in which an image must be decoded
     question: int = 1000  # characters
     questions: int = 8  # about one pair
     max_new_tokens: int = 256  # of an answer
-    visits: int = 32  # open pages that are remembered
+    sessions: int = 32  # pages that are open at a time
+    kept_files: int = 512  # uploads of all pages that are kept
+    kept_mb: int = 500  # their size together
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -54,6 +60,7 @@ class DemoArgs:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
     port: int = 7860
     hosts: tuple[str, ...] = ()  # names the server is called by, besides those of this machine
+    proxies: tuple[str, ...] = ()  # addresses of proxies before it whose X-Forwarded-For counts
     share: bool = False  # a public address through Gradio's servers, for 72 hours
     limits: Limits = Limits()
     device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)

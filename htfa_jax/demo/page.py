@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import functools
 import inspect
-import io
 import json
 import logging
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,14 @@ from PIL import Image
 
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
+from htfa_jax.demo.files import Files
 from htfa_jax.demo.http import client_of, read_box, sentence
 from htfa_jax.demo.serving import Serving
+from htfa_jax.demo.sessions import Session
 from htfa_jax.errors import DataError, HTFAError
 from htfa_jax.evaluation.look_inside import figures, png
 from htfa_jax.evaluation.report_html import PREDICTIONS, write_report
 from htfa_jax.inference.chat import Chat
-from htfa_jax.inference.inputs import LoadedPair
 from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
@@ -37,6 +35,7 @@ log = logging.getLogger(__name__)
 COVER = "what covers the object"
 MARKS = {COVER: "occluder_mask", "the object, its occluded part included": "object_mask"}
 INK = "#e8a200"
+MOST_LAYERS = 4  # of what is drawn; the page has one
 
 
 def upload(**options: Any) -> gr.Image:
@@ -48,20 +47,13 @@ def upload(**options: Any) -> gr.Image:
 
 
 def board(**options: Any) -> gr.ImageEditor:
-    """Where a mask is drawn over an image; only what was drawn comes back, as images."""
+    """Where a mask is drawn over an image; only the files of what was drawn come back."""
     brush = gr.Brush(colors=[INK], default_color=INK, color_mode="fixed")
     editor = gr.ImageEditor(
         type="pil", sources=(), transforms=(), layers=False, buttons=[], brush=brush, **options
     )
-
-    def layers(payload: Any) -> list[Image.Image]:
-        if payload is not None and payload.id is not None:  # it was sent ahead
-            payload = editor.blob_storage.pop(payload.id, None)
-        sent = [] if payload is None else payload.layers or []
-        return [editor.convert_and_format_image(layer) for layer in sent if layer is not None]
-
-    # The image below comes as an upload of its own.
-    editor.preprocess = layers
+    # The image below comes as an upload of its own; our own reader decodes what is drawn.
+    editor.preprocess = lambda payload: [layer.path for layer in payload.layers] if payload else []
     return editor
 
 
@@ -122,30 +114,39 @@ class Actions:
 
     Args:
       serving: the engine behind its queue.
-      visits: what belongs to every open page.
+      files: what visitors sent.
       model: what the model is called.
     """
 
-    def __init__(self, serving: Serving, visits: Visits, model: str):
-        self.serving, self.visits, self.model = serving, visits, model
+    def __init__(self, serving: Serving, files: Files, model: str):
+        self.serving, self.files, self.model = serving, files, model
+        # Not among the threads that read images: a figure takes a second.
+        self._pencil = ThreadPoolExecutor(1, "figures")
 
-    def visit(self, request: gr.Request) -> Visit:
-        """What belongs to the page that asks, looked at already. Raises DataError if nothing is."""
-        visit = self.visits.of(request.session_hash)
-        if visit.result is None:
-            raise DataError("there is nothing to look into yet: choose an image and press Look")
-        return visit
+    def session(self, request: gr.Request, session: Session | None) -> Session:
+        """What belongs to the page that asks, a new one if there is none (any more)."""
+        if session is None or session.closed:
+            return Session(str(request.session_hash), self.files)
+        return session
 
-    async def look(self, request: gr.Request, sent: Sent) -> tuple[Visit, bool]:
-        """Looks at what the page shows; whether that was new."""
-        visit = self.visits.of(request.session_hash)
-        if sent == visit.looked_at:
-            return visit, False
+    async def drawn_mask(self, layers: list[str]) -> PackedImage | None:
+        """What was drawn over the image, as a mask; None if nothing was. Raises DataError."""
+        for layer in layers[:MOST_LAYERS]:
+            mask = await self.serving.read_ink(self.files.read(layer))
+            if mask is not None:
+                return mask
+        return None
+
+    async def look(self, request: gr.Request, session: Session, sent: Sent) -> bool:
+        """Looks at what the page shows. Returns whether that was new."""
+        if sent == session.looked_at:
+            return False
+        paths = {"image_orig": sent.image_orig, "image_recon": sent.image_recon}
         images = {
-            "image_orig": self._file(visit, sent.image_orig),
-            "image_recon": self._file(visit, sent.image_recon),
-            MARKS[sent.marks]: sent.mask,
+            field: None if path is None else self.files.read(path, session.name)
+            for field, path in paths.items()
         }
+        images[MARKS[sent.marks]] = sent.mask
         boxes = {name: read_box(getattr(sent, name), name) for name in ("bbox_orig", "bbox_recon")}
         scene = await self.serving.read(images, boxes)
         (result,) = await self.serving.look(
@@ -158,155 +159,75 @@ class Actions:
         )
         if result.error is not None:
             raise DataError(result.error)
-        visit.looked_at, visit.scene, visit.result = sent, scene, result
-        visit.chat, visit.said, visit.drawn = None, [], False
-        return visit, True
+        session.begin(sent, scene, result)
+        return True
 
     async def ask(
-        self, request: gr.Request, question: str, decoding: Decoding
+        self, request: gr.Request, session: Session, question: str, decoding: Decoding
     ) -> AsyncIterator[tuple[str, float | None]]:
         """The answer so far, again and again, and its confidence at its end."""
-        visit = self.visit(request)
 
         def chat() -> Chat:
-            if visit.chat is None:
-                visit.chat = self.serving.engine.chat(visit.scene)
-            return visit.chat
+            if session.chat is None:
+                session.chat = self.serving.engine.chat(session.scene)
+            return session.chat
 
         text = ""
         pieces = self.serving.stream(client_of(request), chat, question, decoding)
         # One answer at a time: each goes on in the cache of the last.
-        async with visit.talking, contextlib.aclosing(pieces):
+        async with session.talking, contextlib.aclosing(pieces):
             async for item in pieces:
                 if isinstance(item, str):
                     text += item
                     yield text, None
                 else:
-                    visit.said.append((question, text, item))
+                    session.said.append((question, text, item))
                     yield text, item
 
-    def forget(self, request: gr.Request) -> None:
-        """Begins a new conversation about the same pair."""
-        visit = self.visits.of(request.session_hash)
-        visit.chat, visit.said = None, []
-
-    async def attention(self, request: gr.Request, point: tuple[float, float] | None) -> str:
+    async def attention(self, session: Session, point: tuple[float, float] | None) -> str:
         """A figure of what a point of the original attends to."""
-        return await asyncio.to_thread(show.attention, self.visit(request).result, point)
+        return await self._draw(session, show.attention, result_of(session), point)
 
-    async def inside(self, request: gr.Request) -> str:
+    async def inside(self, session: Session) -> str:
         """Figures of what the model saw."""
-        return await asyncio.to_thread(show.inside, self.visit(request).result)
+        return await self._draw(session, show.inside, result_of(session))
 
-    async def completed(self, visit: Visit) -> Path | None:
-        """The completed image as a file."""
-        path = visit.folder / "completed.png"
-        await asyncio.to_thread(visit.result.completed.save, path)
-        return path
+    async def saved(self, session: Session, name: str, image: Image.Image) -> str:
+        """An image as a file of the page. Returns its path."""
+        path = session.folder / name
+        await asyncio.to_thread(image.save, path)
+        return str(path)
 
-    async def report(self, request: gr.Request) -> Path:
+    async def report(self, session: Session) -> str:
         """A page about the pair, with the conversation and all figures, as a file."""
-        visit = self.visit(request)
-        return await asyncio.to_thread(self._report, visit)
+        result_of(session)
+        return str(await self._draw(session, self._report, session))
 
-    def _report(self, visit: Visit) -> Path:
-        result = visit.result
-        said = visit.said or [(result.query, result.answer, result.confidence)]
+    async def _draw(self, session: Session, function: Callable, *args: Any) -> Any:
+        """Calls what draws, one thing at a time, in turns with other pages."""
+        async with session.drawing:
+            return await asyncio.get_running_loop().run_in_executor(self._pencil, function, *args)
+
+    def _report(self, session: Session) -> Path:
+        result = result_of(session)
+        said = session.said or [(result.query, result.answer, result.confidence)]
         with show.drawing:
             drawn = {kind: png(figure) for kind, figure in figures(result).items()}
         for kind, content in drawn.items():
-            (visit.folder / f"{kind}.png").write_bytes(content)
+            (session.folder / f"{kind}.png").write_bytes(content)
         entry = {
-            "id": Path(visit.looked_at.image_orig).stem,
+            "id": Path(session.looked_at.image_orig).stem,
             "answers": [{"query": q, "answer": a, "confidence": c} for q, a, c in said],
             "alignment": result.alignment,
             "reconstruction": result.recon_source,
             "figures": {kind: f"{kind}.png" for kind in drawn},
         }
-        (visit.folder / PREDICTIONS).write_text(json.dumps(entry) + "\n", encoding="utf-8")
-        return write_report(visit.folder, f"{entry['id']}: {self.model}")
-
-    def _file(self, visit: Visit, name: str | None) -> PackedImage | None:
-        if name is None:
-            return None
-        path = Path(name)
-        visit.uploads.add(path)
-        try:
-            return PackedImage(path.name, path.read_bytes())
-        except FileNotFoundError:
-            raise DataError(f"{path.name} is not kept any more: send it again") from None
+        (session.folder / PREDICTIONS).write_text(json.dumps(entry) + "\n", encoding="utf-8")
+        return write_report(session.folder, f"{entry['id']}: {self.model}")
 
 
-def drawn_mask(layers: list[Image.Image]) -> PackedImage | None:
-    """What was drawn over the image, as a mask; None if nothing was."""
-    for layer in layers:
-        ink = layer.convert("RGBA").getchannel("A").point(lambda value: 255 * (value > 0))
-        if ink.getbbox() is not None:
-            buffer = io.BytesIO()
-            ink.save(buffer, "png")
-            return PackedImage("the drawn mask", buffer.getvalue())
-    return None
-
-
-@dataclasses.dataclass
-class Visit:
-    """What one open page looks at.
-
-    Attributes:
-      folder: for its downloads.
-      looked_at: what images and options `scene` and `result` are of.
-      scene: the pair, read.
-      result: of the look.
-      chat: about the pair; begins with the first question.
-      talking: while an answer is given.
-      drawn: whether the page shows the figures of `result`.
-      said: question, answer and confidence, one after the other.
-      uploads: files that the page sent.
-    """
-
-    folder: Path
-    looked_at: Any = None
-    scene: LoadedPair | None = None
-    result: Result | None = None
-    chat: Chat | None = None
-    talking: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
-    drawn: bool = False
-    said: list[tuple[str, str, float | None]] = dataclasses.field(default_factory=list)
-    uploads: set[Path] = dataclasses.field(default_factory=set)
-
-
-class Visits:
-    """The visits of all open pages, the one that was idle for longest first.
-
-    Args:
-      private: folder in which each gets its own.
-      most: how many are remembered.
-    """
-
-    def __init__(self, private: Path, most: int):
-        self._private, self._most = private, most
-        self._visits: collections.OrderedDict[str, Visit] = collections.OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._visits)
-
-    def of(self, session: str) -> Visit:
-        """A page's visit, a new one if it is not known (any more)."""
-        if session not in self._visits:
-            folder = Path(tempfile.mkdtemp(prefix="visit_", dir=self._private))
-            self._visits[session] = Visit(folder)
-        self._visits.move_to_end(session)
-        while len(self._visits) > self._most:
-            self.end(next(iter(self._visits)))
-        return self._visits[session]
-
-    def end(self, session: str) -> None:
-        """Forgets a page and deletes what belongs to it."""
-        visit = self._visits.pop(session, None)
-        if visit is None:
-            return
-        shutil.rmtree(visit.folder, ignore_errors=True)
-        # Gradio keeps an upload under its content: another page may have sent the same.
-        for path in visit.uploads.difference(*(v.uploads for v in self._visits.values())):
-            if self._private in path.parents:  # examples are elsewhere
-                path.unlink(missing_ok=True)
+def result_of(session: Session | None) -> Result:
+    """What the model saw on the page. Raises DataError if nothing was looked at yet."""
+    if session is None or session.result is None:
+        raise DataError("there is nothing to look into yet: choose an image and press Look")
+    return session.result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import logging
+import os
 import secrets
 import socket
-import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +19,16 @@ import uvicorn
 from fastapi import FastAPI
 from gradio.networking import setup_tunnel
 from PIL import Image
+from starlette.routing import Mount
 
 from htfa_jax.checkpoints.runs import DEMO
 from htfa_jax.demo.api import add_api
-from htfa_jax.demo.gate import Gate
+from htfa_jax.demo.connections import connections
+from htfa_jax.demo.files import Files, add_files
+from htfa_jax.demo.gate import Gate, patterns
+from htfa_jax.demo.guard import Guard
 from htfa_jax.demo.serving import Serving
+from htfa_jax.demo.sessions import Sessions
 from htfa_jax.demo.ui import THEME, build_page, css
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.engine import HTFAInference
@@ -34,6 +41,7 @@ log = logging.getLogger(__name__)
 
 DESCRIPTION = "Answers questions about an object that something hides, and paints it whole."
 LOOPBACK, EVERYWHERE = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
+SWEEP = 30  # seconds between two looks at what is used no more
 GRACE = 5  # seconds that running requests have when the server is stopped
 
 
@@ -47,7 +55,26 @@ def application(
       model: what the model is called.
       private: folder for what belongs to visitors of the page.
       hosts: names that the server is called by; None allows all.
+
+    Raises ConfigError for a name that cannot be.
     """
+    if hosts is not None:
+        patterns(hosts)  # here, not at the first request
+    files = Files(private / "files", serving.limits)
+    # Gradio keeps its copies of examples there too, and takes no path elsewhere from a visitor.
+    os.environ["GRADIO_TEMP_DIR"] = str(files.root)
+    sessions = Sessions(serving.limits.sessions, files)
+    page = build_page(serving, model, files)
+    # Only then does Gradio look at paths; it is set by launch(), which would run a server of its
+    # own, with none of what stands before ours.
+    page.has_launched = True
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(sweep(page, sessions, files))
+        yield
+        sweeping.cancel()
+
     app = FastAPI(
         title="htfa_jax",
         description=DESCRIPTION,
@@ -55,11 +82,13 @@ def application(
         # The usual pages of FastAPI load scripts from elsewhere.
         docs_url=None,
         redoc_url=None,
+        lifespan=lifespan,
     )
     add_api(app, serving, model)
+    add_files(app, files)
     gr.mount_gradio_app(
         app,
-        build_page(serving, model, private),
+        page,
         path="/",
         footer_links=[],
         run_history=False,
@@ -68,21 +97,31 @@ def application(
         ssr_mode=False,
         theme=THEME,
         css=css(),
-        allowed_paths=[str(DEMO / "examples"), str(private)],
+        # The page shows copies of them; nobody may name them.
+        allowed_paths=[str(DEMO / "examples")],
     )
+    (mount,) = (route for route in app.routes if isinstance(route, Mount))
+    mount.app = Guard(mount.app, page, sessions, files)
     app.add_middleware(Gate, serving=serving, hosts=hosts)
     return app
 
 
+async def sweep(page: gr.Blocks, sessions: Sessions, files: Files) -> None:
+    """Deletes again and again what no open page uses."""
+    while True:
+        await asyncio.sleep(SWEEP)
+        files.sweep()
+        await sessions.sweep(page)
+        for names in page.temp_file_sets:  # Gradio's lists of files; it deletes none here
+            names.clear()
+
+
 def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> None:
-    """Runs until it is stopped. Raises OSError if the address is taken."""
+    """Runs until it is stopped. Raises OSError if the address is taken, ConfigError for a name."""
     listener = listen(args.host, args.port)
     port = listener.getsockname()[1]
     hosts = {*LOOPBACK, args.host, *args.hosts}
-    # Gradio decodes what is drawn on the page: there too nothing may be larger. Pillow raises at
-    # twice this, and warns before.
-    Image.MAX_IMAGE_PIXELS = args.limits.megapixels * 10**6 // 2
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    patterns(frozenset(hosts))  # before the model is compiled
     first, later = warm_up(engine, args.limits.batch)
     log.info("compiling for the first visitor")
     first()
@@ -94,7 +133,17 @@ def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> N
         known = None if args.host in EVERYWHERE and not args.hosts else frozenset(hosts)
         app = application(serving, model, private, known)
         server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+            uvicorn.Config(
+                app,
+                http=connections(args.limits, bool(args.proxies)),
+                ws="none",
+                # Who may say for whom a request comes; by itself uvicorn believes this machine.
+                proxy_headers=bool(args.proxies),
+                forwarded_allow_ips=list(args.proxies),
+                server_header=False,
+                log_level="warning",
+                timeout_graceful_shutdown=GRACE,
+            )
         )
         name = f"[{args.host}]" if ":" in args.host else args.host
         log.info("open http://%s:%d  (Ctrl-C stops it)", name, port)

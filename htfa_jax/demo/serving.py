@@ -16,11 +16,15 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
+from htfa_jax.data.storage import PackedImage
+from htfa_jax.demo.images import decode_ink
 from htfa_jax.demo.options import Limits
-from htfa_jax.demo.uploads import Upload, read_upload
+from htfa_jax.demo.readers import Reader, Readers
+from htfa_jax.demo.uploads import read, read_upload
 from htfa_jax.errors import Busy, Closed, HTFAError
 from htfa_jax.inference.chat import Chat
 from htfa_jax.inference.engine import HTFAInference
@@ -30,8 +34,9 @@ from htfa_jax.inference.results import Result
 
 log = logging.getLogger(__name__)
 
-# Images that are decoded at a time: each may take a few hundred megabytes.
+# Pairs that are decoded at a time: each may take a few hundred megabytes.
 READERS = 2
+T = TypeVar("T")
 # Ends what a ticket brings.
 END = object()
 
@@ -46,7 +51,7 @@ class Look:
 
 
 # Gives an answer piece by piece.
-Answer = Callable[[], Iterator[Any]]
+Answer = Callable[[], Generator[Any]]
 
 
 class Ticket:
@@ -98,11 +103,14 @@ class Serving:
         self.engine, self.limits = engine, limits
         self._chores = collections.deque(chores)
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._running: list[tuple[Ticket, Iterator[Any]]] = []
+        self._taken: list[Ticket] = []  # looks that are worked on
+        # With each its answer, None as long as it has not begun.
+        self._running: list[tuple[Ticket, Generator[Any] | None]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._turn_seconds = 0.1  # of a turn with a batch, smoothed
-        self._readers = asyncio.Semaphore(READERS)
+        self._readers = Readers(limits.decode_seconds)
+        self._threads = ThreadPoolExecutor(READERS, "reader")
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def __enter__(self) -> Serving:
@@ -114,6 +122,13 @@ class Serving:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._readers.close()
+        self._threads.shutdown(cancel_futures=True)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs: without it nobody is answered."""
+        return self._thread.is_alive()
 
     @property
     def waiting(self) -> int:
@@ -125,12 +140,25 @@ class Serving:
         """Answers that are being given."""
         return len(self._running)
 
-    async def read(self, images: Mapping[str, Upload], boxes: Mapping[str, Any]) -> LoadedPair:
-        """Decodes and checks a pair as `uploads.read_upload` does, beside the engine's thread."""
-        async with self._readers:
-            return await asyncio.to_thread(
-                read_upload, images, boxes, self.engine.config, self.limits
-            )
+    async def read(
+        self, images: Mapping[str, PackedImage | None], boxes: Mapping[str, Any]
+    ) -> LoadedPair:
+        """Decodes and checks a pair as `uploads.read_upload` does, in a process for images."""
+        limits = self.limits
+        return await self._apart(
+            lambda call: read_upload(images, boxes, self.engine.config, limits, call)
+        )
+
+    async def read_ink(self, layer: PackedImage) -> PackedImage | None:
+        """What was drawn on a layer, as a mask; None if nothing was. Raises DataError."""
+        return await self._apart(
+            lambda call: read(call, decode_ink, "drawing", layer, self.limits.megapixels)
+        )
+
+    async def _apart(self, work: Callable[[Reader], T]) -> T:
+        """Calls `work` in a thread that has a process for decoding images."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: work(self._readers.mine))
 
     async def look(
         self,
@@ -173,7 +201,7 @@ class Serving:
           Busy, Closed: see there.
         """
 
-        def answer() -> Iterator[str | float]:
+        def answer() -> Generator[str | float]:
             talk = chat()
             yield from talk.stream(query, decoding=decoding)
             yield talk.confidence
@@ -201,38 +229,60 @@ class Serving:
         with self._changed:
             if self._closed:
                 raise Closed("the server is going down: ask again when it is back")
+            if not self.alive:
+                raise Closed("the engine has stopped: the server must be started again")
             self.check_room(ticket.client)
             self._waiting.append(ticket)
             self._changed.notify()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._waiting or self._running or self._chores or self._closed
-                )
-                if self._closed:
-                    break
-                idle = not self._waiting and not self._running
-                looks = self._next_looks()
-                answers = self._next_answers()
-            if idle:
-                self._do_chore()
-                continue
-            start = time.monotonic()
-            if looks:
-                self._look(looks)
-            self._running += answers
-            self._running = [pair for pair in self._running if self._proceed(*pair)]
-            if looks:
-                self._turn_seconds += 0.2 * (time.monotonic() - start - self._turn_seconds)
-        for ticket in [*self._waiting, *(ticket for ticket, _ in self._running)]:
-            ticket.put(Closed("the server went down before it was this request's turn"))
+        while not self._closed:
+            try:
+                self._turn()
+            # Whatever it is (a Rust library's panic is no `Exception`): the thread must live on.
+            except BaseException as error:
+                self._tell_all(_failure(error))
+        self._tell_all(Closed("the server went down before it was this request's turn"))
+
+    def _turn(self) -> None:
+        """Waits for something to do, and does what waits: a batch, and one more piece each."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._waiting or self._running or self._chores or self._closed
+            )
+            if self._closed:
+                return
+            idle = not self._waiting and not self._running
+            self._taken = looks = self._next_looks()
+            self._running += [(ticket, None) for ticket in self._next_answers()]
+        if idle:
+            self._do_chore()
+            return
+        start = time.monotonic()
+        if looks:
+            self._look(looks)
+            self._taken = []
+        self._running = [
+            (ticket, answer)
+            for ticket, begun in self._running
+            if (answer := self._proceed(ticket, begun)) is not None
+        ]
+        if looks:
+            self._turn_seconds += 0.2 * (time.monotonic() - start - self._turn_seconds)
+
+    def _tell_all(self, error: Exception) -> None:
+        """Ends what waits and what runs."""
+        with self._changed:
+            tickets = [*self._taken, *self._waiting, *(ticket for ticket, _ in self._running)]
+            self._taken, self._running = [], []
+            self._waiting.clear()
+        for ticket in tickets:
+            ticket.put(error)
 
     def _do_chore(self) -> None:
         try:
             self._chores.popleft()()
-        except Exception as error:  # callers come first, and are told themselves what fails
+        except BaseException as error:  # callers come first, and are told themselves what fails
             log.error("a chore failed", exc_info=error)
 
     def _next_looks(self) -> list[Ticket]:
@@ -242,12 +292,12 @@ class Serving:
         self._leave(batch)
         return batch
 
-    def _next_answers(self) -> list[tuple[Ticket, Iterator[Any]]]:
+    def _next_answers(self) -> list[Ticket]:
         """The oldest answers that there is room for; they leave the queue."""
         room = self.limits.streams - len(self._running)
         found = [t for t in self._waiting if not isinstance(t.work, Look) and not t.gone][:room]
         self._leave(found)
-        return [(ticket, ticket.work()) for ticket in found]
+        return found
 
     def _leave(self, tickets: list[Ticket]) -> None:
         self._waiting = collections.deque(
@@ -265,30 +315,38 @@ class Serving:
                 completion=completion,
                 return_intermediates=inside,
             )
-        except Exception as error:  # whatever it is, the next batch may do
+            if len(results) != len(tickets):
+                raise RuntimeError(
+                    f"the engine gave {len(results)} results for {len(tickets)} pairs"
+                )
+        except BaseException as error:  # whatever it is, the next batch may do
+            failure = _failure(error)
             for ticket in tickets:
-                ticket.put(_failure(error))
+                ticket.put(failure)
             return
         for ticket, rows in zip(tickets, results, strict=True):
             ticket.put(rows, END)
 
-    def _proceed(self, ticket: Ticket, answer: Iterator[Any]) -> bool:
-        """One more piece for a caller. Returns whether there may be another."""
-        if ticket.gone:
-            answer.close()
-            return False
+    def _proceed(self, ticket: Ticket, answer: Generator[Any] | None) -> Generator[Any] | None:
+        """One more piece for a caller, of a new answer if it is None; None after the last one."""
         try:
+            if ticket.gone:
+                if answer is not None:
+                    answer.close()
+                return None
+            answer = ticket.work() if answer is None else answer
             ticket.put(next(answer))
-            return True
+            return answer
         except StopIteration:
             ticket.put(END)
-        except Exception as error:
+        except BaseException as error:
             ticket.put(_failure(error))
-        return False
+        return None
 
 
-def _failure(error: Exception) -> Exception:
+def _failure(error: BaseException) -> Exception:
     """What a caller is told: sentences as they are; what else there may be goes to the log too."""
     if not isinstance(error, HTFAError):
         log.error("a request failed", exc_info=error)
-    return error
+    # What is no `Exception` would end the caller's server too.
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))

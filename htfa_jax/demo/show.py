@@ -55,8 +55,14 @@ def thumbnails(examples: Sequence[Record]) -> str:
 
 def enlarged(image: Image.Image) -> Image.Image:
     """An image as large as it is shown: Gradio finds the place of a click only then."""
+    return image.resize(size_shown(image))
+
+
+def size_shown(image: Image.Image) -> tuple[int, int]:
+    """How large the image is that can be clicked."""
     scale = ASKED / max(image.size)
-    return image.resize([max(1, round(n * scale)) for n in image.size])
+    width, height = (max(1, round(n * scale)) for n in image.size)
+    return width, height
 
 
 def placeholder(sentence: str) -> str:

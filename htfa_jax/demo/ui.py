@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,13 @@ import gradio as gr
 
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES
 from htfa_jax.data.records import Record
-from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
-from htfa_jax.demo.page import (
-    COVER,
-    MARKS,
-    Actions,
-    Sent,
-    Visits,
-    board,
-    drawn_mask,
-    sentences,
-    upload,
-)
+from htfa_jax.demo.events import Events, close
+from htfa_jax.demo.files import Files
+from htfa_jax.demo.page import COVER, MARKS, Actions, board, upload
 from htfa_jax.demo.serving import Serving
+from htfa_jax.demo.sessions import IDLE
 from htfa_jax.inference.inputs import read_jobs
-from htfa_jax.inference.options import Completion, Decoding
 
 THEME = gr.themes.Soft(
     primary_hue="teal",
@@ -61,8 +51,6 @@ THEME = gr.themes.Soft(
     checkbox_label_background_fill_selected_dark="*primary_700",
     slider_color="*primary_600",
 )
-# Seconds: how often Gradio looks for files that no page needs any more, and how old they are then.
-SWEEP = (300, 1800)
 QUESTIONS = (
     "What's the object in the hand?",
     "What color is the object in the hand?",
@@ -86,33 +74,28 @@ def css() -> str:
     return style + show.thumbnails(examples())
 
 
-def build_page(serving: Serving, model: str, private: Path) -> gr.Blocks:
+def build_page(serving: Serving, model: str, files: Files) -> gr.Blocks:
     """The page.
 
     Args:
       serving: the engine behind its queue.
       model: what the model is called.
-      private: folder for what belongs to visitors.
+      files: what visitors sent.
     """
-    visits = Visits(private, serving.limits.visits)
-
-    def leave(request: gr.Request) -> None:
-        visits.end(request.session_hash)
-
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=SWEEP) as page:
-        Page(Actions(serving, visits, model))
-        page.unload(leave)
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=None) as page:
+        Page(Actions(serving, files, model))
     # Requests wait in our own queue.
     page.queue(max_size=None, default_concurrency_limit=None, api_open=False)
     return page
 
 
-class Page:
+class Page(Events):
     """The components, arranged, and the events between them."""
 
     def __init__(self, actions: Actions):
         self.actions = actions
         self.examples = examples()
+        self.session = gr.State(None, time_to_live=IDLE, delete_callback=close)
         gr.HTML(_header(actions.model, actions.serving.engine.step))
         with gr.Row(elem_id="board"):
             with gr.Column(min_width=320, elem_classes="card"):
@@ -227,8 +210,7 @@ class Page:
                         interactive=False,
                         buttons=[],
                         height=260,
-                        type="pil",
-                        format="png",
+                        type="filepath",
                         elem_id="place-image",
                     )
                     with gr.Group(elem_id="place"):
@@ -242,17 +224,18 @@ class Page:
                 self.inside = gr.HTML(show.placeholder(INSIDE), elem_id="inside")
 
     def _connect(self) -> None:
-        sent, seen, quiet = self.sent, self.seen, {"show_progress": "hidden", **PRIVATE}
-        figures = [self.attention, self.inside]
+        quiet, session = {"show_progress": "hidden", **PRIVATE}, self.session
+        sent, seen = [session, *self.sent], [session, *self.seen]
+        figures = [session, self.attention, self.inside]
         looking = {"show_progress_on": self.compare, **PRIVATE}
         self.look.click(self.on_look, sent, seen, **looking).success(
-            self.on_drawing, None, figures, **PRIVATE
+            self.on_drawing, session, figures, **PRIVATE
         )
         for choice, record in zip(self.choices, self.examples, strict=True):
             values = functools.partial(example_values, record)
-            choice.click(values, None, sent[:7], **quiet).success(
+            choice.click(values, None, self.sent[:7], **quiet).success(
                 self.on_look, sent, seen, **looking
-            ).success(self.on_drawing, None, figures, **PRIVATE)
+            ).success(self.on_drawing, session, figures, **PRIVATE)
         # A new image has other boxes and another mask.
         belongs = [*self.boxes, self.drawing, self.known_mask]
         self.orig.upload(lambda path: ["", "", canvas(path), None], self.orig, belongs, **quiet)
@@ -265,105 +248,24 @@ class Page:
         ):
             event(
                 self.on_question,
-                [question, self.chat, *sent, *self.words],
-                [self.question, *seen],
+                [session, question, *self.sent, *self.words],
+                [session, self.question, *self.seen],
                 **quiet,
-            ).success(self.on_drawing, None, figures, **quiet)
-        self.chat.clear(self.actions.forget, None, None, **quiet)
+            ).success(self.on_drawing, session, figures, **quiet)
+        self.chat.clear(self.on_clear, session, session, **quiet)
 
         for slider in self.place:
             slider.input(
-                self.on_place, self.place, self.attention, trigger_mode="always_last", **quiet
+                self.on_place,
+                [session, *self.place],
+                [session, self.attention],
+                trigger_mode="always_last",
+                **quiet,
             )
-        self.asking.select(self.on_click, self.asking, [self.attention, *self.place], **quiet)
-        self.make_report.click(self.on_report, None, self.report, **PRIVATE).success(
+        self.asking.select(self.on_click, session, [session, self.attention, *self.place], **quiet)
+        self.make_report.click(self.on_report, session, [session, self.report], **PRIVATE).success(
             None, js="() => document.querySelector('#report').click()"
         )
-
-    @sentences
-    async def on_look(self, request: gr.Request, *values: Any) -> list[Any]:
-        """Values of `sent`, to those of `seen`."""
-        visit, is_new = await self.actions.look(request, sent_of(*values))
-        return await self._shown(visit) if is_new else [gr.skip()] * len(self.seen)
-
-    @sentences
-    async def on_question(
-        self, request: gr.Request, question: str, history: list[dict], *values: Any
-    ) -> AsyncIterator[list[Any]]:
-        """Values of `sent` and of the sampling controls, to the question's and those of `seen`."""
-        self.actions.serving.limits.check_questions([question])
-        sent, decoding = values[: len(self.sent)], decoding_of(*values[len(self.sent) :])
-        visit, is_new = await self.actions.look(request, sent_of(*sent))
-        if is_new:
-            # At once: nothing that fails later may leave the page behind its visit.
-            yield [gr.skip(), *await self._shown(visit)]
-        updates = [gr.skip()] * len(self.seen)
-        turns = [*([] if is_new else history), {"role": "user", "content": escape(question)}]
-        async for text, confidence in self.actions.ask(request, question, decoding):
-            turn = {"role": "assistant", "content": show.said(text, confidence)}
-            updates[self.seen.index(self.chat)] = [*turns, turn]
-            yield ["", *updates]
-
-    @sentences
-    async def on_drawing(self, request: gr.Request) -> list[Any]:
-        """The figures of a look, unless they are there."""
-        visit = self.actions.visit(request)
-        if visit.drawn:
-            return [gr.skip(), gr.skip()]
-        visit.drawn = True
-        return [await self.actions.attention(request, None), await self.actions.inside(request)]
-
-    @sentences
-    async def on_place(self, request: gr.Request, across: float, down: float) -> str:
-        """What a place attends to, in percent of the original's sides."""
-        return await self.actions.attention(request, (across / 100, down / 100))
-
-    @sentences
-    async def on_click(self, request: gr.Request, image: Any, event: gr.SelectData) -> list[Any]:
-        """What a clicked place attends to, and where it is in percent."""
-        place = [(i + 0.5) / n for i, n in zip(event.index, image.size, strict=True)]
-        figure = await self.actions.attention(request, tuple(place))
-        return [figure, *(round(100 * part) for part in place)]
-
-    @sentences
-    async def on_report(self, request: gr.Request) -> str:
-        """The path of a report."""
-        return str(await self.actions.report(request))
-
-    async def _shown(self, visit: Any) -> list[Any]:
-        """What a look changes on the page, in the order of `seen`."""
-        result, original = visit.result, visit.scene.original
-        if result.completed is None:
-            compare, file = show.placeholder("This run does not paint."), None
-        else:
-            compare = show.compare(original, result.completed)
-            file = str(await self.actions.completed(visit))
-        return [
-            compare,
-            show.facts(result),
-            gr.DownloadButton(value=file, interactive=file is not None),
-            gr.Button(interactive=True),
-            gr.Column(visible=True),
-            show.enlarged(original),
-            [],
-            show.placeholder("Drawing ..."),
-            show.placeholder("Drawing ..."),
-        ]
-
-
-def sent_of(*values: Any) -> Sent:
-    """The values of the page's inputs, put together. Raises ConfigError."""
-    *places, marks, drawing, known, temperature, passes, seed, paste_back = values
-    painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
-    mask = drawn_mask(drawing)
-    if mask is None and known is not None:
-        marks, mask = COVER, PackedImage("the example's mask", Path(known).read_bytes())
-    return Sent(*places, marks, mask, painting)
-
-
-def decoding_of(most, temperature, top_k, top_p, penalty, seed) -> Decoding:
-    """The values of the sampling controls, put together. Raises ConfigError."""
-    return Decoding(int(most), temperature, int(top_k), top_p, penalty, seed=int(seed or 0))
 
 
 def example_values(record: Record) -> list[Any]:

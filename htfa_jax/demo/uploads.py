@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from htfa_jax.config import Config
-from htfa_jax.data.decode import FORMATS
-from htfa_jax.data.records import Record, checked_box
+from htfa_jax.data.records import checked_box
 from htfa_jax.data.storage import PackedImage
+from htfa_jax.demo.images import decode, record_of
 from htfa_jax.demo.options import Limits
 from htfa_jax.errors import DataError
 from htfa_jax.inference.inputs import FIELDS, LoadedPair, load_pair
 
-# A file's name and content, or a mask in memory.
-Upload = PackedImage | np.ndarray
+# Calls a function with arguments, perhaps elsewhere.
+Call = Callable[..., Any]
+
+
+def here(function: Callable, *args: Any) -> Any:
+    """Calls a function in this process."""
+    return function(*args)
 
 
 def read_upload(
-    images: Mapping[str, Upload | None], boxes: Mapping[str, Any], config: Config, limits: Limits
+    images: Mapping[str, PackedImage | None],
+    boxes: Mapping[str, Any],
+    config: Config,
+    limits: Limits,
+    call: Call = here,
 ) -> LoadedPair:
     """A pair out of what was sent; nothing of it is written anywhere.
 
@@ -31,6 +36,7 @@ def read_upload(
       boxes: `bbox_orig`, `bbox_recon`: [x, y, w, h], or None.
       config: of the run.
       limits: of what is taken.
+      call: calls what decodes an image.
 
     Raises:
       DataError: naming the field, the file, what is wrong with it and what to do.
@@ -39,32 +45,21 @@ def read_upload(
     def fail(reason: str) -> DataError:
         return DataError(reason)
 
-    if images.get("image_orig") is None:
+    original = images.get("image_orig")
+    if original is None:
         raise fail("image_orig is missing: send the image where something hides the object")
-    for field, image in images.items():
-        if isinstance(image, PackedImage):
-            _check_size(field, image, limits.megapixels)
-    record = Record(
-        where="the upload",
-        id=str(getattr(images["image_orig"], "name", "drawn")),
-        image_target=None,
-        turns=(),
-        **{field: images.get(field) for field in FIELDS[:4]},
-        **{field: checked_box(boxes.get(field), field, fail) for field in FIELDS[4:]},
-    )
-    return load_pair(record, config)
+    found = {field: checked_box(boxes.get(field), field, fail) for field in FIELDS[4:]}
+    decoded = {
+        field: read(call, decode, field, image, limits.megapixels)
+        for field, image in images.items()
+        if image is not None
+    }
+    return load_pair(record_of(original.name, **decoded, **found), config)
 
 
-def _check_size(field: str, image: PackedImage, megapixels: int) -> None:
-    """Refuses what is too large, before it is decoded."""
+def read(call: Call, function: Callable, field: str, image: PackedImage, *args: Any) -> Any:
+    """What `function` gives for an image, called by `call`. Raises DataError."""
     try:
-        with Image.open(io.BytesIO(image.content), formats=FORMATS) as opened:
-            fits = opened.width * opened.height <= megapixels * 1e6
-    except Image.DecompressionBombError:
-        fits = False
-    except Exception:  # it is no image: the reader says so
-        return
-    if not fits:
-        raise DataError(
-            f"{field}: {image.name} has more than {megapixels} million pixels: make it smaller"
-        )
+        return call(function, field, image, *args)
+    except (TimeoutError, EOFError) as error:  # of the process that decodes
+        raise DataError(f"{field}: {image.name} {error}") from None

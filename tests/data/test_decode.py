@@ -143,6 +143,32 @@ def test_a_cut_off_jpeg_says_so(record, tmp_path):
         load_images(replace(record, image_recon=path), 48, "letterbox")
 
 
+def with_scans(count, size=(64, 64)):
+    """A progressive JPEG whose last scan comes again and again, `count` in all."""
+    content = file_of(Image.new("L", size, "grey"), "JPEG", progressive=True)
+    head, *scans, last = content.removesuffix(b"\xff\xd9").split(b"\xff\xda")
+    scans += [last] * (count - len(scans))
+    return b"\xff\xda".join([head, *scans]) + b"\xff\xd9"
+
+
+def test_a_jpeg_of_too_many_scans_is_not_decoded(tmp_path, monkeypatch):
+    assert load_image(with_scans(decode.MAX_SCANS)).size == (64, 64)
+    (tmp_path / "many.jpg").write_bytes(with_scans(decode.MAX_SCANS + 1))
+    monkeypatch.setattr(Image, "open", None)
+    for source in (with_scans(30_000, (2000, 2000)), tmp_path / "many.jpg"):
+        with pytest.raises(DataError, match="more than 100 scans"):
+            load_image(source)
+
+
+def test_bytes_that_look_like_scans_are_none():
+    image = file_of(Image.new("L", (64, 64), "grey"), "JPEG")
+    comment = b"\xff\xda" * 200
+    comment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+    # In a comment, and in what some cameras put behind the image.
+    for content in (image[:2] + comment + image[2:], image + b"\xff\xda" * 200):
+        assert load_image(content).size == (64, 64)
+
+
 def test_memory_that_is_not_there_is_no_fault_of_the_data(record, monkeypatch):
     def fails(source):
         raise MemoryError

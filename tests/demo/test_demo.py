@@ -8,7 +8,6 @@ import pytest
 
 from htfa_jax.checkpoints.runs import DEMO
 from htfa_jax.demo import __main__ as demo
-from htfa_jax.demo.page import Visits
 from htfa_jax.errors import ConfigError
 
 
@@ -59,23 +58,3 @@ def test_a_taken_port_is_a_sentence():
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}.*another --port"):
             server.listen("127.0.0.1", port)
-
-
-def test_a_visit_takes_its_files_with_it(tmp_path):
-    visits = Visits(tmp_path, most=2)
-    shared, own = tmp_path / "shared.png", tmp_path / "own.png"
-    elsewhere = tmp_path.parent / "elsewhere.png"
-    for path in (shared, own, elsewhere):
-        path.touch()
-    a, b = visits.of("a"), visits.of("b")
-    (a.folder / "report.html").touch()
-    assert a.folder != b.folder and a.folder.stat().st_mode & 0o777 == 0o700
-    a.uploads |= {shared, own, elsewhere}
-    b.uploads.add(shared)
-    assert visits.of("a") is a
-    visits.end("a")
-    assert not a.folder.exists() and not own.exists()
-    assert shared.exists() and elsewhere.exists()
-    visits.of("c"), visits.of("d")  # one more than is remembered
-    assert len(visits) == 2 and not b.folder.exists() and not shared.exists()
-    visits.end("nobody")

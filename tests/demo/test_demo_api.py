@@ -15,9 +15,12 @@ pytest.importorskip("gradio", reason="the page and the API need the extra `demo`
 from fastapi.testclient import TestClient
 
 from htfa_jax.data.sources.json_lines import RecordFile
+from htfa_jax.demo.gate import Gate
+from htfa_jax.demo.http import client_at
 from htfa_jax.demo.options import Limits
 from htfa_jax.demo.server import application
 from htfa_jax.demo.serving import Serving
+from htfa_jax.errors import Busy, ConfigError
 from htfa_jax.inference.engine import HTFAInference
 from htfa_jax.inference.options import Completion, Decoding
 
@@ -113,6 +116,28 @@ def test_a_stream_brings_the_answer_in_pieces(client, engine, record, files):
     assert name == "end" and end["answer"] == "".join(data["text"] for _, data in pieces)
     assert end["answer"] == whole["answers"][0]["answer"] != ""
     assert end["confidence"] == pytest.approx(whole["answers"][0]["confidence"], abs=1e-5)
+
+
+def test_a_stream_that_fails_says_so(client, engine, files, monkeypatch):
+    class Talk:
+        def stream(self, query, decoding):
+            yield "so "
+            raise RuntimeError("/secret/path")
+
+    monkeypatch.setattr(engine, "chat", lambda pair: Talk())
+    answer = client.post("/v1/stream", files=files)
+    (_, piece), (name, end) = events(answer.text)
+    assert piece == {"text": "so "} and name == "error"
+    assert end == {"error": "the server failed at this; its log says why"}
+
+
+def test_a_full_queue_has_its_status_before_a_stream_begins(client, engine, files, monkeypatch):
+    def full(ticket):
+        raise Busy("64 requests wait", 3)
+
+    monkeypatch.setattr(client.serving, "_enter", full)
+    answer = client.post("/v1/stream", files=files)
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "3"
 
 
 def test_a_completed_image_has_the_originals_size(client, engine, record, files):
@@ -212,6 +237,8 @@ def test_a_body_of_untold_length_is_counted(client):
         ({"origin": "https://evil.example"}, 403, "pages of https://evil.example may not"),
         ({"origin": "null"}, 403, "pages of null may not"),
         ({"origin": "http://testserver"}, 200, None),
+        ({"sec-fetch-site": "cross-site"}, 403, "pages of other sites may not"),
+        ({"sec-fetch-site": "same-origin"}, 200, None),
     ],
 )
 def test_pages_of_others_may_not_use_it(client, files, headers, status, said):
@@ -221,6 +248,32 @@ def test_pages_of_others_may_not_use_it(client, files, headers, status, said):
     # The page itself is behind the same gate.
     if "host" in headers:
         assert client.get("/", headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("Demo.Example.org", 200),
+        ("demo.example.org:80", 200),
+        ("[::1]:7860", 200),
+        ("a.wild.example", 200),
+        ("wild.example", 400),
+        ("evil.example@demo.example.org", 400),
+        ("demo.example.org.evil.example", 400),
+    ],
+)
+def test_names_of_the_server_are_in_any_case(engine, tmp_path, host, status):
+    hosts = frozenset({"Demo.Example.org", "::1", "*.wild.example"})
+    app = application(Serving(engine, Limits()), "tiny", tmp_path, hosts)
+    with TestClient(app) as client:
+        answer = client.get("/openapi.json", headers={"host": host})
+    assert answer.status_code == status
+    assert status == 200 or list(answer.json()) == ["error"]
+
+
+def test_a_name_that_cannot_be_is_refused(engine, tmp_path):
+    with pytest.raises(ConfigError, match=r"--hosts 'a\.\*\.org'"):
+        application(Serving(engine, Limits()), "tiny", tmp_path, frozenset({"a.*.org"}))
 
 
 def test_a_full_queue_is_told_before_anything_is_read(engine, tmp_path, files):
@@ -251,6 +304,44 @@ def test_a_full_queue_is_told_before_anything_is_read(engine, tmp_path, files):
         assert int(refused.headers["retry-after"]) >= 1
 
 
+def test_more_than_the_queue_holds_is_not_even_read(client):
+    (gate,) = (layer for layer in layers(client.app) if isinstance(layer, Gate))
+    # All that may wait, and what the engine works on.
+    gate.answering["testclient"] = 32 + 4 + 8
+    try:
+        mine = client.post("/v1/infer", content=b"not even a form")
+        gate.answering["another"] = 64
+        del gate.answering["testclient"]
+        gate.answering["a third"] = 12
+        full = client.post("/v1/infer", content=b"not even a form")
+    finally:
+        gate.answering.clear()
+    assert mine.status_code == 429 and "of yours are being read" in mine.json()["error"]
+    assert full.status_code == 503 and full.headers["retry-after"] == "1"
+
+
+def layers(app):
+    """What a request passes through."""
+    layer = app.middleware_stack
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "app", None)
+
+
+def test_pages_of_others_may_not_even_look(client):
+    for headers in ({"origin": "https://evil.example"}, {"sec-fetch-site": "cross-site"}):
+        assert client.get("/gradio_api/info", headers=headers).status_code == 403
+    # A link leads to it.
+    assert client.get("/", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+
+
+def test_a_visitor_is_not_many_for_having_many_addresses():
+    assert client_at("192.0.2.7") == client_at("::ffff:192.0.2.7") == "192.0.2.7"
+    assert client_at("2001:db8::1") == client_at("2001:db8::2:3") == "2001:db8::/64"
+    assert client_at("2001:db8:0:1::1") != client_at("2001:db8::1")
+    assert client_at(None) == "unknown" and client_at("testclient") == "testclient"
+
+
 def test_what_fails_inside_is_no_secret_of_the_log_only(client, engine, files, monkeypatch, caplog):
     def broken(*args, **kwargs):
         raise RuntimeError("/secret/path")
@@ -274,6 +365,13 @@ def test_health_and_description(client, engine):
     assert {"image_orig", "image_recon", "occluder_mask", "bbox_orig", "query", "seed"} <= set(
         properties
     )
+
+
+def test_health_says_when_the_engine_has_stopped(engine, tmp_path):
+    app = application(Serving(engine, Limits()), "tiny", tmp_path, HOSTS)
+    with TestClient(app) as client:
+        health = client.get("/healthz")
+        assert health.status_code == 503 and health.json()["status"] == "the engine has stopped"
 
 
 def test_nothing_of_a_request_stays(client, files, tmp_path, monkeypatch):

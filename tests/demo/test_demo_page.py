@@ -195,7 +195,7 @@ def test_own_images_a_talk_and_what_can_be_taken_along(open_page, server):
     page.close()
     for _ in range(100):
         names = [path.name for path in server[1].rglob("*")]
-        if "mine.png" not in names and not any(name.startswith("visit_") for name in names):
+        if "mine.png" not in names and not any(name.startswith("session_") for name in names):
             return
         time.sleep(0.1)
     raise AssertionError(names)

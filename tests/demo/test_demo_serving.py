@@ -30,6 +30,10 @@ class Talk:
             self.engine.log.append("closed")
 
 
+class Panic(BaseException):
+    """As pyo3's PanicException: no `Exception`."""
+
+
 class Engine:
     """Stands in for the model: it waits until `go` is set, and keeps a log of what it does."""
 
@@ -42,6 +46,10 @@ class Engine:
         self.log.append(f"batch of {len(scenes)}")
         if "bad" in scenes:
             raise ValueError("broken")
+        if "panic" in scenes:
+            raise Panic("a library written in Rust")
+        if "short" in scenes:
+            scenes, queries = scenes[:-1], queries[:-1]
         return [
             [Result(answer=f"{s}: {q}") for q in qs] for s, qs in zip(scenes, queries, strict=True)
         ]
@@ -223,6 +231,67 @@ def test_work_that_fails_fails_alone():
         assert (await look(serving, "good"))[0].answer == "good: q"
 
     serve(test)
+
+
+def test_an_engine_that_gives_too_few_results_fails_its_callers_and_goes_on():
+    async def test(serving, engine):
+        first = await blocked(serving, engine)
+        batch = [look(serving, "short"), look(serving, "other")]
+        await until(lambda: serving.waiting == 2)
+        engine.go.set()
+        await first
+        for task in batch:
+            with pytest.raises(RuntimeError, match="1 results for 2 pairs"):
+                await asyncio.wait_for(task, 5)
+        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+
+    serve(test)
+
+
+def test_a_panic_fails_its_caller_and_no_other():
+    def panics(engine):
+        def chore():
+            raise Panic
+
+        return chore
+
+    def talk():
+        raise Panic
+
+    async def test(serving, engine):
+        engine.go.set()
+        for task in (look(serving, "panic"), anext(serving.stream("a", talk, "1", Decoding()))):
+            with pytest.raises(RuntimeError, match="Panic"):
+                await asyncio.wait_for(task, 5)
+        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+
+    serve(test, [panics])
+
+
+def test_what_breaks_the_thread_itself_is_told_to_all_who_wait(monkeypatch):
+    async def test(serving, engine):
+        first = await blocked(serving, engine)
+        waiting = look(serving, "s")
+        await until(lambda: serving.waiting == 1)
+        monkeypatch.setattr(serving, "_next_answers", lambda: 1 / 0)
+        engine.go.set()
+        assert (await first)[0].answer == "first: q"
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wait_for(waiting, 5)
+        monkeypatch.undo()
+        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+
+    serve(test)
+
+
+def test_without_its_thread_nobody_is_let_in():
+    async def test():
+        serving = Serving(Engine(), Limits())
+        assert not serving.alive
+        with pytest.raises(Closed, match="has stopped"):
+            await look(serving, "s")
+
+    asyncio.run(test())
 
 
 def test_who_waits_is_told_that_the_server_goes():

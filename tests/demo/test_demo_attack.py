@@ -1,0 +1,93 @@
+"""The attacks of `scripts/reliability/attack_server.py` on a server of the demo model."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio", reason="the page and the API need the extra `demo`")
+
+import attack_server
+from attacks.files import events
+from attacks.target import THROUGH, Target, png
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attack")]
+LIMITS = {"batch": 1, "upload_seconds": 2, "header_seconds": 2, "kept_mb": 40}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A server, with an image beside it that is private, and a Ghostscript that leaves a mark."""
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "private.png").write_bytes(png())
+    ghostscript = folder / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
+    ghostscript.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "htfa_jax.demo", "--demo", "--port", str(port)]
+    for name, value in LIMITS.items():
+        command += [f"--limits.{name}", str(value)]
+    (folder / "tmp").mkdir()
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TMPDIR": str(folder / "tmp"),
+        "PATH": f"{ghostscript.parent}:{os.environ['PATH']}",
+    }
+    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2])
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert process.poll() is None, "the server did not start"
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/healthz").read()
+                break
+            time.sleep(0.5)
+        target = Target(url, seconds=15, upload_mb=60, image=str(folder / "private.png"))
+        target.started = folder / "started"
+        yield target
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def through(attempts):
+    """Those that did harm."""
+    attempts = list(attempts)
+    assert attempts
+    return [f"{a.what}: {a.detail}" for a in attempts if a.outcome == THROUGH]
+
+
+@pytest.mark.parametrize("name", [name for name in attack_server.ATTACKS if name != "events"])
+def test_an_attack_does_no_harm(target, name):
+    assert through(attack_server.run(target, name)) == []
+    assert not target.started.exists()
+
+
+@pytest.mark.parametrize("elem_id, kind", [("orig", "upload"), ("look", "click"), ("ask", "click")])
+def test_no_event_reads_a_file_of_the_server(target, elem_id, kind):
+    assert through(events(target, [target.event_of(elem_id, kind)["id"]])) == []
+
+
+def test_only_ones_own_machine_is_attacked():
+    for url in ("http://127.0.0.1:1", "http://[::1]:1/", "http://localhost"):
+        assert attack_server.is_loopback(url)
+    for url in (
+        "http://10.0.0.1",
+        "http://localhost.evil",
+        "http://127.0.0.1.evil",
+        "x",
+        "http://[",
+    ):
+        assert not attack_server.is_loopback(url)
+    with pytest.raises(SystemExit, match="--i_own_this_server"):
+        sys.argv = ["attack_server.py", "http://demo.example.org"]
+        attack_server.main()
