@@ -37,12 +37,12 @@ class Busy(HTFAError):
 
     Attributes:
       retry_after: seconds after which there may be room.
-      greedy: whether it is this client who fills it.
+      by_this_client: whether it is this client who fills it.
     """
 
-    def __init__(self, message: str, retry_after: int, greedy: bool = False):
+    def __init__(self, message: str, retry_after: int, by_this_client: bool = False):
         super().__init__(message)
-        self.retry_after, self.greedy = retry_after, greedy
+        self.retry_after, self.by_this_client = retry_after, by_this_client
 
 
 class Closed(HTFAError):

@@ -32,7 +32,7 @@ TRAIN = "python -m htfa_jax.train --config configs/debug.py"
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(DemoArgs, argv, __doc__)
-    open_page(args, choose(args))
+    open_page(args, choose_checkpoint(args))
 
 
 def open_page(args: DemoArgs, checkpoint: Path) -> None:
@@ -54,7 +54,7 @@ def open_page(args: DemoArgs, checkpoint: Path) -> None:
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )
-        serve(engine, name_of(workdir), args, folder)
+        serve(engine, display_name(workdir), args, folder)
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def private_folder() -> Iterator[Path]:
             tempfile.tempdir = before
 
 
-def choose(args: DemoArgs, runs: Path = RUNS) -> Path:
+def choose_checkpoint(args: DemoArgs, runs: Path = RUNS) -> Path:
     """The model: the one that was named, else the newest run, else the small one. It says which."""
     if args.demo and args.checkpoint is not None:
         raise ConfigError("--demo brings its own model: leave --checkpoint out")
@@ -102,7 +102,7 @@ def newest_run(runs: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def name_of(workdir: Path) -> str:
+def display_name(workdir: Path) -> str:
     """How the page calls a model."""
     return "the small demo model" if workdir == DEMO else workdir.resolve().name
 

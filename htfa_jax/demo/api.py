@@ -19,8 +19,9 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from htfa_jax.config.renamed import PARAMETERS, current, names_of
 from htfa_jax.data.storage import PackedImage
-from htfa_jax.demo.http import busy_problem, client_of, problem, read_box, sentence
+from htfa_jax.demo.http import busy_problem, client_address, problem, read_box, sentence
 from htfa_jax.demo.serving import Serving
 from htfa_jax.errors import Busy, Closed, ConfigError, DataError, HTFAError
 from htfa_jax.inference.inputs import LoadedPair
@@ -28,8 +29,9 @@ from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.results import Result
 
 T = TypeVar("T")
-# Seconds between two looks at whether a client is still there.
+# Seconds between two checks whether a client is still there.
 PATIENCE = 0.2
+(OLD_STEPS,) = names_of(PARAMETERS, "refinement_steps")[1:]
 
 
 class Answer(BaseModel):
@@ -37,7 +39,7 @@ class Answer(BaseModel):
 
     query: str
     answer: str
-    confidence: float | None = Field(description="mean probability of the answer's words")
+    confidence: float | None = Field(description="mean probability of the answer's tokens")
 
 
 class Answers(BaseModel):
@@ -80,7 +82,8 @@ async def images(
     request: Request,
     image_orig: Annotated[UploadFile, File(description="where something hides the object")],
     image_recon: Annotated[
-        UploadFile | None, File(description="a reconstruction; without it the model paints one")
+        UploadFile | None,
+        File(description="a reconstruction (default: the model's own completion)"),
     ] = None,
     object_mask: Annotated[
         UploadFile | None, File(description="white where the object is, its occluded part included")
@@ -109,17 +112,20 @@ async def images(
     return await while_connected(request, read)
 
 
-async def decoding(
+async def decoding_options(
     request: Request,
     max_new_tokens: Annotated[
-        int | None, Form(description="words of the longest answer (default: the run's)")
+        int | None, Form(description="most tokens of an answer (default: the run's)")
     ] = None,
-    temperature: Annotated[float, Form(description="0: always the most probable word")] = 0.0,
+    temperature: Annotated[float, Form(description="0: greedy decoding")] = 0.0,
     top_k: Annotated[
-        int, Form(description="choose among so many words only; 0: all", lt=2**31)
+        int, Form(description="sample from this many most probable tokens only; 0: all", lt=2**31)
     ] = 0,
     top_p: Annotated[
-        float, Form(description="the likeliest words that together are this probable")
+        float,
+        Form(
+            description="sample from the most probable tokens that together have this probability"
+        ),
     ] = 1.0,
     repetition_penalty: Annotated[float, Form()] = 1.0,
     seed: Annotated[int, Form()] = 0,
@@ -139,24 +145,28 @@ async def decoding(
     )
 
 
-async def completion(
+async def completion_options(
     temperature: Annotated[
         float,
         Form(description="0: none is drawn, each cell gets the expected one", allow_inf_nan=False),
     ] = 0.0,
-    passes: Annotated[
-        int, Form(description="how often the unsure codes are predicted again", le=16)
+    refinement_steps: Annotated[
+        int, Form(description="passes that predict the least confident tokens again", le=16)
     ] = 1,
     paste_back: Annotated[bool, Form(description="replace only what occluder_mask covers")] = False,
     seed: Annotated[int, Form()] = 0,
+    old_steps: Annotated[int | None, Form(alias=OLD_STEPS, deprecated=True, le=16)] = None,
 ) -> Completion:
     """How the image is completed."""
-    return Completion(temperature, passes, paste_back, seed)
+    if old_steps is not None:
+        current(PARAMETERS, OLD_STEPS, "form field")
+        refinement_steps = old_steps
+    return Completion(temperature, refinement_steps, paste_back, seed)
 
 
-Pair = Annotated[LoadedPair, Depends(images)]
-Words = Annotated[Decoding, Depends(decoding)]
-Painting = Annotated[Completion, Depends(completion)]
+UploadedPair = Annotated[LoadedPair, Depends(images)]
+DecodingForm = Annotated[Decoding, Depends(decoding_options)]
+CompletionForm = Annotated[Completion, Depends(completion_options)]
 Begun = tuple[str | float, AsyncIterator[str | float]]
 Queries = Annotated[
     list[str] | None, Form(description="a question; several times for several (default: the run's)")
@@ -165,15 +175,15 @@ Queries = Annotated[
 
 async def begin(
     request: Request,
-    pair: Pair,
-    words: Words,
+    pair: UploadedPair,
+    decoding: DecodingForm,
     query: Annotated[str | None, Form(description="a question (default: the run's)")] = None,
 ) -> AsyncIterator[Begun]:
     """An answer's first piece, and the others to come; it ends with the request."""
     serving: Serving = request.app.state.serving
     (question,) = _questions(serving, None if query is None else [query])
-    client = client_of(request)
-    pieces = serving.stream(client, lambda: serving.engine.chat(pair), question, words)
+    client = client_address(request)
+    pieces = serving.stream(client, lambda: serving.engine.chat(pair), question, decoding)
     async with contextlib.aclosing(pieces):
         # Before anything is sent, so that a full queue is an answer with its own status.
         yield await while_connected(request, anext(pieces)), pieces
@@ -203,11 +213,15 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
         )
 
     @app.post("/v1/infer", responses=PROBLEMS)
-    async def infer(request: Request, pair: Pair, words: Words, query: Queries = None) -> Answers:
+    async def infer(
+        request: Request, pair: UploadedPair, decoding: DecodingForm, query: Queries = None
+    ) -> Answers:
         """Answers one question about a pair, or several."""
         questions = _questions(serving, query)
-        look = serving.look(client_of(request), pair, questions, decoding=words, completion=None)
-        results = _checked(await while_connected(request, look))
+        work = serving.infer(
+            client_address(request), pair, questions, decoding=decoding, completion=None
+        )
+        results = _checked(await while_connected(request, work))
         return Answers(
             answers=[
                 Answer(query=r.query, answer=r.answer, confidence=r.confidence) for r in results
@@ -240,18 +254,20 @@ def add_api(app: FastAPI, serving: Serving, model: str) -> None:
     image = {200: {"content": {"image/png": {}}, "description": "The whole object."}}
 
     @app.post("/v1/complete", responses=PROBLEMS | image, response_class=Response)
-    async def complete(request: Request, pair: Pair, painting: Painting) -> Response:
-        """Paints the object whole, in the original's frame and size: a PNG."""
+    async def complete(
+        request: Request, pair: UploadedPair, completion: CompletionForm
+    ) -> Response:
+        """Completes the object, in the original's frame and size: a PNG."""
         serving.engine.need_completion()
-        look = serving.look(
-            client_of(request),
+        work = serving.infer(
+            client_address(request),
             pair,
-            # Whoever looks asks something; nobody reads this answer.
+            # A request has a question; nobody reads this answer.
             [serving.engine.config.data.default_query],
             decoding=Decoding(max_new_tokens=1),
-            completion=painting,
+            completion=completion,
         )
-        (result,) = _checked(await while_connected(request, look))
+        (result,) = _checked(await while_connected(request, work))
         return Response(await asyncio.to_thread(png, result), media_type="image/png")
 
 

@@ -22,7 +22,7 @@ class Events:
 
     Attributes:
       actions: what they do.
-      sent: components that a look depends on.
+      sent: components that a run of the model depends on.
       seen: those that it changes.
       chat: one of `seen`.
     """
@@ -35,12 +35,10 @@ class Events:
     # What an event is given and gives of the session comes first: giving it keeps it for longer.
 
     @sentences
-    async def on_look(
-        self, request: gr.Request, session: Session | None, *values: Any
-    ) -> list[Any]:
+    async def on_run(self, request: gr.Request, session: Session | None, *values: Any) -> list[Any]:
         """Values of `sent`, to those of `seen`."""
         session = self.actions.session(request, session)
-        is_new = await self.actions.look(request, session, await self._sent(*values))
+        is_new = await self.actions.run(request, session, await self._sent(*values))
         return [session, *(await self._shown(session) if is_new else self._same)]
 
     @sentences
@@ -53,7 +51,7 @@ class Events:
         controls = len(self.sent)
         sent = await self._sent(*values[:controls])
         decoding = decoding_of(*values[controls:])
-        if await self.actions.look(request, session, sent):
+        if await self.actions.run(request, session, sent):
             # At once: nothing that fails later may leave the page behind its session.
             yield [session, gr.skip(), *await self._shown(session)]
         updates = [*self._same]
@@ -71,7 +69,7 @@ class Events:
 
     @sentences
     async def on_drawing(self, session: Session | None) -> list[Any]:
-        """The figures of a look, unless they are there."""
+        """The figures of the newest run, unless they are there."""
         result_of(session)
         if session.drawn:
             return [session, gr.skip(), gr.skip()]
@@ -104,17 +102,17 @@ class Events:
     async def _sent(self, *values: Any) -> Sent:
         """The values of the page's inputs, put together. Raises ConfigError, DataError."""
         *places, marks, drawing, known, temperature, passes, seed, paste_back = values
-        painting = Completion(temperature, int(passes), paste_back, int(seed or 0))
+        completion = Completion(temperature, int(passes), paste_back, int(seed or 0))
         mask = await self.actions.drawn_mask(drawing)
         if mask is None and known is not None:
             marks, mask = COVER, PackedImage("the example's mask", Path(known).read_bytes())
-        return Sent(*places, marks, mask, painting)
+        return Sent(*places, marks, mask, completion)
 
     async def _shown(self, session: Session) -> list[Any]:
-        """What a look changes on the page, in the order of `seen`."""
+        """What a run changes on the page, in the order of `seen`."""
         result, original = result_of(session), session.scene.original
         if result.completed is None:
-            compare, file = show.placeholder("This run does not paint."), None
+            compare, file = show.placeholder("This run completes no images."), None
         else:
             compare = show.compare(original, result.completed)
             file = await self.actions.saved(session, "completed.png", result.completed)

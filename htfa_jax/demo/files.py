@@ -18,7 +18,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.datastructures import UploadFile
 
 from htfa_jax.data.storage import PackedImage
-from htfa_jax.demo.http import client_of
+from htfa_jax.demo.http import client_address
 from htfa_jax.demo.options import Limits
 from htfa_jax.errors import Busy, DataError
 
@@ -84,7 +84,7 @@ class Files:
                 "your uploads fill the room that there is for one address: close pages, or wait "
                 f"for {UNUSED // 60} minutes",
                 RETRY,
-                greedy=True,
+                by_this_client=True,
             )
         everybody = sum(kept.size for kept in self._kept.values()) + self._coming.total() + size
         if everybody > most or len(self._kept) >= number:
@@ -161,7 +161,7 @@ def add_files(app: FastAPI, files: Files) -> None:
     @app.post(f"{API}/upload", include_in_schema=False)
     async def upload(request: Request) -> list[str]:
         """Keeps the files of a form and gives their paths, as Gradio's page expects it."""
-        client = client_of(request)
+        client = client_address(request)
         told = request.headers.get("content-length", "")
         most = files.limits.upload_mb * 10**6
         with files.room(client, int(told) if told.isdecimal() else most):

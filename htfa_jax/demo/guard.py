@@ -12,10 +12,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from htfa_jax.data.sources import json_text
+from htfa_jax.common.json_files import parse_json
 from htfa_jax.demo.files import API, Files
-from htfa_jax.demo.http import client_of
+from htfa_jax.demo.http import client_address
 from htfa_jax.demo.sessions import Sessions, check_burden
+from htfa_jax.errors import DataError
 
 # The page itself and what it is made of. All else of Gradio (its file server, uploads, proxies,
 # functions of components, recordings, deep links, editors, ...) is not there.
@@ -48,7 +49,7 @@ class Guard:
         if scope["type"] != "http":
             return
         request = Request(scope, receive)
-        path, client = scope["path"], client_of(request)
+        path, client = scope["path"], client_address(request)
         if scope["method"] == "POST":
             if path in (JOIN, CANCEL, RESET):
                 # Starlette reads the body once: Gradio gets what was looked through.
@@ -76,17 +77,15 @@ class Guard:
     async def _checked(self, request: Request, path: str) -> bytes:
         """The body of an event, put together anew. Raises HTTPException, Busy."""
         try:
-            event = json_text.decode(await _read(request))
-            if not isinstance(event, dict):
-                raise ValueError("it is no object")
+            event = parse_json(await _read(request), "the event", DataError)
             if path == RESET:  # does nothing
                 return json.dumps({"event_id": str(event.get("event_id"))}).encode()
             fields = {key: _own(event.get(key), self.files) for key in FIELDS[path]}
-        except ValueError as error:
+        except (DataError, ValueError) as error:
             raise HTTPException(400, f"the request cannot be read: {error}") from None
         name = _name(fields["session_hash"])
         if name not in self.sessions:
-            self.sessions.check_room(client_of(request))
+            self.sessions.check_room(client_address(request))
             raise HTTPException(410, CLOSED)
         function = fields["fn_index"]
         if not isinstance(function, int) or function not in self.page.fns:

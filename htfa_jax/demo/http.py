@@ -31,7 +31,7 @@ def read_box(text: str | None, name: str) -> Any:
         ) from None
 
 
-def client_of(request: Any) -> str:
+def client_address(request: Any) -> str:
     """Whom a request came from."""
     return client_at(request.client.host if request.client else None)
 
@@ -63,7 +63,7 @@ def sentence(error: Exception) -> str:
 def busy_problem(error: Busy) -> JSONResponse:
     """No room, and when there may be some."""
     headers = {"retry-after": str(error.retry_after)}
-    return problem(str(error), 429 if error.greedy else 503, headers)
+    return problem(str(error), 429 if error.by_this_client else 503, headers)
 
 
 def problem(message: str, status: int, headers: dict[str, str] | None = None) -> JSONResponse:

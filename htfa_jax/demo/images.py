@@ -52,8 +52,8 @@ def record_of(name: str, **values: Any) -> Record:
 def _check_size(field: str, image: PackedImage, megapixels: int) -> None:
     """Refuses what is too large, before it is decoded."""
     try:
-        with Image.open(io.BytesIO(image.content), formats=FORMATS) as image:
-            fits = image.width * image.height <= megapixels * 1e6
+        with Image.open(io.BytesIO(image.content), formats=FORMATS) as opened:
+            fits = opened.width * opened.height <= megapixels * 1e6
     except Image.DecompressionBombError:
         fits = False
     except Exception:  # it is no image: the reader says so

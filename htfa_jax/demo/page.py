@@ -1,4 +1,4 @@
-"""The page: images in, the completed image, a conversation, and a look inside."""
+"""The page: images in, the completed image, a conversation, and what the model saw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from PIL import Image
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
 from htfa_jax.demo.files import Files
-from htfa_jax.demo.http import client_of, read_box, sentence
+from htfa_jax.demo.http import client_address, read_box, sentence
 from htfa_jax.demo.serving import Serving
 from htfa_jax.demo.sessions import Session
 from htfa_jax.errors import DataError, HTFAError
@@ -66,7 +66,7 @@ class Sent:
       bbox_orig, bbox_recon: as they were typed.
       marks: what the mask means, a key of `MARKS`.
       mask: what was drawn.
-      painting: options.
+      completion: options.
     """
 
     image_orig: str | None
@@ -75,7 +75,7 @@ class Sent:
     bbox_recon: str
     marks: str
     mask: PackedImage | None
-    painting: Completion
+    completion: Completion
 
 
 def sentences(function: Callable) -> Callable:
@@ -137,9 +137,9 @@ class Actions:
                 return mask
         return None
 
-    async def look(self, request: gr.Request, session: Session, sent: Sent) -> bool:
-        """Looks at what the page shows. Returns whether that was new."""
-        if sent == session.looked_at:
+    async def run(self, request: gr.Request, session: Session, sent: Sent) -> bool:
+        """Runs the model on what the page shows. Returns whether that was new."""
+        if sent == session.asked:
             return False
         paths = {"image_orig": sent.image_orig, "image_recon": sent.image_recon}
         images = {
@@ -149,13 +149,13 @@ class Actions:
         images[MARKS[sent.marks]] = sent.mask
         boxes = {name: read_box(getattr(sent, name), name) for name in ("bbox_orig", "bbox_recon")}
         scene = await self.serving.read(images, boxes)
-        (result,) = await self.serving.look(
-            client_of(request),
+        (result,) = await self.serving.infer(
+            client_address(request),
             scene,
             [self.serving.engine.config.data.default_query],
             decoding=Decoding(),
-            completion=sent.painting,
-            inside=True,
+            completion=sent.completion,
+            return_intermediates=True,
         )
         if result.error is not None:
             raise DataError(result.error)
@@ -173,7 +173,7 @@ class Actions:
             return session.chat
 
         text = ""
-        pieces = self.serving.stream(client_of(request), chat, question, decoding)
+        pieces = self.serving.stream(client_address(request), chat, question, decoding)
         # One answer at a time: each goes on in the cache of the last.
         async with session.talking, contextlib.aclosing(pieces):
             async for item in pieces:
@@ -216,7 +216,7 @@ class Actions:
         for kind, content in drawn.items():
             (session.folder / f"{kind}.png").write_bytes(content)
         entry = {
-            "id": Path(session.looked_at.image_orig).stem,
+            "id": Path(session.asked.image_orig).stem,
             "answers": [{"query": q, "answer": a, "confidence": c} for q, a, c in said],
             "alignment": result.alignment,
             "reconstruction": result.recon_source,
@@ -227,7 +227,7 @@ class Actions:
 
 
 def result_of(session: Session | None) -> Result:
-    """What the model saw on the page. Raises DataError if nothing was looked at yet."""
+    """What the model saw on the page. Raises DataError if it has not run yet."""
     if session is None or session.result is None:
-        raise DataError("there is nothing to look into yet: choose an image and press Look")
+        raise DataError("there is nothing to show yet: choose an image and press Run")
     return session.result

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DESCRIPTION = "Answers questions about an object that something hides, and paints it whole."
+DESCRIPTION = "Answers questions about a partly occluded object, and completes its image."
 LOOPBACK, EVERYWHERE = ("127.0.0.1", "localhost", "::1"), ("0.0.0.0", "::")
-SWEEP = 30  # seconds between two looks at what is used no more
+SWEEP = 30  # seconds between two searches for what is used no more
 GRACE = 5  # seconds that running requests have when the server is stopped
 
 
@@ -180,10 +180,10 @@ def warm_up(
     pair = {"image_orig": grey, "image_recon": grey}
     sizes = [2**i for i in range(batch.bit_length())]
 
-    def look(rows: int, completion: Completion | None) -> None:
+    def infer(rows: int, completion: Completion | None) -> None:
         engine.batch_infer([pair] * rows, batch_size=batch, completion=completion)
 
-    later = [functools.partial(look, n, c) for n in sizes for c in (None, ONE_PASS)]
+    later = [functools.partial(infer, n, c) for n in sizes for c in (None, ONE_PASS)]
     if engine.can_answer:
         later.insert(0, lambda: engine.chat(grey, grey).ask())
     return functools.partial(engine.infer, grey, grey, return_intermediates=True), later

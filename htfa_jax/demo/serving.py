@@ -1,7 +1,7 @@
 """One engine for many callers: a bounded queue, and one thread that works through it.
 
-Callers are coroutines. What they ask for waits in one queue; the thread takes looks that may go
-together as one batch, and gives every running answer one more word per turn. So nobody waits for
+Callers are coroutines. What they ask for waits in one queue; the thread takes requests that may go
+together as one batch, and gives every running answer one more token per turn. So nobody waits for
 somebody's long answer, and a caller who reads slowly, or is gone, holds nothing up: what is ready
 lies in a ticket of its own.
 """
@@ -42,8 +42,8 @@ END = object()
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """Results of one pair. Looks with equal `options` are worked on together."""
+class InferRequest:
+    """Results for one pair. Requests with equal `options` share a batch."""
 
     scene: LoadedPair
     queries: tuple[str, ...]
@@ -51,7 +51,7 @@ class Look:
 
 
 # Gives an answer piece by piece.
-Answer = Callable[[], Generator[Any]]
+PieceSource = Callable[[], Generator[Any]]
 
 
 class Ticket:
@@ -63,8 +63,8 @@ class Ticket:
       gone: whether nobody waits for it any more.
     """
 
-    def __init__(self, client: str, work: Look | Answer):
-        self.client, self.work, self.gone = client, work, False
+    def __init__(self, client: str, work: InferRequest | PieceSource):
+        self.client, self.work, self.abandoned = client, work, False
         self._items: asyncio.Queue[Any] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
 
@@ -82,7 +82,7 @@ class Ticket:
                     raise item
                 yield item
         finally:
-            self.gone = True
+            self.abandoned = True
 
 
 class Serving:
@@ -103,7 +103,7 @@ class Serving:
         self.engine, self.limits = engine, limits
         self._chores = collections.deque(chores)
         self._waiting: collections.deque[Ticket] = collections.deque()
-        self._taken: list[Ticket] = []  # looks that are worked on
+        self._taken: list[Ticket] = []  # a batch that is worked on
         # With each its answer, None as long as it has not begun.
         self._running: list[tuple[Ticket, Generator[Any] | None]] = []
         self._changed = threading.Condition()
@@ -160,7 +160,7 @@ class Serving:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: work(self._readers.mine))
 
-    async def look(
+    async def infer(
         self,
         client: str,
         scene: LoadedPair,
@@ -168,7 +168,7 @@ class Serving:
         *,
         decoding: Decoding,
         completion: Completion | None,
-        inside: bool = False,
+        return_intermediates: bool = False,
     ) -> list[Result]:
         """What `HTFAInference.infer` gives for several questions, from a batch if others wait too.
 
@@ -176,12 +176,15 @@ class Serving:
           client: address of who asks.
           scene, queries: the pair and the questions.
           decoding, completion: options.
-          inside: whether results hold what the model saw.
+          return_intermediates: whether results hold what the model saw.
 
         Raises:
           Busy, Closed: see there.
         """
-        ticket = Ticket(client, Look(scene, tuple(queries), (decoding, completion, inside)))
+        ticket = Ticket(
+            client,
+            InferRequest(scene, tuple(queries), (decoding, completion, return_intermediates)),
+        )
         self._enter(ticket)
         async with contextlib.aclosing(ticket.items()) as items:
             return await anext(items)
@@ -222,7 +225,9 @@ class Serving:
             raise Busy(f"{length} requests wait already: try again in {wait} s", wait)
         if own >= self.limits.per_client:
             raise Busy(
-                f"{own} of your requests wait already: try again in {wait} s", wait, greedy=True
+                f"{own} of your requests wait already: try again in {wait} s",
+                wait,
+                by_this_client=True,
             )
 
     def _enter(self, ticket: Ticket) -> None:
@@ -253,21 +258,21 @@ class Serving:
             if self._closed:
                 return
             idle = not self._waiting and not self._running
-            self._taken = looks = self._next_looks()
+            self._taken = batch = self._next_batch()
             self._running += [(ticket, None) for ticket in self._next_answers()]
         if idle:
             self._do_chore()
             return
         start = time.monotonic()
-        if looks:
-            self._look(looks)
+        if batch:
+            self._infer(batch)
             self._taken = []
         self._running = [
             (ticket, answer)
             for ticket, begun in self._running
             if (answer := self._proceed(ticket, begun)) is not None
         ]
-        if looks:
+        if batch:
             self._turn_seconds += 0.2 * (time.monotonic() - start - self._turn_seconds)
 
     def _tell_all(self, error: Exception) -> None:
@@ -285,9 +290,9 @@ class Serving:
         except BaseException as error:  # callers come first, and are told themselves what fails
             log.error("a chore failed", exc_info=error)
 
-    def _next_looks(self) -> list[Ticket]:
-        """The oldest look, and the oldest that may go with it; they leave the queue."""
-        found = [t for t in self._waiting if isinstance(t.work, Look) and not t.gone]
+    def _next_batch(self) -> list[Ticket]:
+        """The oldest request and those that may go with it; they leave the queue."""
+        found = [t for t in self._waiting if isinstance(t.work, InferRequest) and not t.abandoned]
         batch = [t for t in found if t.work.options == found[0].work.options][: self.limits.batch]
         self._leave(batch)
         return batch
@@ -295,17 +300,19 @@ class Serving:
     def _next_answers(self) -> list[Ticket]:
         """The oldest answers that there is room for; they leave the queue."""
         room = self.limits.streams - len(self._running)
-        found = [t for t in self._waiting if not isinstance(t.work, Look) and not t.gone][:room]
+        found = [
+            t for t in self._waiting if not isinstance(t.work, InferRequest) and not t.abandoned
+        ][:room]
         self._leave(found)
         return found
 
     def _leave(self, tickets: list[Ticket]) -> None:
         self._waiting = collections.deque(
-            t for t in self._waiting if not t.gone and t not in tickets
+            t for t in self._waiting if not t.abandoned and t not in tickets
         )
 
-    def _look(self, tickets: list[Ticket]) -> None:
-        decoding, completion, inside = tickets[0].work.options
+    def _infer(self, tickets: list[Ticket]) -> None:
+        decoding, completion, return_intermediates = tickets[0].work.options
         try:
             results = self.engine.batch_infer(
                 [ticket.work.scene for ticket in tickets],
@@ -313,7 +320,7 @@ class Serving:
                 batch_size=self.limits.batch,
                 decoding=decoding,
                 completion=completion,
-                return_intermediates=inside,
+                return_intermediates=return_intermediates,
             )
             if len(results) != len(tickets):
                 raise RuntimeError(
@@ -330,7 +337,7 @@ class Serving:
     def _proceed(self, ticket: Ticket, answer: Generator[Any] | None) -> Generator[Any] | None:
         """One more piece for a caller, of a new answer if it is None; None after the last one."""
         try:
-            if ticket.gone:
+            if ticket.abandoned:
                 if answer is not None:
                     answer.close()
                 return None

@@ -28,16 +28,16 @@ RETRY = 60  # seconds: when a page is closed, there is room at once
 
 
 class Session:
-    """What one open page looks at; Gradio keeps it (`gr.State`) and deletes it with the page.
+    """What one open page is about; Gradio keeps it (`gr.State`) and deletes it with the page.
 
     Args:
       name: Gradio's for the page.
       files: where its folder is made.
 
     Attributes:
-      looked_at: what images and options `scene` and `result` are of.
+      asked: the images and options that `scene` and `result` are of.
       scene: the pair, read.
-      result: of the look.
+      result: of the run.
       chat: about the pair; begins with the first question.
       said: question, answer and confidence, one after the other.
       drawn: whether the page shows the figures of `result`.
@@ -51,25 +51,25 @@ class Session:
             prefix=f"session_{secrets.token_hex(16)}_", dir=files.root, ignore_cleanup_errors=True
         )
         self.talking, self.drawing = asyncio.Lock(), asyncio.Lock()
-        self.looked_at: Any = None
+        self.asked: Any = None
         self.scene: LoadedPair | None = None
         self.result: Result | None = None
         self.chat: Chat | None = None
         self.said: list[tuple[str, str, float | None]] = []
         self.drawn = False
 
-    def begin(self, looked_at: Any, scene: LoadedPair, result: Result) -> None:
-        """Takes a new look, in place of the last one and of its files and conversation."""
+    def begin(self, asked: Any, scene: LoadedPair, result: Result) -> None:
+        """Takes a new result, in place of the last one and of its files and conversation."""
         for old in self._root.iterdir():
             shutil.rmtree(old, ignore_errors=True)
         # A folder of its own: a browser may keep what it has seen at an address.
         (self._root / secrets.token_hex(8)).mkdir()
-        self.looked_at, self.scene, self.result = looked_at, scene, result
+        self.asked, self.scene, self.result = asked, scene, result
         self.chat, self.said, self.drawn = None, [], False
 
     @property
     def folder(self) -> Path:
-        """For what is made of this look. Raises DataError when the page is closed."""
+        """For what is made of this result. Raises DataError when the page is closed."""
         return next(self._root.iterdir())
 
     @property
@@ -81,7 +81,7 @@ class Session:
     def close(self) -> None:
         """Deletes all that belongs to the page."""
         self.closed = True
-        self.looked_at = self.scene = self.result = self.chat = None
+        self.asked = self.scene = self.result = self.chat = None
         self._folder.cleanup()
         self._files.release(self.name)
 
@@ -118,7 +118,9 @@ class Sessions:
                 f"{len(self)} pages are open, as many as this server takes: try again later", RETRY
             )
         if own >= self._most_of_one:
-            raise Busy(f"{own} pages are open from your address: close one", RETRY, greedy=True)
+            raise Busy(
+                f"{own} pages are open from your address: close one", RETRY, by_this_client=True
+            )
 
     @contextlib.asynccontextmanager
     async def connected(self, name: str, client: str, page: gr.Blocks) -> AsyncIterator[None]:
@@ -168,4 +170,6 @@ def check_burden(page: gr.Blocks, name: str) -> None:
     running = sum(event.session_hash == name for event in queue.event_ids_to_events.values())
     unread = queue.pending_messages_per_session.get(name)
     if running >= AT_ONCE or (unread is not None and unread.qsize() > UNREAD):
-        raise Busy("this page waits for too much already: wait until it is there", 2, greedy=True)
+        raise Busy(
+            "this page waits for too much already: wait until it is there", 2, by_this_client=True
+        )

@@ -71,13 +71,13 @@ def placeholder(sentence: str) -> str:
 
 
 def facts(result: Result) -> str:
-    """How the pair was looked at, in a line."""
+    """How the pair was read, in a line."""
     items = [f"aligned by {result.alignment}", f"reconstruction: {result.recon_source}"]
     seen = result.intermediates
     items.append(f"alpha {seen.alpha_HW.mean():.2f} on average")
     if seen.code_probabilities_MC is not None:
         sure = seen.code_probabilities_MC.max(axis=-1).mean()
-        items.append(f"painted with confidence {sure:.2f}")
+        items.append(f"completed with confidence {sure:.2f}")
     return '<p class="facts" role="status">' + " · ".join(map(escape, items)) + "</p>"
 
 
@@ -99,7 +99,7 @@ def attention(result: Result, point: tuple[float, float] | None) -> str:
 
 
 def inside(result: Result) -> str:
-    """Alpha, alignment and the sureness of the codes."""
+    """Alpha, alignment and the confidence of the codes."""
     with drawing:
         drawn = {"alpha": png(alpha_figure(result)), "alignment": png(alignment_figure(result))}
         if result.intermediates.code_probabilities_MC is not None:
@@ -107,7 +107,7 @@ def inside(result: Result) -> str:
     names = {
         "alpha": "Alpha: the weight of the original",
         "alignment": "The reconstruction, aligned",
-        "codes": "How sure every cell of the completed image is",
+        "codes": "Confidence of every token of the completed image",
     }
     return "".join(_figure(content, kind, names[kind]) for kind, content in drawn.items())
 
@@ -116,7 +116,7 @@ def said(text: str, confidence: float | None) -> str:
     """An answer for the chat: the model's words are text, not mark-up."""
     if confidence is None:
         return escape(text)
-    return f'{escape(text)}<br><span class="sure">confidence {confidence:.2f}</span>'
+    return f'{escape(text)}<br><span class="confidence">confidence {confidence:.2f}</span>'
 
 
 def _figure(content: bytes, kind: str, name: str) -> str:

@@ -60,7 +60,7 @@ TITLE = "What is in the hand?"
 # No endpoint of Gradio's own API.
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 EMPTY = "The completed image appears here."
-INSIDE = "Look at an image first; then its inside is drawn here."
+INSIDE = "Run the model on an image: figures of what it saw appear here."
 
 
 def examples() -> list[Record]:
@@ -106,7 +106,7 @@ class Page(Events):
                 self._talk()
         with gr.Column(elem_classes="card"):
             self._insights()
-        # What a look depends on, and what it changes.
+        # What a run of the model depends on, and what it changes.
         self.sent = [
             self.orig, self.recon, *self.boxes, self.marks, self.drawing, self.known_mask,
             *self.completion,
@@ -144,14 +144,14 @@ class Page(Events):
             self.drawing = board(label="Mask", height=320, elem_id="drawing")
         # Of an example, until something is drawn: its own mask of what covers it.
         self.known_mask = gr.State(None)
-        with gr.Accordion("How it is painted", open=False):
+        with gr.Accordion("Completion parameters", open=False):
             self.completion = [
-                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest)"),
-                gr.Slider(1, 8, 1, step=1, label="Passes"),
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)"),
+                gr.Slider(1, 8, 1, step=1, label="Refinement steps"),
                 gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
                 gr.Checkbox(label="Replace only what covers it (needs such a mask)"),
             ]
-        self.look = gr.Button("Look", variant="primary", elem_id="look")
+        self.run = gr.Button("Run", variant="primary", elem_id="run")
 
     def _results(self) -> None:
         gr.HTML("<h2>2 · The whole object</h2>")
@@ -187,13 +187,13 @@ class Page(Events):
                 elem_id="question",
             )
             self.ask = gr.Button("Ask", variant="primary", scale=1, min_width=72, elem_id="ask")
-        with gr.Accordion("How answers are chosen", open=False):
+        with gr.Accordion("Decoding parameters", open=False):
             most = self.actions.serving.limits.max_new_tokens
             default = self.actions.serving.engine.config.eval.max_new_tokens
-            self.words = [
-                gr.Slider(1, most, min(default, most), step=1, label="Words at most"),
-                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: the likeliest word)"),
-                gr.Slider(0, 100, 0, step=1, label="Top k (0: all words)"),
+            self.decoding = [
+                gr.Slider(1, most, min(default, most), step=1, label="Max new tokens"),
+                gr.Slider(0, 2, 0, step=0.05, label="Temperature (0: greedy)"),
+                gr.Slider(0, 100, 0, step=1, label="Top k (0: all tokens)"),
                 gr.Slider(0.05, 1, 1, step=0.05, label="Top p"),
                 gr.Slider(0.5, 2, 1, step=0.05, label="Repetition penalty"),
                 gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1),
@@ -227,14 +227,14 @@ class Page(Events):
         quiet, session = {"show_progress": "hidden", **PRIVATE}, self.session
         sent, seen = [session, *self.sent], [session, *self.seen]
         figures = [session, self.attention, self.inside]
-        looking = {"show_progress_on": self.compare, **PRIVATE}
-        self.look.click(self.on_look, sent, seen, **looking).success(
+        running = {"show_progress_on": self.compare, **PRIVATE}
+        self.run.click(self.on_run, sent, seen, **running).success(
             self.on_drawing, session, figures, **PRIVATE
         )
         for choice, record in zip(self.choices, self.examples, strict=True):
             values = functools.partial(example_values, record)
             choice.click(values, None, self.sent[:7], **quiet).success(
-                self.on_look, sent, seen, **looking
+                self.on_run, sent, seen, **running
             ).success(self.on_drawing, session, figures, **PRIVATE)
         # A new image has other boxes and another mask.
         belongs = [*self.boxes, self.drawing, self.known_mask]
@@ -248,7 +248,7 @@ class Page(Events):
         ):
             event(
                 self.on_question,
-                [session, question, *self.sent, *self.words],
+                [session, question, *self.sent, *self.decoding],
                 [session, self.question, *self.seen],
                 **quiet,
             ).success(self.on_drawing, session, figures, **quiet)
@@ -285,7 +285,7 @@ def canvas(path: str) -> dict[str, Any]:
 def _header(model: str, step: int) -> str:
     return (
         f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
-        "hides, and at a reconstruction of the object if there is one; it paints the object "
+        "hides, and at a reconstruction of the object if there is one; it completes the image of "
         f"whole and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}."
         "</p></header>"
     )

@@ -28,19 +28,19 @@ def test_the_newest_run_is_taken_and_named(tmp_path, caplog):
     (tmp_path / "nothing").mkdir()
     begun = run_at(tmp_path / "d", 4000)
     (begun / "checkpoints" / "10").rmdir()
-    assert demo.choose(demo.DemoArgs(), tmp_path) == newest
+    assert demo.choose_checkpoint(demo.DemoArgs(), tmp_path) == newest
     assert f"the newest run, {newest}" in caplog.text
 
 
 def test_without_runs_it_is_the_small_model_and_the_way_to_another(tmp_path, caplog):
     caplog.set_level("INFO", logger="htfa_jax")
-    assert demo.choose(demo.DemoArgs(), tmp_path / "runs") == DEMO
+    assert demo.choose_checkpoint(demo.DemoArgs(), tmp_path / "runs") == DEMO
     assert "python -m htfa_jax.train --config configs/debug.py" in caplog.text
     run_at(tmp_path / "a", 1)
-    assert demo.choose(demo.DemoArgs(demo=True), tmp_path) == DEMO
-    assert demo.choose(demo.DemoArgs(checkpoint=tmp_path), tmp_path) == tmp_path
+    assert demo.choose_checkpoint(demo.DemoArgs(demo=True), tmp_path) == DEMO
+    assert demo.choose_checkpoint(demo.DemoArgs(checkpoint=tmp_path), tmp_path) == tmp_path
     with pytest.raises(ConfigError, match="leave --checkpoint out"):
-        demo.choose(demo.DemoArgs(checkpoint=tmp_path, demo=True), tmp_path)
+        demo.choose_checkpoint(demo.DemoArgs(checkpoint=tmp_path, demo=True), tmp_path)
 
 
 def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):

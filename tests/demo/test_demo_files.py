@@ -70,7 +70,7 @@ def test_room_is_for_all_and_half_of_it_for_one(files):
         save(files, content=b"%d" % i * (MB // 2))
     with pytest.raises(Busy, match="your uploads fill the room") as busy:
         save(files, content=bytes(MB))
-    assert busy.value.greedy
+    assert busy.value.by_this_client
     # What is on its way counts too.
     with files.room("b", 2 * MB), pytest.raises(Busy, match="uploads fill this server"):
         save(files, client="c", content=bytes(MB))

@@ -92,7 +92,7 @@ def open_page(browser, server):
         ours = (url, "data:", "blob:")
         page.on("request", lambda r: None if r.url.startswith(ours) else noise.append(r.url))
         page.goto(url)
-        page.locator("#look").wait_for()
+        page.locator("#run").wait_for()
         page.get_by_text("Loading...").first.wait_for(state="detached")
         return page
 
@@ -110,7 +110,7 @@ def violations(page):
     return [f"{v['id']}: {n['html'][:150]}" for v in found for n in v["nodes"]]
 
 
-def look_at(page, example="camera"):
+def run_example(page, example="camera"):
     page.get_by_role("button", name=example, exact=True).click()
     page.locator(".compare").wait_for()
     page.locator("#attention figure").wait_for()
@@ -147,16 +147,16 @@ def downloaded(page, name):
 @pytest.mark.parametrize(
     "width, height, scheme", [(1366, 900, "light"), (390, 844, "dark")], ids=["desk", "phone"]
 )
-def test_an_example_from_look_to_answer(open_page, width, height, scheme):
+def test_an_example_from_run_to_answer(open_page, width, height, scheme):
     page = open_page(width, height, scheme)
     assert violations(page) == []
-    look_at(page)
+    run_example(page)
     page.get_by_role("button", name="What's the object").click()
-    page.locator("#chat .sure").wait_for()
+    page.locator("#chat .confidence").wait_for()
     talk = page.locator("#chat").inner_text()
     assert re.search(r"in the hand\?\s+camera\s+confidence (0\.\d\d|1\.00)", talk)
     assert "aligned by boxes" in page.locator("#facts").inner_text()
-    for name in ("Where the object is", "How it is painted", "How answers are chosen"):
+    for name in ("Where the object is", "Completion parameters", "Decoding parameters"):
         page.get_by_role("button", name=name).click()
     page.locator("#drawing canvas").first.wait_for()
     assert violations(page) == []
@@ -174,18 +174,18 @@ def test_own_images_a_talk_and_what_can_be_taken_along(open_page, server):
     page = open_page()
     send(page, "orig", "mine.png", png((90, 60), "orange"))
     page.locator("#orig img").wait_for()
-    page.locator("#look").click()
+    page.locator("#run").click()
     page.locator(".compare").wait_for()
     assert "reconstruction: own completion" in page.locator("#facts").inner_text()
     with Image.open(downloaded(page, "Download image")) as completed:
         assert completed.size == (90, 60)
     page.locator("#question textarea, #question input").fill("What <b>is</b> it?")
     page.locator("#ask").click()
-    page.locator("#chat .sure").wait_for()
+    page.locator("#chat .confidence").wait_for()
     # Words are words.
     assert "What <b>is</b> it?" in page.locator("#chat").inner_text()
     page.get_by_role("button", name="How much").click()
-    page.locator("#chat .sure").nth(1).wait_for()
+    page.locator("#chat .confidence").nth(1).wait_for()
     report = downloaded(page, "Download report").read_text()
     assert "What &lt;b&gt;is" in report and "How much" in report and "<h2>mine</h2>" in report
     assert report.count("data:image/webp") >= 5 and "http://" not in report
@@ -203,7 +203,7 @@ def test_own_images_a_talk_and_what_can_be_taken_along(open_page, server):
 
 def test_a_click_and_the_sliders_choose_who_attends(open_page):
     page = open_page()
-    look_at(page)
+    run_example(page)
     figure = page.locator("#attention img")
     seen = [figure.get_attribute("src")]
 
@@ -253,7 +253,7 @@ def test_the_keyboard_alone_suffices(open_page):
     tab_to("e.closest('#question')")
     page.keyboard.type("What's the object in the hand?")
     page.keyboard.press("Enter")
-    page.locator("#chat .sure").wait_for()
+    page.locator("#chat .confidence").wait_for()
     assert "jar" in page.locator("#chat").inner_text()
     page.locator("#attention figure").wait_for()
     tab_to("e.closest('#place') && e.type == 'range'")
@@ -261,23 +261,23 @@ def test_the_keyboard_alone_suffices(open_page):
 
 def test_what_goes_wrong_is_a_sentence(open_page):
     page = open_page()
-    page.locator("#look").click()
+    page.locator("#run").click()
     assert "image_orig is missing" in told(page)
     send(page, "orig", "letter.png", b"Dear model,")
     page.locator("#orig img").wait_for()
-    page.locator("#look").click()
+    page.locator("#run").click()
     assert "image_orig: letter.png is no image that can be read" in told(page)
-    look_at(page)
+    run_example(page)
     page.get_by_role("button", name="Where the object is").click()
     page.get_by_label("Box in the original").fill("1, 2, 3")
-    page.locator("#look").click()
+    page.locator("#run").click()
     assert "bbox_orig must be [x, y, w, h]" in told(page)
     page.get_by_label("Box in the original").fill("")
     page.locator("#ask").click()
     assert "a question is empty" in told(page)
     # After all that it still works.
     page.get_by_role("button", name="What color").click()
-    page.locator("#chat .sure").wait_for()
+    page.locator("#chat .confidence").wait_for()
 
 
 def test_only_what_is_drawn_is_replaced(open_page):
@@ -289,9 +289,9 @@ def test_only_what_is_drawn_is_replaced(open_page):
     send(page, "orig", "scene.png", buffer.getvalue())
     page.locator("#orig img").wait_for()
     page.get_by_role("button", name="Where the object is").click()
-    page.get_by_role("button", name="How it is painted").click()
+    page.get_by_role("button", name="Completion parameters").click()
     page.get_by_label("Replace only").check()
-    page.locator("#look").click()
+    page.locator("#run").click()
     assert "paste_back needs occluder_mask" in told(page)
     canvas = page.locator("#drawing canvas").first
     canvas.scroll_into_view_if_needed()
@@ -301,7 +301,7 @@ def test_only_what_is_drawn_is_replaced(open_page):
     page.mouse.down()
     page.mouse.move(x + 20, y, steps=8)
     page.mouse.up()
-    page.locator("#look").click()
+    page.locator("#run").click()
     page.locator(".compare").wait_for()
     with Image.open(downloaded(page, "Download image")) as completed:
         differs = np.any(np.asarray(completed) != np.asarray(original), axis=-1)

@@ -72,9 +72,9 @@ def serve(test, chores=(), **limits):
     asyncio.run(run())
 
 
-def look(serving, scene, client="a", completion=None):
+def infer(serving, scene, client="a", completion=None):
     options = {"decoding": Decoding(), "completion": completion}
-    return asyncio.create_task(serving.look(client, scene, ["q"], **options))
+    return asyncio.create_task(serving.infer(client, scene, ["q"], **options))
 
 
 async def until(condition):
@@ -83,8 +83,8 @@ async def until(condition):
 
 
 async def blocked(serving, engine):
-    """A look that the engine works on, so that all others wait."""
-    first = look(serving, "first")
+    """A request that the engine works on, so that all others wait."""
+    first = infer(serving, "first")
     await until(engine.entered.is_set)
     return first
 
@@ -95,7 +95,7 @@ def test_chores_are_done_while_nobody_waits():
 
     async def test(serving, engine):
         # The first chore is being done when a caller comes: the second one has to wait.
-        task = look(serving, "s")
+        task = infer(serving, "s")
         await until(lambda: serving.waiting == 1)
         engine.go.set()
         await task
@@ -111,8 +111,8 @@ def test_chores_are_done_while_nobody_waits():
 def test_what_waits_goes_together():
     async def test(serving, engine):
         tasks = [await blocked(serving, engine)]
-        tasks += [look(serving, f"s{i}") for i in range(5)]
-        tasks.append(look(serving, "other", completion=ONE_PASS))
+        tasks += [infer(serving, f"s{i}") for i in range(5)]
+        tasks.append(infer(serving, "other", completion=ONE_PASS))
         await until(lambda: serving.waiting == 6)
         engine.go.set()
         answers = [rows[0].answer for rows in await asyncio.gather(*tasks)]
@@ -133,7 +133,7 @@ def test_the_oldest_goes_first_whatever_its_options():
             order.append(i)
 
         notes = [
-            asyncio.create_task(note(i, look(serving, f"s{i}", completion=kind)))
+            asyncio.create_task(note(i, infer(serving, f"s{i}", completion=kind)))
             for i, kind in enumerate(kinds)
         ]
         await until(lambda: serving.waiting == 5)
@@ -149,7 +149,7 @@ def test_a_long_answer_holds_up_nobody():
         engine.go.set()
         long = serving.stream("a", engine.chat, "1000000", Decoding())
         assert await anext(long) == "0 "
-        (result,) = await look(serving, "s")
+        (result,) = await infer(serving, "s")
         short = [piece async for piece in serving.stream("a", engine.chat, "3", Decoding())]
         assert result.answer == "s: q" and short == ["0 ", "1 ", "2 ", 0.5]
         await long.aclose()
@@ -178,14 +178,14 @@ def test_more_answers_than_there_is_room_for_wait():
 def test_a_full_queue_says_when_to_come_again():
     async def test(serving, engine):
         await blocked(serving, engine)
-        waiting = [look(serving, "s", client=str(i)) for i in range(3)]
+        waiting = [infer(serving, "s", client=str(i)) for i in range(3)]
         await until(lambda: serving.waiting == 3)
         with pytest.raises(Busy, match="3 requests wait already: try again in") as refused:
-            await look(serving, "s", client="late")
-        assert refused.value.retry_after >= 1 and not refused.value.greedy
+            await infer(serving, "s", client="late")
+        assert refused.value.retry_after >= 1 and not refused.value.by_this_client
         engine.go.set()
         await asyncio.gather(*waiting)
-        assert (await look(serving, "s", client="late"))[0].answer
+        assert (await infer(serving, "s", client="late"))[0].answer
 
     serve(test, queue=3)
 
@@ -194,12 +194,12 @@ def test_one_client_does_not_fill_the_queue():
     async def test(serving, engine):
         await blocked(serving, engine)
         for _ in range(2):
-            look(serving, "s")
+            infer(serving, "s")
         await until(lambda: serving.waiting == 2)
         with pytest.raises(Busy, match="2 of your requests") as refused:
-            await look(serving, "s")
-        assert refused.value.greedy
-        other = look(serving, "s", client="b")
+            await infer(serving, "s")
+        assert refused.value.by_this_client
+        other = infer(serving, "s", client="b")
         engine.go.set()
         assert (await other)[0].answer == "s: q"
 
@@ -209,7 +209,7 @@ def test_one_client_does_not_fill_the_queue():
 def test_who_left_is_not_worked_for():
     async def test(serving, engine):
         first = await blocked(serving, engine)
-        gone, stays = look(serving, "gone"), look(serving, "stays")
+        gone, stays = infer(serving, "gone"), infer(serving, "stays")
         await until(lambda: serving.waiting == 2)
         gone.cancel()
         await asyncio.sleep(0)
@@ -225,10 +225,10 @@ def test_work_that_fails_fails_alone():
     async def test(serving, engine):
         engine.go.set()
         with pytest.raises(ValueError, match="broken"):
-            await look(serving, "bad")
+            await infer(serving, "bad")
         with pytest.raises(ValueError, match="invalid literal"):
             await anext(serving.stream("a", engine.chat, "no number", Decoding()))
-        assert (await look(serving, "good"))[0].answer == "good: q"
+        assert (await infer(serving, "good"))[0].answer == "good: q"
 
     serve(test)
 
@@ -236,14 +236,14 @@ def test_work_that_fails_fails_alone():
 def test_an_engine_that_gives_too_few_results_fails_its_callers_and_goes_on():
     async def test(serving, engine):
         first = await blocked(serving, engine)
-        batch = [look(serving, "short"), look(serving, "other")]
+        batch = [infer(serving, "short"), infer(serving, "other")]
         await until(lambda: serving.waiting == 2)
         engine.go.set()
         await first
         for task in batch:
             with pytest.raises(RuntimeError, match="1 results for 2 pairs"):
                 await asyncio.wait_for(task, 5)
-        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+        assert serving.alive and (await infer(serving, "good"))[0].answer == "good: q"
 
     serve(test)
 
@@ -260,10 +260,10 @@ def test_a_panic_fails_its_caller_and_no_other():
 
     async def test(serving, engine):
         engine.go.set()
-        for task in (look(serving, "panic"), anext(serving.stream("a", talk, "1", Decoding()))):
+        for task in (infer(serving, "panic"), anext(serving.stream("a", talk, "1", Decoding()))):
             with pytest.raises(RuntimeError, match="Panic"):
                 await asyncio.wait_for(task, 5)
-        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+        assert serving.alive and (await infer(serving, "good"))[0].answer == "good: q"
 
     serve(test, [panics])
 
@@ -271,7 +271,7 @@ def test_a_panic_fails_its_caller_and_no_other():
 def test_what_breaks_the_thread_itself_is_told_to_all_who_wait(monkeypatch):
     async def test(serving, engine):
         first = await blocked(serving, engine)
-        waiting = look(serving, "s")
+        waiting = infer(serving, "s")
         await until(lambda: serving.waiting == 1)
         monkeypatch.setattr(serving, "_next_answers", lambda: 1 / 0)
         engine.go.set()
@@ -279,7 +279,7 @@ def test_what_breaks_the_thread_itself_is_told_to_all_who_wait(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             await asyncio.wait_for(waiting, 5)
         monkeypatch.undo()
-        assert serving.alive and (await look(serving, "good"))[0].answer == "good: q"
+        assert serving.alive and (await infer(serving, "good"))[0].answer == "good: q"
 
     serve(test)
 
@@ -289,7 +289,7 @@ def test_without_its_thread_nobody_is_let_in():
         serving = Serving(Engine(), Limits())
         assert not serving.alive
         with pytest.raises(Closed, match="has stopped"):
-            await look(serving, "s")
+            await infer(serving, "s")
 
     asyncio.run(test())
 
@@ -297,7 +297,7 @@ def test_without_its_thread_nobody_is_let_in():
 def test_who_waits_is_told_that_the_server_goes():
     async def test(serving, engine):
         first = await blocked(serving, engine)
-        waiting = look(serving, "s")
+        waiting = infer(serving, "s")
         await until(lambda: serving.waiting == 1)
         closing = asyncio.create_task(asyncio.to_thread(serving.__exit__))
         await asyncio.sleep(0.05)
@@ -307,7 +307,7 @@ def test_who_waits_is_told_that_the_server_goes():
             await waiting
         await closing
         with pytest.raises(Closed, match="is going down"):
-            await look(serving, "s")
+            await infer(serving, "s")
 
     serve(test)
 
