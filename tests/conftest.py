@@ -27,7 +27,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(request):
-    """Programs are compiled once: for all test processes, those that they start, and later sessions.
+    """Programs are compiled once for all test processes, what they start, and later sessions.
 
     `pytest --cache-clear` forgets them.
     """

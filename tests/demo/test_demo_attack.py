@@ -72,7 +72,7 @@ def test_an_attack_does_no_harm(target, name):
     assert not target.started.exists()
 
 
-@pytest.mark.parametrize("elem_id, kind", [("orig", "upload"), ("look", "click"), ("ask", "click")])
+@pytest.mark.parametrize("elem_id, kind", [("orig", "upload"), ("run", "click"), ("ask", "click")])
 def test_no_event_reads_a_file_of_the_server(target, elem_id, kind):
     assert through(events(target, [target.event_of(elem_id, kind)["id"]])) == []
 

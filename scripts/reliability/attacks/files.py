@@ -90,12 +90,12 @@ def events(target: Target, only: Collection[int] = ()) -> Iterator[Attempt]:
 
 
 def private_image(target: Target) -> Iterator[Attempt]:
-    """A look at an image of the server's account that no visitor has sent."""
-    look = target.event_of("look", "click")
+    """A run on an image of the server's account that no visitor has sent."""
+    run = target.event_of("run", "click")
     with target.page() as page:
-        said = page.run(look, target.filled(look, orig=file_of(target.image)))
+        said = page.run(run, target.filled(run, orig=file_of(target.image)))
     taken = '"success":true' in said
-    yield Attempt(f"look at {target.image}", THROUGH if taken else REFUSED, said[-200:])
+    yield Attempt(f"run on {target.image}", THROUGH if taken else REFUSED, said[-200:])
 
 
 def other_endpoints(target: Target) -> Iterator[Attempt]:

@@ -53,7 +53,7 @@ def json_bodies(target: Target) -> Iterator[Attempt]:
             "no object": "[]",
             "not JSON": "\ufeff{'data': }",
         }
-        for route in ("queue/join", "cancel", "component_server", "run/look"):
+        for route in ("queue/join", "cancel", "component_server", "run/run"):
             for what, body in bodies.items():
                 yield _posted(target, f"/gradio_api/{route}", what, body.encode())
 
@@ -94,12 +94,12 @@ def images(target: Target) -> Iterator[Attempt]:
             took, status = LONG, 0
         outcome = REFUSED if status == 422 and took < LONG else THROUGH
         yield Attempt(f"{what} to the API", outcome, f"{status} after {took:.1f} s")
-    look = target.event_of("look", "click")
+    run = target.event_of("run", "click")
     layers = {"layers": [file_of(target.upload("layer_0.png", MARK))]}
     drawn = {"background": None, "composite": None, "id": None} | layers
     image = file_of(target.upload("a.png", png()))
     with target.page() as page:
-        said = page.run(look, target.filled(look, orig=image, drawing=drawn))
+        said = page.run(run, target.filled(run, orig=image, drawing=drawn))
     # Whether it was opened cannot be seen from here; a server that does so fails in another way.
     taken = '"success":true' in said
     yield Attempt("EPS as a drawn layer", THROUGH if taken else REFUSED, said[-80:])

@@ -32,20 +32,20 @@ def forged_address(target: Target) -> Iterator[Attempt]:
 
 def other_visitors(target: Target) -> Iterator[Attempt]:
     """Taking from a page that is open what it has sent and seen."""
-    look = target.event_of("look", "click")
+    run = target.event_of("run", "click")
     path = target.upload("victim.png", png((64, 48)))
     with target.page() as victim:
-        said = victim.run(look, target.filled(look, orig=file_of(path)))
+        said = victim.run(run, target.filled(run, orig=file_of(path)))
         if '"success":true' not in said:
-            yield Attempt("a look", THROUGH, f"it does not work at all: {said[-200:]}")
+            yield Attempt("a run", THROUGH, f"it does not work at all: {said[-200:]}")
             return
         for _ in range(PAGES):
             # One that sends an event, and never was a page.
-            Page(target, secrets.token_hex(6), 0).join(look, target.values(look))
+            Page(target, secrets.token_hex(6), 0).join(run, target.values(run))
         with contextlib.ExitStack() as stack:
             for _ in range(PAGES):
                 stack.enter_context(target.page())
-        again = victim.run(look, target.filled(look, orig=file_of(path)))
+        again = victim.run(run, target.filled(run, orig=file_of(path)))
         kept = target.get(f"/gradio_api/file={quote(path)}").status_code == 200
         lost = '"success":true' not in again or not kept
         yield Attempt("a page after 120 others", THROUGH if lost else SURVIVED, again[-80:])
@@ -53,9 +53,9 @@ def other_visitors(target: Target) -> Iterator[Attempt]:
 
 def unread_events(target: Target) -> Iterator[Attempt]:
     """Events of a page that fetches no result."""
-    look = target.event_of("look", "click")
+    run = target.event_of("run", "click")
     with target.page() as page:
-        answers = [page.join(look, target.values(look)).status_code for _ in range(EVENTS)]
+        answers = [page.join(run, target.values(run)).status_code for _ in range(EVENTS)]
     taken = answers.count(200)
     outcome = THROUGH if taken == EVENTS else REFUSED
     yield Attempt(f"{EVENTS} events at once of one page", outcome, f"{taken} were taken")
@@ -63,10 +63,10 @@ def unread_events(target: Target) -> Iterator[Attempt]:
 
 def figures(target: Target) -> Iterator[Attempt]:
     """Figures of one page, while another client asks something."""
-    look = target.event_of("look", "click")
+    run = target.event_of("run", "click")
     place = next(e for e in target.events if sorted(target.types(e))[:2] == ["slider", "slider"])
     with target.page() as page:
-        page.run(look, target.filled(look, orig=file_of(target.upload("a.png", png()))))
+        page.run(run, target.filled(run, orig=file_of(target.upload("a.png", png()))))
         taken = [page.join(place, target.values(place)).status_code for _ in range(EVENTS)]
         start = time.monotonic()
         with contextlib.suppress(httpx.TimeoutException):
