@@ -33,7 +33,7 @@ def engine(run_folder):
 
 
 @contextlib.contextmanager
-def client_address(engine, folder, **limits):
+def client_with(engine, folder, **limits):
     with Serving(engine, Limits(**limits)) as serving:
         app = application(serving, "tiny", folder, HOSTS)
         with TestClient(app, raise_server_exceptions=False) as client:
@@ -43,7 +43,7 @@ def client_address(engine, folder, **limits):
 
 @pytest.fixture(scope="module")
 def client(engine, tmp_path_factory):
-    with client_address(
+    with client_with(
         engine, tmp_path_factory.mktemp("private"), upload_mb=1, question=40
     ) as client:
         yield client
@@ -280,11 +280,12 @@ def test_a_name_that_cannot_be_is_refused(engine, tmp_path):
 
 
 def test_a_full_queue_is_told_before_anything_is_read(engine, tmp_path, files):
-    with client_address(engine, tmp_path, queue=2, per_client=1) as client:
-        room = threading.Event()
+    with client_with(engine, tmp_path, queue=2, per_client=1) as client:
+        begun, room = threading.Event(), threading.Event()
         engine_answers = engine.batch_infer
 
         def late(*args, **kwargs):
+            begun.set()
             assert room.wait(20)
             return engine_answers(*args, **kwargs)
 
@@ -297,6 +298,8 @@ def test_a_full_queue_is_told_before_anything_is_read(engine, tmp_path, files):
                 )
                 thread.start()
                 threads.append(thread)
+                # The second is not to share the first one's batch.
+                assert begun.wait(20)
                 while client.get("/healthz").json()["waiting"] < waiting:
                     pass
             refused = client.post("/v1/infer", content=b"not even a form")
