@@ -140,17 +140,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(verify(args.folder, source, decoder_from))
         return
     if args.command == "siglip":
-        layout = siglip.layout(source, args.image_size)
+        spec = siglip.conversion_spec(source, args.image_size)
     elif args.command == "vq":
-        layout = vq.layout(source, decoder_from)
+        spec = vq.conversion_spec(source, decoder_from)
     elif args.command == "internlm2":
-        layout = internlm2.layout(source, args.num_layers)
+        spec = internlm2.conversion_spec(source, args.num_layers)
     else:
-        layout = htfa.layout(source)
+        spec = htfa.conversion_spec(source)
     used = source if decoder_from is None else vq.Merged(source, decoder_from)
-    write_folder(used, layout, args.out, beside=tokenizer_of(source, args.command))
-    sizes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(layout.sizes).items())
-    print(f"{layout.variant}\n{sizes}\nwritten to {args.out}")
+    write_folder(used, spec, args.out, beside=tokenizer_of(source, args.command))
+    sizes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(spec.sizes).items())
+    print(f"{spec.variant}\n{sizes}\nwritten to {args.out}")
     field = {"internlm2": "decoder"}.get(args.command, args.command)
     print(f"train with it: --config.pretrained.{field}={args.out}")
 

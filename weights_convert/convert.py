@@ -90,7 +90,7 @@ class InMemory:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class ConversionSpec:
     """How one sort of checkpoint becomes one component of the model.
 
     Attributes:

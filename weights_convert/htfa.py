@@ -24,7 +24,7 @@ from htfa_jax.errors import CheckpointError
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
-from weights_convert.convert import Layout, Rule, linear, same
+from weights_convert.convert import ConversionSpec, Rule, linear, same
 from weights_convert.siglip import count_layers
 from weights_convert.source import PICKLES, Source
 
@@ -149,7 +149,7 @@ def shapes(sizes: HTFASizes) -> Flat:
     return param_paths.flatten(nnx.split(nnx.eval_shape(lambda: levels(sizes)))[1])
 
 
-def layout(source: Source) -> Layout:
+def conversion_spec(source: Source) -> ConversionSpec:
     """What an HTFA checkpoint of the original holds.
 
     The key prefixes of DataParallel, DDP and torch.compile may stand before all names.
@@ -178,7 +178,7 @@ def layout(source: Source) -> Layout:
         log.info("%s stays behind: %s", name, why)
     for name, what in RESERVATIONS.items():
         log.warning("%s carries over, but: %s", name, what)
-    return Layout(
+    return ConversionSpec(
         family="htfa",
         variant=f"HTFA as the PyTorch original names it ({prefix or 'no prefix'}), images of "
         f"{sizes.image_size} pixels, {sizes.num_scales} scales, {sizes.embed_dim} wide, "

@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from htfa_jax.errors import CheckpointError
 from weights_convert import htfa, internlm2, siglip, vq
-from weights_convert.convert import Layout
+from weights_convert.convert import ConversionSpec
 from weights_convert.source import Source
 
-FAMILIES: dict[str, Callable[[Source], Layout]] = {
-    "siglip": siglip.layout,
-    "vq": vq.layout,
-    "internlm2": internlm2.layout,
-    "htfa": htfa.layout,
+FAMILIES: dict[str, Callable[[Source], ConversionSpec]] = {
+    "siglip": siglip.conversion_spec,
+    "vq": vq.conversion_spec,
+    "internlm2": internlm2.conversion_spec,
+    "htfa": htfa.conversion_spec,
 }
 
 
@@ -39,9 +39,9 @@ def describe_source(source: Source) -> str:
     for name, group in groups.items():
         tensors, parameters = group.pop("tensors"), group.pop("parameters")
         lines.append(f"{name:24}{tensors:>10,}{parameters:>18,}  {', '.join(group)}")
-    for family, layout in FAMILIES.items():
+    for family, spec_of in FAMILIES.items():
         try:
-            found = layout(source)
+            found = spec_of(source)
         except CheckpointError as error:
             lines.append(f"{family}: no. {error}")
             continue

@@ -14,7 +14,7 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DecoderConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
-from weights_convert.convert import Layout, Rule, Transform, linear, same
+from weights_convert.convert import ConversionSpec, Rule, Transform, linear, same
 from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
 
@@ -95,7 +95,7 @@ def shapes(sizes: DecoderConfig) -> Flat:
     return param_paths.flatten(nnx.split(model)[1])
 
 
-def layout(source: Source, num_layers: int | None = None) -> Layout:
+def conversion_spec(source: Source, num_layers: int | None = None) -> ConversionSpec:
     """What sort of InternLM2 or Llama decoder a checkpoint holds.
 
     Args:
@@ -134,7 +134,7 @@ def layout(source: Source, num_layers: int | None = None) -> Layout:
         ignored[rf"{inside}model\.layers\.({above})\..*"] = "a layer above --num_layers"
     if tied:
         ignored[rf"{inside}(lm_head|output)\.weight"] = "the embedding once more"
-    return Layout(
+    return ConversionSpec(
         family="internlm2",
         variant=f"decoder as {naming} names it ({prefix or 'no prefix'}), {sizes.embed_dim} wide, "
         f"{sizes.num_layers} of {total} layers, vocabulary of {sizes.vocab_size} tokens",

@@ -69,10 +69,10 @@ def converted(family: str, name: str, config: Config) -> Path:
 
     def convert() -> None:
         if family == "siglip":
-            layout = siglip.layout(source, config.image_size)
+            spec = siglip.conversion_spec(source, config.image_size)
         else:
-            layout = {"vq": vq, "internlm2": internlm2}[family].layout(source)
-        write_folder(source, layout, folder, beside=tokenizer_of(source, family))
+            spec = {"vq": vq, "internlm2": internlm2}[family].conversion_spec(source)
+        write_folder(source, spec, folder, beside=tokenizer_of(source, family))
 
     try:
         made_once(folder, f"the weights of {source.name}", convert, holds=weights.WEIGHTS)

@@ -20,7 +20,7 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import SigLIPConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.siglip import SigLIP
-from weights_convert.convert import Layout, Rule, Transform, linear, same
+from weights_convert.convert import ConversionSpec, Rule, Transform, linear, same
 from weights_convert.source import Source
 
 POOLING = "the pooling head makes one vector of an image; HTFA reads the patches"
@@ -137,7 +137,7 @@ def shapes(sizes: SigLIPConfig, image_size: int) -> Flat:
     return param_paths.flatten(nnx.split(model)[1])
 
 
-def layout(source: Source, image_size: int = 448) -> Layout:
+def conversion_spec(source: Source, image_size: int = 448) -> ConversionSpec:
     """What sort of SigLIP a checkpoint holds.
 
     Args:
@@ -169,7 +169,7 @@ def layout(source: Source, image_size: int = 448) -> Layout:
             f"{sizes.patch_size} pixels"
         )
     grid = image_size // sizes.patch_size
-    return Layout(
+    return ConversionSpec(
         family="siglip",
         variant=f"SigLIP as {naming} names it ({prefix or 'no prefix'}), "
         f"{sizes.embed_dim} wide, {sizes.num_layers} layers, patches of {sizes.patch_size}",

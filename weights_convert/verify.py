@@ -91,7 +91,7 @@ def _is_hashed(file: Any) -> bool:
 
 
 def inside(source: Source, prefix: str, ignored: dict[str, str]) -> list[str]:
-    """Keys behind a prefix, without it and without those that a layout ignores."""
+    """Keys behind a prefix, without it and without those that a spec ignores."""
     return [
         key.removeprefix(prefix)
         for key in source.keys
@@ -99,9 +99,9 @@ def inside(source: Source, prefix: str, ignored: dict[str, str]) -> list[str]:
     ]
 
 
-def load(folder: Path, family: str, layout, module: nnx.Module) -> nnx.Module:
+def load(folder: Path, family: str, spec, module: nnx.Module) -> nnx.Module:
     """Our module with the folder's weights in float32."""
-    arrays = load_component(folder, family, layout.sizes, layout.shapes, **layout.notes)
+    arrays = load_component(folder, family, spec.sizes, spec.shapes, **spec.notes)
     weights: Flat = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
     return nnx.merge(nnx.split(module)[0], param_paths.unflatten(weights))
 
@@ -117,16 +117,16 @@ def difference(name: str, ours: np.ndarray, theirs: torch.Tensor) -> tuple[str, 
 def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
     """Features of a random image."""
     config = read_description(folder, "siglip")
-    layout = siglip.layout(source, config["image_size"])
+    spec = siglip.conversion_spec(source, config["image_size"])
     size = config["image_size"]
-    keys = inside(source, layout.prefix, layout.ignored)
-    theirs = reference.siglip(_reader(source, layout.prefix), keys, layout.sizes, size)
+    keys = inside(source, spec.prefix, spec.ignored)
+    theirs = reference.siglip(_reader(source, spec.prefix), keys, spec.sizes, size)
     ours = load(
         folder,
         "siglip",
-        layout,
+        spec,
         nnx.eval_shape(
-            lambda: SigLIP(layout.sizes, size, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))
+            lambda: SigLIP(spec.sizes, size, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))
         ),
     )
     image = np.random.default_rng(SEED).uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
@@ -139,14 +139,14 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
 def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
     """Hidden states and probabilities of a random prompt."""
     config = read_description(folder, "internlm2")
-    layout = internlm2.layout(source, config["num_layers"])
-    sizes = layout.sizes
-    keys = inside(source, layout.prefix, layout.ignored)
-    theirs = reference.decoder(_reader(source, layout.prefix), keys, sizes)
+    spec = internlm2.conversion_spec(source, config["num_layers"])
+    sizes = spec.sizes
+    keys = inside(source, spec.prefix, spec.ignored)
+    theirs = reference.decoder(_reader(source, spec.prefix), keys, sizes)
     ours = load(
         folder,
         "internlm2",
-        layout,
+        spec,
         nnx.eval_shape(lambda: InternLM2(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))),
     )
     length = min(PROMPT, sizes.max_positions or PROMPT)
@@ -171,14 +171,14 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
 
 def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
     """Codes of a random image, the image of random codes."""
-    layout = vq.layout(source)
-    sizes = layout.sizes
-    keys = inside(source, layout.prefix, layout.ignored)
-    theirs = reference.VQ(_reader(source, layout.prefix), keys, sizes)
+    spec = vq.conversion_spec(source)
+    sizes = spec.sizes
+    keys = inside(source, spec.prefix, spec.ignored)
+    theirs = reference.VQ(_reader(source, spec.prefix), keys, sizes)
     ours = load(
         folder,
         "vq",
-        layout,
+        spec,
         nnx.eval_shape(lambda: VQ(sizes, dtype=jnp.dtype("float32"), rngs=make_rngs(SEED))),
     )
     rng = np.random.default_rng(SEED)
@@ -203,11 +203,11 @@ def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:
 
 def check_htfa(folder: Path, source: Source) -> tuple[list[str], float]:
     """Random images through Level 1, random features through Level 2 and Level 3."""
-    layout = htfa.layout(source)
-    sizes = layout.sizes
-    keys = inside(source, layout.prefix, layout.ignored)
-    theirs = reference.Levels(_reader(source, layout.prefix), keys, sizes.num_heads)
-    arrays = load_component(folder, "htfa", sizes, layout.shapes)
+    spec = htfa.conversion_spec(source)
+    sizes = spec.sizes
+    keys = inside(source, spec.prefix, spec.ignored)
+    theirs = reference.Levels(_reader(source, spec.prefix), keys, sizes.num_heads)
+    arrays = load_component(folder, "htfa", sizes, spec.shapes)
     weights = {path: jnp.asarray(x, jnp.float32) for path, x in arrays.items()}
     ours = nnx.merge(
         nnx.split(nnx.eval_shape(lambda: htfa.levels(sizes)))[0], param_paths.unflatten(weights)

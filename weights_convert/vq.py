@@ -23,7 +23,7 @@ from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.vq import VQ
-from weights_convert.convert import Layout, Rule, conv, plan, same
+from weights_convert.convert import ConversionSpec, Rule, conv, plan, same
 from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
 
@@ -132,12 +132,12 @@ def shapes(sizes: VQConfig) -> Flat:
     return param_paths.flatten(nnx.split(model)[1])
 
 
-def layout(source: Source | Merged, decoder_from: Source | None = None) -> Layout:
+def conversion_spec(source: Source | Merged, decoder_from: Source | None = None) -> ConversionSpec:
     """What sort of VQ tokenizer a checkpoint holds.
 
     Args:
       source: the checkpoint.
-      decoder_from: another checkpoint, whose decoder completes an encoder. The layout is then that
+      decoder_from: another checkpoint, whose decoder completes an encoder. The spec is then that
         of `Merged(source, decoder_from)`, from which the tensors have to be read.
 
     Raises:
@@ -157,7 +157,7 @@ def layout(source: Source | Merged, decoder_from: Source | None = None) -> Layou
     sizes = sizes_of(source, prefix, names, codebook, normalize_codes=is_janus)
     levels = len(sizes.channel_multipliers)
     naming = "Janus" if names is JANUS else "transformers (Janus)" if is_janus else "taming"
-    return Layout(
+    return ConversionSpec(
         family="vq",
         variant=f"VQ tokenizer as {naming} names it ({prefix or 'no prefix'}), {levels} levels, "
         f"{sizes.codebook_size} {'normalised ' if is_janus else ''}codes of {sizes.codebook_dim}"
@@ -276,7 +276,7 @@ class Merged:
     """
 
     def __init__(self, encoder: Source, decoder: Source):
-        ours, theirs = layout(encoder), layout(decoder)
+        ours, theirs = conversion_spec(encoder), conversion_spec(decoder)
         if ours.sizes.has_decoder:
             raise CheckpointError(f"{encoder.name} has a decoder; none can be added to it")
         if not theirs.sizes.has_decoder:
@@ -324,7 +324,9 @@ class Merged:
         return files
 
 
-def check_same(encoder: Source, ours: Layout, decoder: Source, theirs: Layout) -> None:
+def check_same(
+    encoder: Source, ours: ConversionSpec, decoder: Source, theirs: ConversionSpec
+) -> None:
     """Raises CheckpointError unless two checkpoints are of one tokenizer."""
     expected = dataclasses.asdict(ours.sizes) | {"has_decoder": True}
     found = dataclasses.asdict(theirs.sizes)

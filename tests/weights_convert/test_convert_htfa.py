@@ -18,7 +18,13 @@ from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
 from htfa_jax.training.pretrained import load_pretrained
 from weights_convert.folder import CONVERSION, write_folder
-from weights_convert.htfa import LEFT_ENTRIES, LEFT_TENSORS, RESERVATIONS, UNKNOWN_ENTRY, layout
+from weights_convert.htfa import (
+    LEFT_ENTRIES,
+    LEFT_TENSORS,
+    RESERVATIONS,
+    UNKNOWN_ENTRY,
+    conversion_spec,
+)
 from weights_convert.source import Source
 from weights_convert.verify import verify
 
@@ -150,7 +156,7 @@ def plan_of(folder, content):
     folder.mkdir(exist_ok=True)
     path = folder / "best_model.pt"
     torch.save(content, path)
-    return Source(path), layout(Source(path))
+    return Source(path), conversion_spec(Source(path))
 
 
 def converted(folder, content):

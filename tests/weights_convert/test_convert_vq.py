@@ -218,12 +218,12 @@ def program(sizes):
     return run
 
 
-def converted(source, layout, folder):
+def converted(source, spec, folder):
     """The program with the weights of a weight folder that was written to `folder`."""
-    write_folder(source, layout, folder)
-    weights = load_component(folder, "vq", layout.sizes, layout.shapes)
+    write_folder(source, spec, folder)
+    weights = load_component(folder, "vq", spec.sizes, spec.shapes)
     weights = {path: array.astype(np.float32) for path, array in weights.items()}
-    return functools.partial(program(layout.sizes), weights)
+    return functools.partial(program(spec.sizes), weights)
 
 
 @torch.no_grad()
@@ -248,9 +248,9 @@ def agree(ours, theirs, sizes):
         np.testing.assert_allclose(our_image, painted, rtol=0, atol=atol)
 
 
-def arrays(source, layout):
+def arrays(source, spec):
     """{path: array}"""
-    steps = plan(layout.shapes, source, layout.rules, layout.ignored, layout.prefix)
+    steps = plan(spec.shapes, source, spec.rules, spec.ignored, spec.prefix)
     return {step.path: step.transform(source.read(step.key)) for step in steps}
 
 
@@ -314,14 +314,14 @@ def test_janus_and_llamagen_agree_with_the_published_architecture(janus, tmp_pat
         "vision_model.vision_tower.norm.weight": torch.ones(3),
     }
     source = saved(tmp_path / "pytorch_model.bin", tensors | others)
-    layout = vq.layout(source)
-    assert (layout.sizes, layout.prefix) == (SIZES, "gen_vision_model.")
-    agree(converted(source, layout, tmp_path / "vq"), janus, SIZES)
+    spec = vq.conversion_spec(source)
+    assert (spec.sizes, spec.prefix) == (SIZES, "gen_vision_model.")
+    agree(converted(source, spec, tmp_path / "vq"), janus, SIZES)
 
     llamagen = saved(tmp_path / "vq_ds16_c2i.pt", janus.state_dict(), model=True, optimizer=True)
-    same = vq.layout(llamagen)
+    same = vq.conversion_spec(llamagen)
     assert (same.sizes, same.prefix) == (SIZES, "")
-    expected = arrays(source, layout)
+    expected = arrays(source, spec)
     for path, array in arrays(llamagen, same).items():
         np.testing.assert_array_equal(array, expected[path], path)
 
@@ -342,19 +342,19 @@ def test_transformers_janus_alone_and_inside(tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     theirs.save_pretrained(tmp_path / "alone")
     source, alone = Source(tmp_path / "whole"), Source(tmp_path / "alone")
-    layout, same = vq.layout(source), vq.layout(alone)
-    assert layout.sizes == same.sizes == SIZES
-    assert (layout.prefix, same.prefix) == ("model.vqmodel.", "")
-    agree(converted(source, layout, tmp_path / "vq"), theirs, SIZES)
-    expected = arrays(source, layout)
+    spec, same = vq.conversion_spec(source), vq.conversion_spec(alone)
+    assert spec.sizes == same.sizes == SIZES
+    assert (spec.prefix, same.prefix) == ("model.vqmodel.", "")
+    agree(converted(source, spec, tmp_path / "vq"), theirs, SIZES)
+    expected = arrays(source, spec)
     for path, array in arrays(alone, same).items():
         np.testing.assert_array_equal(array, expected[path], path)
 
 
 def test_taming_agrees_with_the_published_architecture(taming, vqgan, tmp_path):
-    layout = vq.layout(vqgan)
-    assert layout.sizes == CHAMELEON
-    agree(converted(vqgan, layout, tmp_path / "vq"), taming, CHAMELEON)
+    spec = vq.conversion_spec(vqgan)
+    assert spec.sizes == CHAMELEON
+    agree(converted(vqgan, spec, tmp_path / "vq"), taming, CHAMELEON)
 
 
 def test_transformers_chameleon_has_no_decoder(taming, tmp_path):
@@ -375,11 +375,11 @@ def test_transformers_chameleon_has_no_decoder(taming, tmp_path):
     whole.save_pretrained(tmp_path / "whole")
     theirs.save_pretrained(tmp_path / "alone")
     source, alone = Source(tmp_path / "whole"), Source(tmp_path / "alone")
-    layout, same = vq.layout(source), vq.layout(alone)
-    assert layout.sizes == same.sizes == VQConfig(**{**vars(CHAMELEON), "has_decoder": False})
-    assert (layout.prefix, same.prefix) == ("model.vqmodel.", "")
+    spec, same = vq.conversion_spec(source), vq.conversion_spec(alone)
+    assert spec.sizes == same.sizes == VQConfig(**{**vars(CHAMELEON), "has_decoder": False})
+    assert (spec.prefix, same.prefix) == ("model.vqmodel.", "")
     agree(converted(alone, same, tmp_path / "vq"), theirs, same.sizes)
-    expected = arrays(source, layout)
+    expected = arrays(source, spec)
     for path, array in arrays(alone, same).items():
         np.testing.assert_array_equal(array, expected[path], path)
 
@@ -391,12 +391,12 @@ def test_a_second_checkpoint_gives_the_decoder(taming, vqgan, tmp_path):
     }
     other = {"model.layers.0.mlp.up_proj.weight": torch.ones(2, 2)}
     source = saved(tmp_path / "model.pt", half | other)
-    layout, merged = vq.layout(source, vqgan), vq.Merged(source, vqgan)
-    assert layout.sizes == CHAMELEON and layout.prefix == "model.vqmodel."
+    spec, merged = vq.conversion_spec(source, vqgan), vq.Merged(source, vqgan)
+    assert spec.sizes == CHAMELEON and spec.prefix == "model.vqmodel."
     expected = copy.deepcopy(taming)
     for part in (expected.encoder, expected.quant_conv, expected.quantize):
         part.bfloat16().float()
-    agree(converted(merged, layout, tmp_path / "vq"), expected, CHAMELEON)
+    agree(converted(merged, spec, tmp_path / "vq"), expected, CHAMELEON)
     names = [file["name"] for file in merged.hashes(merged.keys)]
     assert names == ["model.pt", "decoder_from/vqgan.ckpt"]
 
@@ -442,9 +442,9 @@ def test_published_sizes(kind):
     with torch.device("meta"):
         tensors = make().state_dict()
     source = Shapes(tensors, prefix)
-    layout = vq.layout(source)
-    assert (layout.sizes, layout.prefix) == (sizes, prefix)
-    steps = plan(layout.shapes, source, layout.rules, layout.ignored, prefix)
+    spec = vq.conversion_spec(source)
+    assert (spec.sizes, spec.prefix) == (sizes, prefix)
+    steps = plan(spec.shapes, source, spec.rules, spec.ignored, prefix)
     unused = {key.removeprefix(prefix) for key in source.keys} - {
         step.key.removeprefix(prefix) for step in steps
     }
@@ -453,7 +453,7 @@ def test_published_sizes(kind):
         expected = {"post_quant_conv.weight", "post_quant_conv.bias"}
     assert unused == expected
     if kind == "Janus":  # LlamaGen's paper: 72 million
-        assert sum(np.prod(s.shape) for s in layout.shapes.values()) // 10**6 == 71
+        assert sum(np.prod(s.shape) for s in spec.shapes.values()) // 10**6 == 71
 
 
 def test_a_tokenizer_without_decoder_makes_no_images():
@@ -485,9 +485,9 @@ def test_names_what_is_missing_and_what_is_too_much(small):
     del tensors[lost]
     tensors["decoder.surplus.weight"] = torch.ones(2)
     source = Shapes(tensors, prefix)
-    layout = vq.layout(source)
+    spec = vq.conversion_spec(source)
     with pytest.raises(CheckpointError) as error:
-        plan(layout.shapes, source, layout.rules, layout.ignored, layout.prefix)
+        plan(spec.shapes, source, spec.rules, spec.ignored, spec.prefix)
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 2
     assert f"no tensor {prefix}{lost}" in lines[0]
@@ -497,14 +497,14 @@ def test_names_what_is_missing_and_what_is_too_much(small):
 @pytest.mark.parametrize("small", ["taming"], indirect=True)
 def test_taming_with_attention_and_other_names_of_the_codebook(small):
     tensors, _, _ = small
-    layout = vq.layout(Shapes(tensors))
-    assert layout.sizes == VQConfig(**{**vars(SMALL), "normalize_codes": False})
+    spec = vq.conversion_spec(Shapes(tensors))
+    assert spec.sizes == VQConfig(**{**vars(SMALL), "normalize_codes": False})
     averages = {"cluster_size": torch.empty(20), "embed_avg": torch.empty(20, 6)}
     averages = {f"quantize.embedding.{k}": v for k, v in averages.items()}
-    plan(layout.shapes, Shapes(tensors | averages), layout.rules, layout.ignored)
+    plan(spec.shapes, Shapes(tensors | averages), spec.rules, spec.ignored)
     tensors["quantize.embed.weight"] = tensors.pop("quantize.embedding.weight")
-    layout = vq.layout(Shapes(tensors))
-    steps = plan(layout.shapes, Shapes(tensors), layout.rules, layout.ignored)
+    spec = vq.conversion_spec(Shapes(tensors))
+    steps = plan(spec.shapes, Shapes(tensors), spec.rules, spec.ignored)
     assert [step.key for step in steps if step.path == "codebook"] == ["quantize.embed.weight"]
 
 
@@ -540,14 +540,14 @@ def test_refuses_what_ours_cannot_be(small, change, message):
     tensors, _, _ = small
     change(tensors)
     with pytest.raises(CheckpointError, match=message):
-        vq.layout(Shapes(tensors))
+        vq.conversion_spec(Shapes(tensors))
 
 
 def test_refuses_decoders_that_do_not_belong():
     tensors = Reference("taming", SMALL).state_dict()
     whole = Shapes(tensors)
     encoder = Shapes({k: v for k, v in tensors.items() if not k.startswith("decoder.")}, "vq.")
-    vq.layout(encoder, whole)
+    vq.conversion_spec(encoder, whole)
     other = tensors | {"quantize.embedding.weight": tensors["quantize.embedding.weight"].flip(0)}
     larger = Reference("taming", VQConfig(**{**vars(SMALL), "codebook_size": 21})).state_dict()
     broken = {k: v for k, v in tensors.items() if k != "decoder.norm_out.bias"}
@@ -559,7 +559,7 @@ def test_refuses_decoders_that_do_not_belong():
         (encoder, Shapes(broken), "no tensor decoder.norm_out.bias"),
     ]:
         with pytest.raises(CheckpointError, match=message):
-            vq.layout(first, second)
+            vq.conversion_spec(first, second)
 
 
 @pytest.mark.parametrize("naming", ["taming", "janus", "transformers"])
@@ -573,7 +573,7 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
     else:
         theirs = randomized(Reference(naming, sizes), 3)
         source = saved(tmp_path / "model.pt", theirs.state_dict())
-    write_folder(source, vq.layout(source), tmp_path / "vq")
+    write_folder(source, vq.conversion_spec(source), tmp_path / "vq")
     shown = verify(tmp_path / "vq", source)
     assert "0 differ where the nearest is clear" in shown and "decoded image" in shown
     weights = read_weights(tmp_path / "vq")
@@ -585,7 +585,7 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
 
 def test_verify_takes_both_checkpoints_of_a_merged_one(taming, vqgan, tmp_path):
     source = saved(tmp_path / "model.pt", chameleon_vqvae(taming).state_dict())
-    write_folder(vq.Merged(source, vqgan), vq.layout(source, vqgan), tmp_path / "vq")
+    write_folder(vq.Merged(source, vqgan), vq.conversion_spec(source, vqgan), tmp_path / "vq")
     assert "decoded image" in verify(tmp_path / "vq", source, vqgan)
     with pytest.raises(CheckpointError, match="is not the file that"):
         verify(tmp_path / "vq", source)

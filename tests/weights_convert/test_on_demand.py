@@ -15,10 +15,10 @@ def test_of_several_processes_one_converts(tmp_path, monkeypatch):
     """Each thread has a lock of its own, as processes do."""
     made, real = [], on_demand.write_folder
 
-    def slowly(source, layout, folder, beside):
+    def slowly(source, spec, folder, beside):
         made.append(folder)
         time.sleep(0.2)
-        real(source, layout, folder, beside)
+        real(source, spec, folder, beside)
 
     monkeypatch.setattr(on_demand, "write_folder", slowly)
     config = tiny(data__cache_dir=str(tmp_path))

@@ -170,12 +170,12 @@ def test_siglip_inside_janus(vision, tmp_path, capsys):
         tmp_path / "model.safetensors",
     )
     source = Source(tmp_path)
-    layout = siglip.layout(source, 40)
-    assert layout.sizes.num_heads == 1  # 48 / 64, rounded: published widths are multiples of 64
+    spec = siglip.conversion_spec(source, 40)
+    assert spec.sizes.num_heads == 1  # 48 / 64, rounded: published widths are multiples of 64
     real = SigLIPConfig(8, 48, 3, 4, 56)
-    direct = siglip.layout(Source(vision), 40)
+    direct = siglip.conversion_spec(Source(vision), 40)
     assert direct.sizes == real
-    write_folder(source, layout, tmp_path / "janus")
+    write_folder(source, spec, tmp_path / "janus")
     write_folder(Source(vision), direct, tmp_path / "direct")
     run("verify", tmp_path / "janus", "--source", tmp_path)
     assert "features: largest difference" in capsys.readouterr().out
@@ -214,7 +214,7 @@ def test_internlm2_names_alone_and_inside_internvl(llama, tmp_path, prefix, caps
     assert json.loads((tmp_path / "out/config.json").read_text())["num_layers"] == 2
     if prefix:
         with pytest.raises(CheckpointError, match="InternViT.*not a SigLIP. Take google/siglip"):
-            siglip.layout(Source(tmp_path))
+            siglip.conversion_spec(Source(tmp_path))
     run("info", tmp_path)
     shown = capsys.readouterr().out
     assert "internlm2: yes" in shown and "siglip: no" in shown and "vq: no" in shown
@@ -236,7 +236,7 @@ def test_linear_rope_scaling_and_tied_heads(tmp_path):
     yarn["rope_parameters"]["rope_type"] = "yarn"
     (tmp_path / "hf/config.json").write_text(json.dumps(yarn))
     with pytest.raises(CheckpointError, match="rope scaling of type yarn"):
-        internlm2.layout(Source(tmp_path / "hf"))
+        internlm2.conversion_spec(Source(tmp_path / "hf"))
 
 
 def test_longer_sequences_than_the_weights_can_read_are_refused():
@@ -302,7 +302,7 @@ def test_failed_conversions_leave_nothing(vision, tmp_path, monkeypatch):
         (folder / "config.json").write_text((vision / "config.json").read_text())
         source = Source(folder)
         with pytest.raises(CheckpointError, match=match):
-            write_folder(source, siglip.layout(source, 40), out)
+            write_folder(source, siglip.conversion_spec(source, 40), out)
         assert not out.exists() and not list(tmp_path.glob("out*"))
 
     attempt({**tensors, key: np.full_like(tensors[key], np.nan)}, f"not finite.*{key}")
