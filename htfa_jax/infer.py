@@ -266,8 +266,8 @@ def _show(entry: dict[str, Any]) -> None:
         return
     for answer in entry["answers"]:
         confidence = answer["confidence"]
-        sure = "" if confidence is None else f"  (confidence {confidence:.2f})"
-        print(f"{answer['query']}\n  {answer['answer']}{sure}")
+        said_confidence = "" if confidence is None else f"  (confidence {confidence:.2f})"
+        print(f"{answer['query']}\n  {answer['answer']}{said_confidence}")
     print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}")
 
 

@@ -4,7 +4,7 @@
     python scripts/ablations.py --out DIR --minutes 5 --seeds 1
     python scripts/ablations.py --out DIR --variants full no_level1 --steps 300
 
-The same command goes on where it was stopped. DIR gets `RESULTS.md` (tables), `ablations.png` and
+The same command resumes a stopped one. DIR gets `RESULTS.md` (tables), `ablations.png` and
 `runs/VARIANT/seed_N/`; runs go side by side on several GPUs (`--per_gpu 8`: eight share each, for a
 small run leaves most of a large GPU idle; they take turns on it unless `nvidia-cuda-mps-control -d`
 lets them work at the same time), one after the other elsewhere.

@@ -29,7 +29,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
     """Writes `out/siglip` (for transformers' SiglipVisionModel) and `out/internlm2`.
 
     The decoder has InternLM2's own names; its folder holds the run's tokenizer too. Values are
-    those of the run, bit for bit, so converting the folders again gives the same weights.
+    bitwise those of the run, so converting the folders again gives the same weights.
 
     Args:
       run: a run or one of its checkpoints.

@@ -90,10 +90,15 @@ def current_scores(scores: Any) -> Any:
 def current_flags(argv: Sequence[str]) -> list[str]:
     """A command line with the flags of today."""
     names = FLAGS | {f"--config.{old}": f"--config.{new}" for old, new in FIELDS.items()}
-    out = []
+    out: list[str] = []
+    flag = ""
     for argument in argv:
-        flag, equals, value = argument.partition("=")
-        out.append(current(names, flag) + equals + value)
+        if argument.startswith("--"):
+            flag, equals, value = argument.partition("=")
+            argument = current(names, flag) + equals + value
+        elif flag == "--questions":
+            argument = current(KINDS, argument, "kind of question")
+        out.append(argument)
     return out
 
 

@@ -6,7 +6,7 @@
 
 OUT becomes a folder of `records-00000-of-00012.array_record` files and `manifest.json` (counts,
 sizes, hashes), which can be trained on as it is. Records keep their order. Shards are made in
-parallel, each appears whole or not at all, and the same command goes on where a stopped one was.
+parallel, each appears whole or not at all, and the same command resumes a stopped one.
 """
 
 from __future__ import annotations

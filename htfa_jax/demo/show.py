@@ -76,8 +76,8 @@ def facts(result: Result) -> str:
     seen = result.intermediates
     items.append(f"alpha {seen.alpha_HW.mean():.2f} on average")
     if seen.code_probabilities_MC is not None:
-        sure = seen.code_probabilities_MC.max(axis=-1).mean()
-        items.append(f"completed with confidence {sure:.2f}")
+        confidence = seen.code_probabilities_MC.max(axis=-1).mean()
+        items.append(f"completed with confidence {confidence:.2f}")
     return '<p class="facts" role="status">' + " · ".join(map(escape, items)) + "</p>"
 
 

@@ -29,7 +29,7 @@ from htfa_jax.evaluation.metrics import Prediction, score_answers
 from htfa_jax.evaluation.panel import PanelRow
 from htfa_jax.inference.generate import expected_image, read_images
 from htfa_jax.inference.options import Decoding
-from htfa_jax.inference.sampler import Answer, Sampler
+from htfa_jax.inference.sampler import GeneratedText, Sampler
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.models.kv_cache import Cache
 from htfa_jax.models.level2_spatial_attention import attention_entropy
@@ -179,7 +179,7 @@ class Evaluator:
             for k in range(max(map(len, per_scene), default=0))
         ]
 
-    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[Answer]:
+    def _ask(self, params: Flat, cache: Cache, prompts: list[np.ndarray]) -> list[GeneratedText]:
         decoding = Decoding(max_new_tokens=self.config.eval.max_new_tokens)
         return self._sampler.answers(params, cache, prompts, decoding)
 
@@ -214,7 +214,7 @@ def stated_ratio(record: Record) -> float | None:
 
 def _answers(
     found: Sequence[Record | None],
-    answers: list[list[Answer]],
+    answers: list[list[GeneratedText]],
     index_B: np.ndarray,
     ratio_B: np.ndarray,
 ) -> list[list[Prediction]]:

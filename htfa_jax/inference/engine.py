@@ -41,7 +41,7 @@ from htfa_jax.inference.inputs import (
 )
 from htfa_jax.inference.options import ONE_PASS, Completion, Decoding, Quantize
 from htfa_jax.inference.results import OWN_COMPLETION, Result, intermediates
-from htfa_jax.inference.sampler import Answer, Sampler
+from htfa_jax.inference.sampler import GeneratedText, Sampler
 from htfa_jax.inference.weights import for_inference
 from htfa_jax.models.decoding import DecodingInternLM2
 from htfa_jax.models.factory import build_model
@@ -331,12 +331,12 @@ class HTFAInference:
 
     def _answers(
         self, encoded: _Encoded, asked: list[list[str]], decoding: Decoding, with_attention: bool
-    ) -> list[list[Answer | None]]:
+    ) -> list[list[GeneratedText | None]]:
         """Of every row, one answer for each of its questions; None in a run without text."""
-        out: list[list[Answer | None]] = [[] for _ in asked]
+        out: list[list[GeneratedText | None]] = [[] for _ in asked]
         for questions in itertools.zip_longest(*asked):
             if not self.can_answer:
-                answers: Sequence[Answer | None] = [None] * len(asked)
+                answers: Sequence[GeneratedText | None] = [None] * len(asked)
             else:
                 rows = len(encoded.source_B)
                 prompts = [

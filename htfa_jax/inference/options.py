@@ -23,7 +23,7 @@ class Decoding:
     max_new_tokens: int | None = None  # longest answer (None: the run's eval.max_new_tokens)
     temperature: float = 0.0  # 0: always the most probable token
     top_k: int = 0  # choose among so many tokens only (0: all)
-    top_p: float = 1.0  # choose among the likeliest tokens that together are this probable
+    top_p: float = 1.0  # choose among the most probable tokens that together are this probable
     repetition_penalty: float = 1.0  # above 1: tokens of the conversation become less likely
     stop: tuple[str, ...] = ()  # texts that end an answer; they are not part of it
     seed: int = 0  # of the sampling

@@ -32,7 +32,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class GeneratedText:
     """An answer, or what there is of it.
 
     Attributes:
@@ -156,14 +156,18 @@ class Sampler:
 
     def answers(
         self, params: Any, cache: Cache, prompts: Sequence[np.ndarray], decoding: Decoding
-    ) -> list[Answer]:
+    ) -> list[GeneratedText]:
         """The answer to each prompt."""
         state = self.start(params, cache, prompts, decoding)
         return self.finish(params, state, decoding)[1]
 
     def with_attention(
-        self, params: Any, prefix: Prefix, prompts: Sequence[np.ndarray], said: Sequence[Answer]
-    ) -> list[Answer]:
+        self,
+        params: Any,
+        prefix: Prefix,
+        prompts: Sequence[np.ndarray],
+        said: Sequence[GeneratedText],
+    ) -> list[GeneratedText]:
         """The answers with their attention, from one more pass over each finished conversation.
 
         Args:
@@ -197,7 +201,7 @@ class Sampler:
 
     def finish(
         self, params: Any, state: DecodeState, decoding: Decoding
-    ) -> tuple[DecodeState, list[Answer]]:
+    ) -> tuple[DecodeState, list[GeneratedText]]:
         """All answers to their ends."""
         tokens = STOP_CHECK if decoding.stop else decoding.max_new_tokens
         while True:
@@ -208,7 +212,7 @@ class Sampler:
 
     def stream(
         self, params: Any, state: DecodeState, decoding: Decoding
-    ) -> Iterator[tuple[str, DecodeState, Answer]]:
+    ) -> Iterator[tuple[str, DecodeState, GeneratedText]]:
         """One row's answer piece by piece: new text, state and answer so far.
 
         The pieces together are the answer's text. No piece ends inside a character, and none
@@ -230,7 +234,7 @@ class Sampler:
         """Whether the answers may not grow any more."""
         return int(state.step) >= decoding.max_new_tokens
 
-    def read(self, state: DecodeState, decoding: Decoding) -> list[Answer]:
+    def read(self, state: DecodeState, decoding: Decoding) -> list[GeneratedText]:
         """The answers so far."""
         tokens_BT, probability_BT, step = (
             to_host(x) for x in (state.tokens_BT, state.probability_BT, state.step)
@@ -245,7 +249,7 @@ class Sampler:
             if any(s in text for s in decoding.stop):
                 text, ids, ended = *self._cut(ids, decoding.stop), True
             text = text.strip().rstrip(INCOMPLETE)
-            out.append(Answer(text, float(probability_T[: len(ids)].mean()), ids, ended))
+            out.append(GeneratedText(text, float(probability_T[: len(ids)].mean()), ids, ended))
         return out
 
     def _cut(self, ids: np.ndarray, stop: tuple[str, ...]) -> tuple[str, np.ndarray]:

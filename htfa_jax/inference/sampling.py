@@ -79,7 +79,7 @@ def penalize(logits_BV: jax.Array, seen_BV: jax.Array, penalty: jax.Array) -> ja
 def truncate(logits_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits of minus infinity outside the `top_k` best and outside the `top_p` nucleus of these.
 
-    The nucleus is the shortest list of likeliest tokens whose probabilities add up to `top_p`
+    The nucleus is the shortest list of most probable tokens whose probabilities add up to `top_p`
     (Holtzman et al., "The Curious Case of Neural Text Degeneration", 2020).
     """
     sorted_BV = -jnp.sort(-logits_BV, axis=-1)

@@ -92,8 +92,8 @@ class EncoderDecoupling(nnx.Module):
         """The kernel [D, C] that a fresh generation head starts from: the tokens of all codes.
 
         The input embedding serves as the output embedding (Press and Wolf, "Using the Output
-        Embedding to Improve Language Models", 2017), here at the start only. So the likeliest code
-        of a cell is the one that it has, and what the head must learn is where to leave it.
+        Embedding to Improve Language Models", 2017), here at the start only. So the most probable
+        code of a cell is the one that it has, and what the head must learn is where to leave it.
         """
         tokens_CD = self.generate(vectors_CE[None])[0]
         return TIED_LOGIT / tokens_CD.shape[-1] * tokens_CD.T.astype(jnp.float32)

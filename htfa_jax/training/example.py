@@ -23,23 +23,23 @@ def write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
         return
     folder = workdir / EXAMPLE
     folder.mkdir(exist_ok=True)
-    words = ["--checkpoint", ".", "--output_dir", f"{EXAMPLE}/out"]
+    argv = ["--checkpoint", ".", "--output_dir", f"{EXAMPLE}/out"]
     for field in FIELDS:
         value = getattr(record, field)
         if isinstance(value, Path | StoredImage):
             name = f"{EXAMPLE}/{field}{value.suffix}"
             (workdir / name).write_bytes(value.read_bytes())
-            words += [f"--{field}", name]
+            argv += [f"--{field}", name]
         elif value is not None:
-            words += [f"--{field}", *map(str, value)]
+            argv += [f"--{field}", *map(str, value)]
     questions = [turn.text for turn in record.turns if turn.role == "user"]
-    words += ["--query", *dict.fromkeys(questions or [data.default_query])]
+    argv += ["--query", *dict.fromkeys(questions or [data.default_query])]
     script = workdir / SCRIPT
     script.write_text(
         "#!/bin/sh\n"
         "# Asks this run about a pair of its data; more options behind it are passed on.\n"
         'cd "$(dirname "$0")" || exit\n'
-        f'exec "${{PYTHON:-{sys.executable}}}" -m htfa_jax.infer {shlex.join(words)} "$@"\n',
+        f'exec "${{PYTHON:-{sys.executable}}}" -m htfa_jax.infer {shlex.join(argv)} "$@"\n',
         encoding="utf-8",
     )
     script.chmod(0o755)

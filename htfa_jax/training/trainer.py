@@ -221,7 +221,7 @@ class Run:
                 config, self.workdir, self.model, optimizer, self.layout, self.checkpoints, meta
             )
             names = meta["frozen"]
-            log.info("going on from step %d", meta["step"])
+            log.info("resuming from step %d", meta["step"])
         return Start(
             state=state,
             frozen=frozen,

@@ -217,7 +217,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
     with Checkpoints(workdir, keep=1) as checkpoints:
         state, meta = checkpoints.resume(state, key, "VQ stage")
         if meta:
-            log.info("vq: going on from step %d", state["step"])
+            log.info("vq: resuming from step %d", state["step"])
         # Fresh and restored arrays alike, so that both run the same compiled step.
         state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 

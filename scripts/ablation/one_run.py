@@ -2,7 +2,7 @@
 
     python scripts/ablation/one_run.py OUT VARIANT SEED
 
-It goes on where it was stopped. Its last file is `result.json`: a run that has one is finished.
+A stopped one is resumed. Its last file is `result.json`: a run that has one is finished.
 """
 
 from __future__ import annotations

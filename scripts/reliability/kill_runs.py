@@ -2,7 +2,7 @@
 
     python scripts/reliability/kill_runs.py --kills 500
 
-Final weights and every logged number must be the same bit for bit. Half of the kills come at any
+Final weights and every logged number must be bitwise identical. Half of the kills come at any
 time after the start of the process, the others while a checkpoint is being written.
 """
 
@@ -139,7 +139,7 @@ def outcome(workdir: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[str, f
 
 
 def differences(expected: tuple, found: tuple) -> list[str]:
-    """Names of what is not the same bit for bit in two outcomes."""
+    """Names of what is not bitwise identical in two outcomes."""
     (weights, logged), (other_weights, other_logged) = expected, found
     names = [
         path

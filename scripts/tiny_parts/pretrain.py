@@ -5,7 +5,7 @@
 A SigLIP with its text tower, a VQ tokenizer whose perceptual loss that SigLIP gives, and a
 language model with its tokenizer. Each is written as PyTorch checkpoints of its family are
 (bfloat16 safetensors under the published names), so that `weights_convert` reads it like any
-other. What is there already is kept; a stopped training goes on where it was.
+other. What is there already is kept; a stopped training resumes.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def token_batches(
 def loss(
     model: InternLM2, batch: dict[str, jax.Array], key: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross-entropy of the next token in nats, and how often it is the likeliest."""
+    """Cross-entropy of the next token in nats, and how often it is the most probable."""
     del key
     tokens_BT, labels_BT = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1])[None], tokens_BT.shape)

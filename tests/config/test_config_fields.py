@@ -28,7 +28,7 @@ from htfa_jax.data.splits import cache_folder, open_split, open_tokenizer
 from htfa_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from htfa_jax.evaluation.evaluator import Evaluator, Report
 from htfa_jax.inference.chat import checked_query
-from htfa_jax.inference.sampler import Answer
+from htfa_jax.inference.sampler import GeneratedText
 from htfa_jax.models.factory import build_model
 from htfa_jax.models.losses import count, loss_and_metrics
 from htfa_jax.models.registration import normalize_image
@@ -373,7 +373,7 @@ def decoding(config):
 
     def answers(params, cache, prompts, decoding):
         asked.append(decoding)
-        return [Answer("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
+        return [GeneratedText("", 0.5, np.zeros(1, np.int32), True)] * len(prompts)
 
     evaluator._look = look
     evaluator._losses = lambda params, batch: {}

@@ -67,6 +67,12 @@ def test_the_command_takes_an_old_flag(monkeypatch, tmp_path):
     assert taken[0].completion.refinement_steps == 5 and isinstance(taken[0], InferArgs)
 
 
+def test_kinds_of_questions_on_a_command_line():
+    old = ["hidden_share", "--questions", "category", "hidden_share", "--split", "hidden_share"]
+    new = ["hidden_share", "--questions", "category", "occlusion_ratio", "--split", "hidden_share"]
+    assert current_flags(old) == new
+
+
 def test_parameters_and_attributes_of_the_python_api(said):
     assert Completion(passes=3) == Completion(refinement_steps=3)
     assert Completion(passes=3).passes == 3

@@ -67,7 +67,7 @@ def prefix_length(config):
 
 @pytest.mark.parametrize("layout", ["training", "decoding"])
 def test_greedy_equals_the_whole_sequence_computed_anew(model, decode, layout):
-    """Every word is the likeliest of an uncached pass over all before it, and so probable."""
+    """Every token is the most probable of an uncached pass over all before it, and so probable."""
     config, structure, weights = model
     batch, prompts, run = decode
     state, _ = run([0, 1, 2], layout=layout)

@@ -80,6 +80,6 @@ def test_every_cell_runs(tmp_path):
     assert "mesh {'data': 1, 'fsdp': 2, 'tensor': 1}, zero2" in said
     assert "finished: runs/small" in said and "finished: runs/again" in said
     assert "training: steps 1 to 2 of 4 samples, 8 records" in said
-    assert "going on from step 2" in said and "copied to runs/again" in said
+    assert "resuming from step 2" in said and "copied to runs/again" in said
     assert sum(len(images(cell)) for cell in code) >= 6
     assert (tmp_path / "saved/small/checkpoints/2").is_dir()

@@ -60,7 +60,7 @@ def build_scenes(
     """Makes the first `num` scenes of a split and returns the path of their JSON-lines file.
 
     image_size is in pixels of a side; `answers` is "word" or "sentence"; num_workers defaults to
-    the processors there are. Scenes that exist are kept, so a stopped build goes on where it was,
+    the processors there are. Scenes that exist are kept, so a stopped build resumes,
     and a complete one returns at once. Raises DataError for a folder that holds scenes of another
     seed or size or cannot be written, and when a worker process dies.
     """
