@@ -34,7 +34,7 @@ def compilation_cache(request):
     folder = request.config.cache.mkdir("compiled")
     for name, value in (
         ("jax_compilation_cache_dir", str(folder)),
-        ("jax_persistent_cache_min_compile_time_secs", float(os.environ.get("MINT", "0"))),
+        ("jax_persistent_cache_min_compile_time_secs", 0.0),
     ):
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)

@@ -205,8 +205,6 @@ def memory():
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     for name in sys.argv[1:]:
         special = {"restored": restored, "8 bits": eight_bits, "codes": codes, "memory": memory}
         found = special[name]() if name in special else ready(name).train(0, STEPS)

@@ -75,6 +75,7 @@ def test_a_name_that_is_nothing(debug, tmp_path):
     assert not list((tmp_path / "cache").glob("converted/vq-*"))
 
 
+@pytest.mark.slow
 def test_the_demo_answers_and_completes(tmp_path, capsys, monkeypatch):
     """Of its four example scenes it names and paints most right."""
     monkeypatch.chdir(tmp_path)

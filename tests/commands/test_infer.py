@@ -34,6 +34,7 @@ def pairs(dataset, tmp_path):
     return path, tmp_path / "out"
 
 
+@pytest.mark.slow
 def test_one_pair(run_folder, dataset, tmp_path, capsys):
     record, out = RecordFile(dataset)[0], tmp_path / "out"
     infer.main(
@@ -58,6 +59,7 @@ def test_one_pair(run_folder, dataset, tmp_path, capsys):
     assert "What color is it?" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_of_pairs_and_its_restart(run_folder, pairs, capsys):
     path, out = pairs
     arguments = ["--checkpoint", str(run_folder), "--input", str(path), "--output_dir", str(out)]
@@ -137,6 +139,7 @@ def test_one_input_or_the_other(run_folder, tmp_path, capsys):
     assert "--image_orig" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch):
     example.write_example(run_folder, load_config(run_folder).data, RecordFile(dataset))
     script = run_folder / "infer.sh"

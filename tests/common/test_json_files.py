@@ -47,6 +47,7 @@ def test_any_text_like_json_gives_a_value_or_that_error(text):
         assert str(error).startswith("here: ")
 
 
+@pytest.mark.slow
 @given(VALUES)
 def test_a_value_comes_back(value):
     text = json.dumps(value)

@@ -87,6 +87,7 @@ def test_debug_is_small_and_starts_from_small_parts():
     assert {config.pretrained.siglip, config.pretrained.vq, config.pretrained.decoder} == {"tiny"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["debug", *DIFFERENCES])
 def test_its_model_and_step_are_sound_at_full_size(name):
     """The step takes a state to one of the same shapes; nothing is allocated."""
@@ -116,6 +117,7 @@ def tiny_steps():
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["debug", *DIFFERENCES])
 def test_two_steps_at_test_size(name, tiny_steps):
     config, abstract, lowered = tiny_steps(name)
@@ -131,7 +133,9 @@ def test_two_steps_at_test_size(name, tiny_steps):
         state, metrics = compiled(state, frozen, jax.tree.map(jnp.asarray, batch))
         assert bool(metrics["finite"]) and float(metrics["loss"]) > 0
     assert int(state["step"]) == 2
-    moved = {p.split(".")[0] for p, x in state["params"].items() if np.any(x != before[p])}
+    moved = {
+        p.split(".")[0] for p, x in state["params"].items() if np.any(np.asarray(x) != before[p])
+    }
     assert moved == {path.split(".")[0] for path in before}
 
 
@@ -181,6 +185,7 @@ def test_tiny_changes_sizes_only():
     assert debug.pretrained.vq is None and debug.level2.alignment == "pixels"
 
 
+@pytest.mark.slow
 def test_the_list_of_presets(capsys):
     configs.main([])
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if line}

@@ -183,6 +183,7 @@ class Deadly:
         return self.records[index]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_it_with_the_reason(config, damaged, tmp_path, monkeypatch):
     monkeypatch.setattr("htfa_jax.data.examine.CHUNK", 4)
     lenient = override(config, {"data.on_error": "skip"})

@@ -51,6 +51,7 @@ def run_python(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_scene_depends_on_seed_split_and_index_alone(scenes):
     again = make_scene(7, "train", 5, SIZE)
     for field in dataclasses.fields(again):
@@ -151,6 +152,7 @@ def test_object_shows_its_colour_and_the_reconstruction_does_not(scenes):
     assert min(kinds.values()) > 8
 
 
+@pytest.mark.slow
 def test_builds_agree_byte_for_byte(tmp_path):
     """One process; two unguarded scripts at once, two workers each, in one folder."""
     num, size = 6, 48

@@ -33,6 +33,7 @@ def drawn(seed=0, start=0, num=84, weights=(1.0, 2.5)):
     return [order[i] for i in range(start, start + num)]
 
 
+@pytest.mark.slow
 def test_each_part_gives_its_share_evenly():
     found = np.array(drawn(num=700)) >= 7
     assert found.sum() == 500
@@ -50,6 +51,7 @@ def test_each_part_is_gone_through_before_it_begins_again():
         assert len(set(passes)) > 1, "in another order each time"
 
 
+@pytest.mark.slow
 def test_the_order_depends_on_the_seed_and_the_samples_seen_alone():
     assert drawn() == drawn() != drawn(seed=1)
     assert drawn(start=31, num=20) == drawn()[31:51]

@@ -67,6 +67,7 @@ def test_starting_late_gives_the_batches_that_would_have_come(source):
         same(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_going_on_with_other_workers_gives_the_batches_that_would_have_come(source, workers):
     """From the middle of an epoch into the next, all that is random included."""
@@ -125,6 +126,7 @@ def test_processes_share_an_evaluation_and_none_is_lost(source, parts, max_sampl
             assert not loaded.batch.has_target[~real].any()
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_the_reason(source):
     batches = training_batches(tiny(data__num_workers=2), *source, 0, 2)
     try:

@@ -54,6 +54,7 @@ def same(found, expected):
         jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
 
 
+@pytest.mark.slow
 def test_training_from_s3(bucket, tmp_path):
     folder, url = bucket
     local = tiny(data__train=str(folder / "data.jsonl"), data__cache_dir=str(tmp_path / "cache"))

@@ -169,6 +169,7 @@ def index(path, cache_dir, ready, results):
     results.put([records[i].id for i in range(len(records))])
 
 
+@pytest.mark.slow
 def test_two_processes_may_copy_at_once(tmp_path):
     path = tmp_path / "d.json"
     to_array(path, many(3000))
@@ -324,6 +325,7 @@ def test_a_shard_that_disappears_is_named(folder, data):
         records[24]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_never_gives_a_wrong_record(folder, data):
     path = folder / "r-1-of-3.array_record"
     content = path.read_bytes()

@@ -43,6 +43,7 @@ def built(home):
     patch.undo()
 
 
+@pytest.mark.slow
 def test_the_embedded_dataset_is_the_same_through_tfds(built, home):
     held = {f"held_objects__{name}": num for name, num in NUMS.items()}
     config = tiny(data__cache_dir=str(home / "cache"), data__test="held_objects", **held)

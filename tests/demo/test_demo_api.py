@@ -77,6 +77,7 @@ def events(text):
     return found
 
 
+@pytest.mark.slow
 def test_answers_are_the_engines_own(client, engine, record, files):
     queries = ["What color is it?", "How much is hidden?"]
     options = {"temperature": 0.9, "seed": 3, "max_new_tokens": 4}

@@ -98,6 +98,7 @@ def test_an_upload_goes_with_the_last_page_that_used_it(files, monkeypatch):
     assert not list(files.uploads.iterdir())
 
 
+@pytest.mark.slow
 def test_a_session_takes_its_files_with_it(files):
     session, upload = Session("a", files), save(files)
     files.read(str(upload), "a")

@@ -43,6 +43,7 @@ def evaluated(model, dataset, tmp_path_factory):
     return records, *reports
 
 
+@pytest.mark.slow
 def test_rows_that_fill_a_batch_count_for_nothing(evaluated):
     _, in_parts, whole = evaluated
     assert in_parts.scores["samples"] == whole.scores["samples"] == 7
@@ -96,6 +97,7 @@ def test_image_scores_are_those_of_the_images_shown(evaluated):
     assert tuple(whole.scores["images"]["occluded"]) == CANDIDATES
 
 
+@pytest.mark.slow
 def test_a_tokenizer_without_decoder_is_scored_on_codes(dataset, tmp_path):
     config = tiny(vq__has_decoder=False, eval__max_new_tokens=1, eval__batch_size=7)
     structure = build_model(config)
@@ -169,6 +171,7 @@ def test_table_shows_kinds_buckets_and_candidates(evaluated):
     assert "boxes: 7" in text
 
 
+@pytest.mark.slow
 def test_the_main_job_from_nothing_to_its_panel(dataset, tmp_path, capsys):
     """VQ stage, training, evaluation during and after it; then evaluation by itself."""
     config = tiny(

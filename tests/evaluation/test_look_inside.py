@@ -88,6 +88,7 @@ def test_rollout_is_the_product_of_the_whole_matrices():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_attention_of_an_answer_is_at_the_positions_that_chose_its_tokens(run_folder, dataset):
     """Against one pass over everything that the decoder read, image tokens and words."""
     engine = HTFAInference(run_folder)

@@ -33,6 +33,7 @@ def pair(record):
     return str(record.image_orig), str(record.image_recon)
 
 
+@pytest.mark.slow
 def test_a_batch_says_what_single_calls_say(engine, records):
     """In order, with questions of different lengths, drawn words too; a bad pair ends nothing."""
     pairs = [pair(records[i]) for i in range(5)]
@@ -60,6 +61,7 @@ def test_a_batch_says_what_single_calls_say(engine, records):
     assert len({r.answer for r in together if not r.error}) > 2
 
 
+@pytest.mark.slow
 def test_several_questions_give_several_results(engine, records):
     asked = ["What color is it?", "How much is hidden?"]
     several = engine.infer(*pair(records[0]), asked)
@@ -255,6 +257,7 @@ def test_bad_input_is_named(engine, inputs, message):
         engine.infer(image, bbox_orig=(1, 2))
 
 
+@pytest.mark.slow
 def test_runs_that_lack_a_part(dataset, records, tmp_path):
     mute = HTFAInference(write_run(tmp_path / "mute", dataset, loss__text_weight=0.0))
     result = mute.infer(*pair(records[0]))
@@ -277,6 +280,7 @@ def test_too_long_a_conversation_is_refused(dataset, records, tmp_path):
     assert engine.infer(*pair(records[0])).error is None
 
 
+@pytest.mark.slow
 def test_another_type_and_device(run_folder, records):
     half = HTFAInference(run_folder, dtype="bfloat16", device="cpu")
     assert half.params["decoder.head.kernel"].dtype == "bfloat16"
@@ -285,6 +289,7 @@ def test_another_type_and_device(run_folder, records):
         HTFAInference(run_folder / "nothing")
 
 
+@pytest.mark.slow
 def test_int8_weights_are_close_to_their_own(run_folder, engine, records):
     """Rounded to the nearest of 255 steps per row; the embedding and other parts as they are."""
     small = HTFAInference(run_folder, quantize="int8")

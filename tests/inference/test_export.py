@@ -100,6 +100,7 @@ def expected(ask, run):
     return ask(run)
 
 
+@pytest.mark.slow
 def test_float32_gives_the_results_of_the_run_exactly(ask, expected, run, tmp_path):
     found = ask(export_run(run, tmp_path / "whole", dtype="float32"))
     for a, b in zip(found, expected, strict=True):
@@ -108,6 +109,7 @@ def test_float32_gives_the_results_of_the_run_exactly(ask, expected, run, tmp_pa
     assert len({b.answer for b in expected}) > 1
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_them_within_rounding(ask, expected, exported):
     away, likely = [], []
     for a, b in zip(ask(exported), expected, strict=True):
@@ -234,6 +236,7 @@ def test_metrics_of_another_step_are_left_out(run, tmp_path, caplog):
     assert "Not stated" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_export_is_read_without_orbax(exported):
     program = (
         "import sys; from htfa_jax import HTFAInference;"

@@ -65,6 +65,7 @@ def prefix_length(config):
     return config.patch_grid**2 + config.code_grid**2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["training", "decoding"])
 def test_greedy_equals_the_whole_sequence_computed_anew(model, decode, layout):
     """Every token is the most probable of an uncached pass over all before it, and so probable."""
@@ -93,6 +94,7 @@ def test_greedy_equals_the_whole_sequence_computed_anew(model, decode, layout):
         np.testing.assert_allclose(probability[row, :NEW], expected, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_row_alone_says_the_same(decode, temperature):
     """Whatever stands beside it and behind it, when words are drawn too."""
@@ -107,6 +109,7 @@ def test_a_row_alone_says_the_same(decode, temperature):
         assert not np.array_equal(run([0, 1, 2], other)[0].tokens_BT, together)
 
 
+@pytest.mark.slow
 def test_a_row_that_stops_leaves_the_others_alone(model, decode):
     _, prompts, run = decode
     said = np.asarray(run([0, 1, 2])[0].tokens_BT)[:, :NEW]
@@ -128,6 +131,7 @@ def test_a_row_that_stops_leaves_the_others_alone(model, decode):
     np.testing.assert_array_equal(tokens[others, :NEW], said[others])
 
 
+@pytest.mark.slow
 def test_all_rows_stopped_ends_the_loop(decode):
     _, _, run = decode
     said = np.asarray(run([0, 1, 2])[0].tokens_BT)
@@ -135,6 +139,7 @@ def test_all_rows_stopped_ends_the_loop(decode):
     assert int(state.step) == 1 and state.done_B.all()
 
 
+@pytest.mark.slow
 def test_codes_are_those_of_training(model, decode):
     """The same logits as in the joint pass, and the image of the expected codes."""
     config, structure, weights = model
@@ -185,6 +190,7 @@ def test_one_pass_takes_the_expected_codes_or_draws_them(model, decode):
     np.testing.assert_allclose(share, expected, atol=0.05)
 
 
+@pytest.mark.slow
 def test_refinement_steps_keep_the_most_confident_cells(model, decode):
     """Two passes, computed anew without a cache."""
     config, structure, weights = model
@@ -208,6 +214,7 @@ def test_refinement_steps_keep_the_most_confident_cells(model, decode):
     assert kept.any() and np.abs(second - first)[~kept].max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("platform", "rows"), [("cpu", 2), ("gpu", 1)])
 def test_256_tokens_are_those_of_transformers(platform, rows, monkeypatch):
     """By matmuls, and by the sums that a GPU has in their place."""

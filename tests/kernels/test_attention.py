@@ -295,6 +295,7 @@ for B, local in ((4, (1, 256, 2, 24)), (6, (3, 256, 2, 24))):
 """
 
 
+@pytest.mark.slow
 def test_every_device_of_a_mesh_has_its_own_samples_and_heads():
     """In a scan with rematerialisation; 6 samples divide by one axis of two only."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

@@ -71,6 +71,7 @@ def test_no_target_reaches_any_input(model):
     assert not np.array_equal(codes, other_codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -102,6 +103,7 @@ def test_gradient_reaches_every_trainable_leaf_and_no_other(changes):
     assert "vq" not in parts
 
 
+@pytest.mark.slow
 def test_alpha_learns_through_the_vq_and_through_siglip():
     """Each encoder alone, though frozen, carries gradients to alpha."""
     config = tiny(level2__values="fused")
@@ -126,6 +128,7 @@ def test_alpha_learns_through_the_vq_and_through_siglip():
         assert np.mean(np.asarray(grad) != 0) > 0.9
 
 
+@pytest.mark.slow
 def test_a_frozen_siglip_stores_nothing_for_the_unfused_images():
     """The passes without gradients leave no residuals."""
     batch = random_batch(tiny())
@@ -148,6 +151,7 @@ def test_a_frozen_siglip_stores_nothing_for_the_unfused_images():
     assert temporary_bytes(True) < 0.6 * temporary_bytes(False)
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_its_samples_give(model):
     config, structure, weights = model
     batch = random_batch(config, size=2)
@@ -159,6 +163,7 @@ def test_a_batch_gives_what_its_samples_give(model):
             np.testing.assert_allclose(a[0], b[i], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_behind_the_text_changes_nothing(model):
     config, structure, weights = model
     batch = random_batch(config, size=1)
@@ -204,6 +209,7 @@ def test_the_reconstructions_features_stand_behind_those_of_level_2(model):
     np.testing.assert_allclose(both[..., D:], jax.jit(features)(batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_object_masks_are_seen_only_if_asked_for():
     batch = random_batch(tiny())
     other = dataclasses.replace(batch, object_mask=~batch.object_mask)
@@ -274,6 +280,7 @@ def test_what_is_off_does_not_exist(changes, absent, tokens):
     assert ("code_loss" in metrics) == (config.loss.code_weight > 0)
 
 
+@pytest.mark.slow
 def test_a_record_that_was_skipped_changes_nothing(model):
     config, structure, weights = model
     loss = jax.jit(jax.value_and_grad(loss_of(config, structure), has_aux=True))

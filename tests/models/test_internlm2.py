@@ -67,6 +67,7 @@ def positions(batch, length, start=0):
     return jnp.broadcast_to(jnp.arange(start, start + length)[None], (batch, length))
 
 
+@pytest.mark.slow
 def test_every_layer_agrees_with_transformers_on_a_long_prompt(pair):
     """Rotary positions are the identity at 0: a wrong rotation shows far from it."""
     structure, weights, theirs = pair
@@ -93,6 +94,7 @@ def test_every_layer_agrees_with_transformers_on_a_long_prompt(pair):
     assert np.all(logits[..., CONFIG.vocab_size :] == -np.inf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [InternLM2, DecodingInternLM2])
 def test_attention_weights_are_those_of_transformers(pair, form):
     """Of tokens that follow others in a cache, in both forms of the decoder."""

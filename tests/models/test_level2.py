@@ -44,6 +44,7 @@ def aligned(features, images_orig, images_recon):
     return registration.resample_tokens(features, affine, (size, size), offset=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["affine", "affine_mask", "no_affine"])
 def test_agrees_with_reference_vectors(case):
     structure, _ = taken_apart(attention())

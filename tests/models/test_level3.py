@@ -25,6 +25,7 @@ def decoupling(config, codebook_size, *, code_dim=3, decoder_dim=10):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case,config",
     [

@@ -68,6 +68,7 @@ def images(seed=0, batch=3):
     return np.random.default_rng(seed).uniform(-1, 1, (batch, SIZE, SIZE, 3)).astype("f")
 
 
+@pytest.mark.slow
 def test_agrees_with_transformers(pair):
     structure, weights, theirs = pair
     image, module = images(), structure.merge(weights)
@@ -90,6 +91,7 @@ def test_agrees_with_transformers(pair):
     )
 
 
+@pytest.mark.slow
 def test_quantisation_agrees_with_reference_vectors():
     """Euclidean distance, and the straight-through gradient."""
     g = golden("vq")
@@ -121,6 +123,7 @@ def test_middle_attention_only_has_none_in_the_levels():
     assert [p for p in structure.shapes if "middle.attention" in p]
 
 
+@pytest.mark.slow
 def test_a_stem_keeps_sizes_and_is_undone():
     image = images()
     np.testing.assert_array_equal(depth_to_space(space_to_depth(image, 4), 4), image)

@@ -64,6 +64,7 @@ def run_installed(installed, cwd, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     expected = {}
     for package in ("htfa_jax", "weights_convert"):
@@ -78,6 +79,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel):
     assert "htfa_jax/py.typed" in found and "weights_convert/py.typed" in found
 
 
+@pytest.mark.slow
 def test_sources_and_repository_make_the_same_wheel(wheel, tmp_path):
     build(tmp_path, "--wheel")
     (other,) = tmp_path.glob("*.whl")

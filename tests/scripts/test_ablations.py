@@ -99,6 +99,7 @@ def test_wrong_reconstructions():
     assert moved[1]["bbox_recon"] == [5, 13, 8, 6] and RAW[1]["bbox_recon"][0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fusion", ["original", "reconstruction", "tokens"])
 def test_a_baseline_has_no_levels_and_sees_its_images_only(fusion):
     config = tiny(fusion=fusion)

@@ -67,6 +67,7 @@ def dies(pipe):
     sys.exit(7)
 
 
+@pytest.mark.slow
 def test_a_side_that_dies_is_an_error_with_its_exit_code():
     with pytest.raises(TrainingError, match="the torch side ended with exit code 7"):
         benchmark.Side("torch", dies)
@@ -85,6 +86,7 @@ def test_ours_needs_neither_pytorch_nor_the_data_pipeline():
     assert done.stdout == "set()\n", done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_peak_can_be_started_again():
     before = sides.peak_resident()
     block = np.ones(2**25)

@@ -24,6 +24,7 @@ def test_every_reader_is_fed(targets):
     assert targets.all.keys() == INPUTS.keys() and sum(INPUTS.values()) == 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INPUTS)
 def test_made_up_input_is_read_or_refused(targets, name):
     feed(targets, name, INPUTS[name])

@@ -77,6 +77,7 @@ def test_which_pairs_fit():
     )
 
 
+@pytest.mark.slow
 def test_both_towers_are_those_of_transformers(config, tmp_path):
     from transformers import SiglipModel
 
@@ -115,6 +116,7 @@ def test_the_loss_is_that_of_transformers():
     assert ours == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_that_of_transformers(config, tmp_path):
     from transformers import JanusVQVAE
 
@@ -138,8 +140,8 @@ def test_the_tokenizer_is_that_of_transformers(config, tmp_path):
     expected = pixels.reshape(2, 112, 112, 3)
     np.testing.assert_allclose(ours.decode(codes_BM), expected, atol=2e-4, rtol=1e-4)
     source = Source(str(tmp_path / "vq"))
-    layout = vq.layout(source)
-    assert layout.sizes == config.vq
-    back = dict(convert(layout.shapes, {k: source.read(k) for k in source.keys}, layout.rules, {}))
+    spec = vq.conversion_spec(source)
+    assert spec.sizes == config.vq
+    back = dict(convert(spec.shapes, {k: source.read(k) for k in source.keys}, spec.rules, {}))
     for path, value in params.items():
         np.testing.assert_array_equal(np.asarray(back[path], np.float32), value)

@@ -66,6 +66,7 @@ def arrays(batch):
     return {name: value for name, value in vars(batch).items() if value is not None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [FROZEN, FEATURES | FROZEN, WHOLE], ids=["pixels", "features", "whole"]
 )
@@ -87,6 +88,7 @@ def test_loss_and_gradients_agree(changes):
         )
 
 
+@pytest.mark.slow
 def test_a_step_moves_the_weights_alike():
     config = tiny(
         **FROZEN,
@@ -109,6 +111,7 @@ def test_a_step_moves_the_weights_alike():
         assert twin.trained[name].grad is None
 
 
+@pytest.mark.slow
 def test_bfloat16_and_rematerialisation_stay_near():
     loss, raw = {}, {}
     for dtype, remat in (("float32", "none"), ("float32", "full"), ("bfloat16", "full")):

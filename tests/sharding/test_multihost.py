@@ -24,8 +24,6 @@ def start(workdir, config, devices, *options):
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        # Processes of several devices compile many small programs, each the same ones.
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "-m", "htfa_jax.train", "--config", str(config)]
@@ -90,6 +88,7 @@ def config(dataset, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_take_turns_with_it(config, tmp_path):
     finish(start(tmp_path / "one", config, 8))
     first, second = pair(tmp_path / "two", config)

@@ -25,27 +25,23 @@ from htfa_jax.training.optim import frozen_pattern
 FOLDER = Path(__file__).parents[1]
 
 
-def run(compiled, *cases):
+def run(*cases):
     """What `sharded_steps.py` finds, by case."""
-    env = {**os.environ, "PYTHONPATH": f"{FOLDER}:{FOLDER.parent}", "COMPILED": str(compiled)}
+    env = {**os.environ, "PYTHONPATH": f"{FOLDER}:{FOLDER.parent}"}
     command = [sys.executable, str(FOLDER / "sharded_steps.py"), *cases]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
 # The other cases of `sharded_steps.py` are those that a checkpoint takes a run through.
 CASES = ["replicated", "zero2 data", "fsdp"]
 
 
-def test_every_mode_and_mesh_trains_as_one_device_does(compiled):
+@pytest.mark.slow
+def test_every_mode_and_mesh_trains_as_one_device_does():
     """Losses and gradient norms of 5 steps, float32; only the order of sums differs."""
-    found = run(compiled, "one", *CASES, "restored")
+    found = run("one", *CASES, "restored")
     expected = np.array(found["one"])
     assert np.ptp(expected[:, 0]) > 0.1  # something is learned
     for case in CASES:
@@ -55,9 +51,10 @@ def test_every_mode_and_mesh_trains_as_one_device_does(compiled):
         np.testing.assert_allclose(after["steps"], expected, rtol=2e-5, err_msg=case)
 
 
-def test_8_bit_moments_lie_as_their_parameters_and_are_the_same_on_every_mesh(compiled):
+@pytest.mark.slow
+def test_8_bit_moments_lie_as_their_parameters_and_are_the_same_on_every_mesh():
     """Random bits are; a sum in another order may make a value round otherwise."""
-    found = run(compiled, "codes")["codes"]
+    found = run("codes")["codes"]
     assert found["differ"] < 1e-4
     for path, (param, mu, nu, *scales) in found["parts"].items():
         assert mu == nu == param, path
@@ -65,9 +62,9 @@ def test_8_bit_moments_lie_as_their_parameters_and_are_the_same_on_every_mesh(co
 
 
 @pytest.mark.slow
-def test_8_bit_moments_train_as_on_one_device(compiled):
+def test_8_bit_moments_train_as_on_one_device():
     """First on 8 devices, then through a checkpoint on one."""
-    found = run(compiled, "8 bits")["8 bits"]
+    found = run("8 bits")["8 bits"]
     expected = np.array(found["one"])
     assert np.ptp(expected[:, 0]) > 0.1
     after = found["restored"]["one"]
@@ -75,8 +72,9 @@ def test_8_bit_moments_train_as_on_one_device(compiled):
     np.testing.assert_allclose(after["steps"], expected, rtol=1e-4)
 
 
-def test_memory_falls_as_the_modes_promise(compiled):
-    found = run(compiled, "memory")["memory"]
+@pytest.mark.slow
+def test_memory_falls_as_the_modes_promise():
+    found = run("memory")["memory"]
     whole = found["replicated"]
     for mode in ("zero2", "fsdp"):
         for kind in ("trained weights", "optimizer state"):

@@ -148,6 +148,7 @@ def second_moments(before, after, steps=150, b2=0.99):
     return np.asarray(dequantize(state.nu["kernel"], state.nu_scale["kernel"]))[:, 1:]
 
 
+@pytest.mark.slow
 def test_the_second_moment_follows_the_gradient(monkeypatch):
     """A hundredth of the difference each step, in steps of an eighth: to nearest, it stays."""
     old, new, steps = 0.3, 0.5, 150

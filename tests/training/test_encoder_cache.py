@@ -54,6 +54,7 @@ def opened(config):
     return kept, records, model, params
 
 
+@pytest.mark.slow
 def test_losses_are_those_without_a_cache(config, tmp_path):
     """Reconstructions that are dropped or missing included."""
     config = override(config, {"level2.alignment": "features"})

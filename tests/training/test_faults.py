@@ -76,6 +76,7 @@ def stopped(runs, config, expected, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_ten_kills_change_nothing(runs, config, calm, tmp_path):
     counts = survive(runs, config, tmp_path / "run", *calm, kills=10)
     assert counts["saving"] and counts["anywhere"] and counts["unfinished"], counts
@@ -88,12 +89,14 @@ def test_fifty_kills_change_nothing(runs, config, calm, tmp_path):
     assert counts["saving"] > 9 and counts["anywhere"] > 9 and counts["unfinished"] > 9, counts
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_a_day_earlier(runs, config, expected, stopped, tmp_path):
     workdir = shutil.copytree(stopped, tmp_path / "a")
     runs.finish(config, workdir, prepare=functools.partial(clock_ahead, -86400.0))
     assert differences(expected, outcome(workdir)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,environment,umask",
     [
@@ -118,6 +121,7 @@ def test_a_stopped_run_goes_on_anywhere(
     assert differences(expected, outcome(workdir)) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_a_save_ends_the_run_and_loses_nothing(
     runs, config, expected, stopped, tmp_path
 ):

@@ -129,6 +129,7 @@ def poison(monkeypatch, at):
     monkeypatch.setattr(train_module, "training_batches", poisoned)
 
 
+@pytest.mark.slow
 def test_a_run_stops_before_the_update_and_one_command_shows_it_again(
     config, tmp_path, monkeypatch, capsys
 ):
@@ -152,6 +153,7 @@ def test_a_run_stops_before_the_update_and_one_command_shows_it_again(
         np.testing.assert_array_equal(results[0][path], value, err_msg=path)
 
 
+@pytest.mark.slow
 def test_the_step_that_was_under_way_is_not_applied_either(config):
     structure, layout = build_model(config), Layout(config)
     batch = split_for_accumulation(random_batch(config, size=2, length=70), 1)
@@ -183,6 +185,7 @@ def test_the_step_that_was_under_way_is_not_applied_either(config):
     jax.tree.map(np.testing.assert_array_equal, got[0], expected[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_skips_goes_on(config, tmp_path, monkeypatch):
     poison(monkeypatch, [2, 3])
     skips = {"train.on_nonfinite": "skip", "train.max_skipped": 2}

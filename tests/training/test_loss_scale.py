@@ -71,6 +71,7 @@ def with_scale(state, scale):
     return state | {"loss_scale": {"scale": jnp.float32(scale), "steps": jnp.int32(5)}}
 
 
+@pytest.mark.slow
 def test_a_scaled_loss_gives_the_step_of_the_loss_itself(scaled):
     step, state, frozen, batch = scaled
     expected, expected_metrics = step(state, frozen, batch)

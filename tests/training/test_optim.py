@@ -92,6 +92,7 @@ def test_adafactor_moves_and_keeps_small_moments():
     assert np.all(np.asarray(updates["kernel"]) < 0)
 
 
+@pytest.mark.slow
 def test_weight_decay_leaves_out_what_it_should():
     """Alpha, embeddings, norms and biases keep their size; every matrix decays."""
     config = tiny(optim__weight_decay=0.5, optim__clip_norm=1.0)

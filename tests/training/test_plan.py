@@ -104,6 +104,7 @@ def test_a_training_step_counts_what_learns_three_times():
     assert "vq" not in flops.training_step(single, 64)
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_does_nothing(dataset, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = tiny(

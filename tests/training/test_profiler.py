@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 from htfa_jax.training.loop import recorded
 
 
+@pytest.mark.slow
 def test_the_steps_after_the_first_two_are_recorded(tmp_path):
     def distinctive_step(x):
         return jnp.sin(x) @ x

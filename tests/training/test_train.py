@@ -53,6 +53,7 @@ def steady():
     return config, *steps_of(config)
 
 
+@pytest.mark.slow
 def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones(steady):
     config, before, frozen, step = steady
     after, metrics = step(before, frozen, split_for_accumulation(random_batch(config, size=2), 1))
@@ -64,6 +65,7 @@ def test_a_step_moves_every_trainable_leaf_and_keeps_nothing_for_frozen_ones(ste
     assert len(moments) == 2 * len(after["params"])
 
 
+@pytest.mark.slow
 def test_accumulated_steps_are_the_step_of_the_whole_batch():
     """Although the accumulation steps hold different numbers of words and of cells."""
     whole = tiny(
@@ -89,6 +91,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
         np.testing.assert_allclose(got["params"][path], value, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
 def test_a_step_that_is_not_finite_changes_nothing(steady, platform, monkeypatch):
     """And one that is gives the same update in the form for GPUs."""
@@ -114,6 +117,7 @@ def test_a_step_that_is_not_finite_changes_nothing(steady, platform, monkeypatch
         assert_equal(after[name], before[name])
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_one_batch(steady):
     config, state, frozen, step = steady
     batch, losses = split_for_accumulation(random_batch(config, size=2), 1), []
@@ -194,6 +198,7 @@ def interrupt(monkeypatch, at, how):
     monkeypatch.setattr(train_module, "training_batches", interrupted)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, undisturbed, tmp_path, monkeypatch):
     """SIGTERM in the middle saves and ends without an error; a crash loses what was not saved."""
     stopped = tmp_path / "a"
@@ -224,6 +229,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(config, undisturbed, tmp_p
     assert "failed" in (stopped / "logs/train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     config, tmp_path, monkeypatch
 ):
@@ -243,6 +249,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_records(
     assert step == 2 and all(np.all(np.isfinite(v)) for v in params.values())
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, undisturbed, tmp_path):
     expected, _, _ = final(config, undisturbed)
     # A learning rate of nothing shows what the second run started from.
@@ -262,6 +269,7 @@ def test_fine_tuning_starts_at_step_0_with_the_weights_of_a_run(config, undistur
         np.testing.assert_array_equal(params[path], value, err_msg=path)
 
 
+@pytest.mark.slow
 def test_weights_of_another_model_are_refused_with_both_sides(begun, tmp_path):
     config, workdir = begun
     wider = override(
@@ -276,6 +284,7 @@ def test_weights_of_another_model_are_refused_with_both_sides(begun, tmp_path):
     load_run(workdir, lambda c: build_model(c).shapes)  # the refusal has left it whole
 
 
+@pytest.mark.slow
 def test_a_changed_configuration_is_said_and_written(begun):
     config, workdir = begun
     train(override(config, {"train.max_steps": 2}), workdir)
@@ -302,6 +311,7 @@ def test_a_workdir_of_another_version_is_resumed_or_refused_with_the_field(begun
         train(config, workdir)
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(begun, tmp_path):
     config, workdir = begun
     (workdir / "checkpoints/1").rename(tmp_path / "gone")
@@ -310,6 +320,7 @@ def test_a_run_without_checkpoints_says_that_it_starts_at_step_0(begun, tmp_path
     assert "holds no complete checkpoint yet: starting at step 0" in log
 
 
+@pytest.mark.slow
 def test_random_components_are_announced(begun, tmp_path):
     config, workdir = begun
     log = (workdir / "logs/train.log").read_text()
@@ -373,6 +384,7 @@ def test_a_trained_vq_encoder_is_kept_when_all_weights_are_given():
         np.testing.assert_array_equal(trainable[path], weights[path], err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_code_head_that_is_not_loaded_starts_from_the_codes():
     config = tiny()
     structure = build_model(config)
@@ -405,6 +417,7 @@ def test_what_a_runs_weights_decide_cannot_change_under_way(begun):
     assert load_config(workdir).freeze.level2 is False
 
 
+@pytest.mark.slow
 def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config, tmp_path):
     config = override(config, TEXT_ONLY | {"train.max_steps": 1})
     for name in ("validation", "test"):
@@ -418,6 +431,7 @@ def test_mistakes_are_missed_before_training_and_what_was_learned_is_kept(config
         assert checkpoints.latest_step() == 1
 
 
+@pytest.mark.slow
 def test_fine_tuning_on_other_words_keeps_the_tokenizer(begun, tmp_path, dataset):
     config, workdir = begun
     other = tmp_path / "other.jsonl"
@@ -438,6 +452,7 @@ def test_fine_tuning_on_other_words_keeps_the_tokenizer(begun, tmp_path, dataset
     assert files[0].read_text() == files[1].read_text()
 
 
+@pytest.mark.slow
 def test_broken_records_are_skipped_by_the_tokenizer_too(config, tmp_path, dataset):
     lines = dataset.read_text().splitlines()
     lines[3] = "{broken"

@@ -28,6 +28,7 @@ def tokenizer():
     return config, model, random_weights(model)
 
 
+@pytest.mark.slow
 def test_losses_and_where_their_gradients_go(tokenizer):
     """Reconstruction passes straight through to the encoder and leaves the codebook alone."""
     config, model, params = tokenizer
@@ -93,6 +94,7 @@ def test_unused_codes_move_onto_codes_of_the_batch():
     assert any(np.array_equal(new[3], seed) for seed in z[0])
 
 
+@pytest.mark.slow
 def test_a_step_revives_and_counts():
     config = tiny(vq_train__revive_after=2, vq__codebook_size=300)
     model = build_vq(config)
@@ -143,6 +145,7 @@ def test_images_are_those_of_the_record_and_blends_between_them():
     assert kinds == {(row, k) for row in range(3) for k in three} | {(1, "target"), (2, "target")}
 
 
+@pytest.mark.slow
 def test_the_stage_goes_on_where_it_was_and_gives_the_same_weights(dataset, tmp_path, monkeypatch):
     config = tiny(
         data__train=str(dataset), data__validation=str(dataset), vq_train__num_steps=4,
@@ -222,6 +225,7 @@ def test_a_stage_that_was_stopped_leaves_the_tokenizer_to_the_next_run(
     assert vq_stage.cached_vq(config, tmp_path / "b") == vq_stage.cached_folder(config)
 
 
+@pytest.mark.slow
 def test_the_perceptual_loss_is_the_error_of_features(tokenizer, tmp_path):
     config, model, params = tokenizer
     siglip = build_model(config)

@@ -16,6 +16,7 @@ def stand_still(seconds):
     time.sleep(seconds)
 
 
+@pytest.mark.slow
 def test_stacks_are_printed_without_a_step_and_not_with_them(tmp_path):
     path = tmp_path / "stacks"
     with path.open("w") as file:

@@ -206,6 +206,7 @@ def test_the_stand_in_has_the_names_of_the_original():
     assert set(Original(encoders=False, decoder_layers=1).state_dict()) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales,norm", [(1, True), (3, False)])
 def test_three_levels_compute_what_the_original_does(tmp_path, scales, norm):
     model = Original(scales, norm)
@@ -377,6 +378,7 @@ def test_names_what_does_not_fit(tmp_path, break_it, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", [1, 3])
 def test_verify_runs_the_original_beside_ours(tmp_path, scales):
     source, plan = plan_of(tmp_path, checkpoint(Original(scales)))

@@ -307,6 +307,7 @@ def chameleon_options(sizes=SIZES):
     }
 
 
+@pytest.mark.slow
 def test_janus_and_llamagen_agree_with_the_published_architecture(janus, tmp_path):
     tensors = {f"gen_vision_model.{k}": v for k, v in janus.state_dict().items()}
     others = {
@@ -351,6 +352,7 @@ def test_transformers_janus_alone_and_inside(tmp_path):
         np.testing.assert_array_equal(array, expected[path], path)
 
 
+@pytest.mark.slow
 def test_taming_agrees_with_the_published_architecture(taming, vqgan, tmp_path):
     spec = vq.conversion_spec(vqgan)
     assert spec.sizes == CHAMELEON
@@ -562,6 +564,7 @@ def test_refuses_decoders_that_do_not_belong():
             vq.conversion_spec(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("naming", ["taming", "janus", "transformers"])
 def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
     """Of fewer levels; those of the published ones are compared above."""
@@ -583,6 +586,7 @@ def test_verify_runs_the_checkpoint_beside_ours(naming, tmp_path):
         verify(tmp_path / "vq", source)
 
 
+@pytest.mark.slow
 def test_verify_takes_both_checkpoints_of_a_merged_one(taming, vqgan, tmp_path):
     source = saved(tmp_path / "model.pt", chameleon_vqvae(taming).state_dict())
     write_folder(vq.Merged(source, vqgan), vq.conversion_spec(source, vqgan), tmp_path / "vq")

@@ -162,6 +162,7 @@ def test_siglip_with_its_text_tower(tmp_path, capsys):
     assert arrays["position_embed"].shape == (64, 48)
 
 
+@pytest.mark.slow
 def test_siglip_inside_janus(vision, tmp_path, capsys):
     """timm's names and no sizes in the configuration; other parts beside it are left alone."""
     tensors = to_timm(tensors_of(vision))
@@ -185,6 +186,7 @@ def test_siglip_inside_janus(vision, tmp_path, capsys):
         np.testing.assert_array_equal(ours[path], value, err_msg=path)
 
 
+@pytest.mark.slow
 def test_llama_names_through_shards(llama, tmp_path, capsys):
     run("internlm2", llama, tmp_path / "out")
     run("verify", tmp_path / "out", "--source", llama)
@@ -320,6 +322,7 @@ def test_failed_conversions_leave_nothing(vision, tmp_path, monkeypatch):
         attempt(tensors, "out cannot be written: .*No space left")
 
 
+@pytest.mark.slow
 def test_safetensors_convert_without_torch(vision, tmp_path):
     program = f"""
 import sys
@@ -407,6 +410,7 @@ def check_shapes(model, expected, rules, ignored):
     assert plan(expected, ShapesOnly(found), rules, ignored)
 
 
+@pytest.mark.slow
 def test_training_takes_sizes_from_the_folders_and_goes_back_bit_for_bit(llama, vision, tmp_path):
     """Convert, train a step, write the run for PyTorch, convert that: the same weights."""
     run("siglip", vision, tmp_path / "siglip", "--image_size", 48)
