@@ -40,12 +40,21 @@ class Gate:
       app: what stands behind it.
       serving: whose queue and limits these are.
       hosts: names that this server is called by, `*.example.org` for all below; None allows all.
+      public: of these, the names behind which there is no other server. A proxy may change Host
+        or leave out its port, so pages of these names may use this server whatever Host says.
 
     Raises ConfigError for a name that cannot be.
     """
 
-    def __init__(self, app: ASGIApp, serving: Serving, hosts: frozenset[str] | None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        serving: Serving,
+        hosts: frozenset[str] | None,
+        public: frozenset[str] = frozenset(),
+    ):
         self.serving = serving
+        self.public = public
         # Requests to the API that are not answered yet, by address.
         self.answering: collections.Counter[str] = collections.Counter()
         self.app = RequestBodyLimitMiddleware(app, serving.limits.upload_mb * 10**6 + FIELDS_BYTES)
@@ -81,8 +90,12 @@ class Gate:
         if HOST_IS_OURS not in scope:
             return problem(f"this server is not called {host!r}: --hosts tells it its names", 400)
         origin = headers.get("origin")
-        if origin is not None and _place(origin) != host.lower():
-            return problem(f"pages of {origin} may not use this server", 403)
+        if origin is not None and not self._is_ours(origin, host):
+            return problem(
+                f"pages of {origin} may not use this server, which is {host} here. If that is its "
+                "own page, a proxy changed its name: start it with --hosts NAME",
+                403,
+            )
         # Of an image or a link in such a page browsers say no origin.
         if headers.get("sec-fetch-site") == "cross-site" and scope["path"].startswith(INSIDE):
             return problem("pages of other sites may not use this server", 403)
@@ -92,6 +105,16 @@ class Gate:
             except Busy as busy:
                 return busy_problem(busy)
         return None
+
+    def _is_ours(self, origin: str, host: str) -> bool:
+        """Whether a page of this server made the request, as far as a browser says."""
+        if _place(origin) == host.lower():
+            return True
+        name = _place(origin).rsplit(":", 1)[0]
+        return any(
+            name == public.lower() or (public[:2] == "*." and name.endswith(public[1:].lower()))
+            for public in self.public
+        )
 
     def _check_room(self, client: str) -> None:
         """Raises Busy if the queue is full, or if more is being read than it will hold."""

@@ -60,9 +60,15 @@ class DemoArgs:
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 lets other machines in
     port: int = 7860
     hosts: tuple[str, ...] = ()  # names the server is called by, besides those of this machine
+    root_path: str = ""  # under which a proxy offers it, as /htfa for https://example.org/htfa
     proxies: tuple[str, ...] = ()  # addresses of proxies before it whose X-Forwarded-For counts
     share: bool = False  # a public address through Gradio's servers, for 72 hours
     limits: Limits = Limits()
     device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
     quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
     revision: str | None = None  # of a hub repository: branch, tag or commit
+
+    def __post_init__(self) -> None:
+        path = self.root_path
+        if path and (path[0] != "/" or path[-1] == "/" or path.strip() != path or "//" in path):
+            raise ConfigError(f"--root_path {path!r}: expected a path such as /htfa")

@@ -46,7 +46,12 @@ GRACE = 5  # seconds that running requests have when the server is stopped
 
 
 def application(
-    serving: Serving, model: str, private: Path, hosts: frozenset[str] | None
+    serving: Serving,
+    model: str,
+    private: Path,
+    hosts: frozenset[str] | None,
+    public: frozenset[str] = frozenset(),
+    root_path: str = "",
 ) -> FastAPI:
     """Page and API behind the gate.
 
@@ -55,6 +60,8 @@ def application(
       model: what the model is called.
       private: folder for what belongs to visitors of the page.
       hosts: names that the server is called by; None allows all.
+      public: of these, the names of a proxy before it.
+      root_path: the path under which a proxy offers it.
 
     Raises ConfigError for a name that cannot be.
     """
@@ -95,6 +102,7 @@ def application(
         max_file_size=serving.limits.upload_mb * 10**6,
         show_error=True,
         ssr_mode=False,
+        root_path=root_path or None,
         theme=THEME,
         css=css(),
         # The page shows copies of them; nobody may name them.
@@ -102,7 +110,7 @@ def application(
     )
     (mount,) = (route for route in app.routes if isinstance(route, Mount))
     mount.app = Guard(mount.app, page, sessions, files)
-    app.add_middleware(Gate, serving=serving, hosts=hosts)
+    app.add_middleware(Gate, serving=serving, hosts=hosts, public=public)
     return app
 
 
@@ -131,23 +139,29 @@ def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> N
             hosts.add(public.removeprefix("https://"))
             log.info("for everybody who knows it: %s", public)
         known = None if args.host in EVERYWHERE and not args.hosts else frozenset(hosts)
-        app = application(serving, model, private, known)
-        server = uvicorn.Server(
-            uvicorn.Config(
-                app,
-                http=connections(args.limits, bool(args.proxies)),
-                ws="none",
-                # Who may say for whom a request comes; by itself uvicorn believes this machine.
-                proxy_headers=bool(args.proxies),
-                forwarded_allow_ips=list(args.proxies),
-                server_header=False,
-                log_level="warning",
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
+        public_names = frozenset(args.hosts)
+        app = application(serving, model, private, known, public_names, args.root_path)
+        server = http_server(app, args)
         name = f"[{args.host}]" if ":" in args.host else args.host
         log.info("open http://%s:%d  (Ctrl-C stops it)", name, port)
         server.run(sockets=[listener])
+
+
+def http_server(app: FastAPI, args: DemoArgs) -> uvicorn.Server:
+    """What speaks HTTP for an application; it runs on a socket that it is given."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=connections(args.limits, bool(args.proxies)),
+            ws="none",
+            # Who may say for whom a request comes; by itself uvicorn believes this machine.
+            proxy_headers=bool(args.proxies),
+            forwarded_allow_ips=list(args.proxies),
+            server_header=False,
+            log_level="warning",
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
