@@ -19,6 +19,7 @@ from htfa_jax.checkpoints.runs import make_workdir, run_config
 from htfa_jax.common.cli import use_compilation_cache
 from htfa_jax.config import Config, leaves, load_config, override
 from htfa_jax.config.io import save_config, to_dict
+from htfa_jax.data.held_objects import contact_sheet
 from htfa_jax.data.sources import array_records
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_split
@@ -292,6 +293,25 @@ def test_a_report_shows_images_of_its_folder_alone(tmp_path, absolute):
         with pytest.raises(DataError, match="predictions.jsonl, id a: "):
             write_report(folder, "title")
     assert not (folder / "report.html").exists()
+
+
+def test_a_contact_sheet_shows_images_of_its_folder_alone(dataset, tmp_path):
+    good = json.loads(dataset.read_text().splitlines()[0])
+    good["meta"] |= {"color": "red", "category": "cup"}
+    folder = shutil.copytree(dataset.parent, tmp_path / "set")
+    path = folder / "sheet.jsonl"
+    path.write_text(json.dumps(good))
+    assert contact_sheet(path, tmp_path / "sheet.png").is_file()
+    for change, said in (
+        ({"image_recon": str(dataset.parent / "recon0.png")}, "is an absolute path"),
+        ({"object_mask": "../mask.png"}, "leads out of"),
+        ({"image_target": None}, "image_target is missing"),
+        ({"bbox_orig": None}, "bbox_orig or bbox_recon is missing"),
+        ({"meta": {}}, "meta.occlusion is missing"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(DataError, match=f"sheet.jsonl, record 0.*{said}"):
+            contact_sheet(path, tmp_path / "sheet.png")
 
 
 def test_an_evaluation_is_written_into_the_run_alone(run_folder, tmp_path, monkeypatch, capsys):
