@@ -17,10 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from htfa_jax.checkpoints.hub import is_repository
-from htfa_jax.checkpoints.runs import find_run, run_config
+from htfa_jax.checkpoints.runs import find_run, run_config, written_config
 from htfa_jax.common.cli import command, use_compilation_cache
 from htfa_jax.common.names import inside
-from htfa_jax.config import load_config
 from htfa_jax.config.io import ConfigFlags, parse_args
 from htfa_jax.data.records import Split
 from htfa_jax.errors import CheckpointError, ConfigError
@@ -64,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def missing_data(checkpoint: Path, split: Split) -> ConfigError:
     """The error of a split that no flag names; it tells what the run was made with."""
-    data = load_config(find_run(checkpoint)[0]).data
+    data = written_config(find_run(checkpoint)[0]).data
     source, more = getattr(data, split), ""
     if split == "train" and data.sources:
         source = ", ".join(name for name, _ in data.sources)

@@ -59,7 +59,13 @@ def refuse_links(run: Path) -> None:
 
 def run_config(folder: Path) -> Config:
     """The configuration in a run's folder, without the places that it names (see `places`)."""
-    return without_places(load_config(folder))
+    return without_places(written_config(folder))
+
+
+def written_config(folder: Path) -> Config:
+    """The configuration as the run wrote it, to tell what it was made from."""
+    # The file itself: a folder may be called like something else that `load_config` takes.
+    return load_config(folder / "config.json")
 
 
 def find_run(path: str | Path, revision: str | None = None) -> tuple[Path, int | None]:

@@ -34,5 +34,8 @@ def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
                 f"{{{name}}} is no name: attributes, indices and empty braces are not read"
             )
         if form or conversion:
-            raise ValueError(f"{{{name}}} has a conversion or a format: write its name alone")
+            raise ValueError(
+                f"{{{name}}} has a conversion or a format: write its name alone; "
+                "the record has to hold the text as names of files have it"
+            )
         yield text, name

@@ -12,10 +12,16 @@ import numpy as np
 
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
-from htfa_jax.checkpoints.runs import MODEL, find_run, is_export, refuse_links
+from htfa_jax.checkpoints.runs import (
+    MODEL,
+    find_run,
+    is_export,
+    refuse_links,
+    written_config,
+)
 from htfa_jax.common.files import whole_folder
 from htfa_jax.common.json_files import parse_json, read_json
-from htfa_jax.config import Config, load_config, override
+from htfa_jax.config import Config, override
 from htfa_jax.config.io import save_config
 from htfa_jax.config.places import with_last_names
 from htfa_jax.config.renamed import current_scores
@@ -69,7 +75,7 @@ def export_run(
         )
     refuse_links(find_run(run)[0])  # or what they lead to would be shared
     _, params, step, folder = load_run(run, lambda c: build_model(c).shapes)
-    config = portable(load_config(folder))
+    config = portable(written_config(folder))
     scores = evaluations(folder, step)
     kinds = {
         path: (tuple(value.shape), stored_dtype(path, value.dtype, dtype))

@@ -111,6 +111,21 @@ def test_every_field_of_text_is_known_to_be_a_place_or_none(theirs):
             assert taken[name] != value or value is None, f"{name} is taken from a run"
 
 
+def test_a_run_is_never_taken_for_a_python_file(run_folder, tmp_path, monkeypatch):
+    """`:tiny` behind a name means another configuration, but a folder may be called so."""
+    (tmp_path / "evil.py").write_text("from pathlib import Path\nPath('RAN').touch()\n")
+    folder = shutil.copytree(run_folder, tmp_path / "evil.py:tiny")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(infer, "predict", begin)
+    with pytest.raises(Begun):
+        infer.main(["--checkpoint", folder.name, "--output_dir", "o", "--image_orig", "a.png"])
+    with pytest.raises(SystemExit):
+        evaluate.main(["--checkpoint", folder.name])
+    load_run(folder, lambda c: build_model(c).shapes)
+    export_run(folder, tmp_path / "out")
+    assert not (tmp_path / "RAN").exists()
+
+
 def test_the_embedded_dataset_of_a_run_stays(tmp_path, home):
     """It is drawn, in this account's own cache: a run cannot say where."""
     held = {"data.train": "held_objects", "data.test": "held_objects"}
