@@ -47,4 +47,4 @@ def without_places(config: Config) -> Config:
 
 def _last(config: Config, name: str) -> Any:
     value = get(config, name)
-    return value and PurePath(value).name
+    return value and (PurePath(value).name or "unnamed")
