@@ -94,13 +94,16 @@ def _sizes(files: Any, folder: str) -> dict[str, int]:
         return {}
     if "file" in files.protocol:
         for name in links(Path(folder)):
-            if not LEFT_OUT.fullmatch(name):
+            # Behind a hidden one may be the whole disk, which would be listed.
+            if not LEFT_OUT.fullmatch(name) or Path(folder, name).is_dir():
                 raise CheckpointError(
                     f"{folder}/{name} is a link, which a run does not hold: nothing was copied. "
                     "Put what it points to in its place"
                 )
     start, found = folder.rstrip("/") + "/", {}
     for path, facts in files.find(folder, detail=True).items():
+        if not path.startswith(start):
+            raise CheckpointError(f"{folder}: {path!r} is not in it: nothing was copied")
         name = path.removeprefix(start)
         if name.endswith("/") and not facts["size"]:
             continue  # how a bucket's own page keeps an empty folder

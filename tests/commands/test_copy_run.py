@@ -117,7 +117,12 @@ def test_links_are_not_copied(run_folder, tmp_path):
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "key").write_text("private")
-    for name, place in (("logs", secret), ("notes.txt", secret / "key"), ("again", ".")):
+    for name, place in (
+        ("logs", secret),
+        ("notes.txt", secret / "key"),
+        ("again", "."),
+        (".hidden", secret),
+    ):
         run = shutil.copytree(run_folder, tmp_path / f"run_{name}")
         (run / name).symlink_to(place)
         with pytest.raises(CheckpointError, match=f"{name} is a link, which a run does not hold"):
