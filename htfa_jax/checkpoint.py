@@ -19,8 +19,8 @@ import tyro
 
 from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.lock import lock
+from htfa_jax.checkpoints.runs import run_config
 from htfa_jax.common.cli import command, parse
-from htfa_jax.config import load_config
 from htfa_jax.errors import ConfigError
 
 log = logging.getLogger("htfa_jax.checkpoint")  # by name: this module is run as __main__ too
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.keep is not None and args.keep < 1:
         raise ConfigError(f"--keep {args.keep}: at least one checkpoint stays")
     found = integrity.listing(args.run)
-    train = load_config(args.run).train
+    train = run_config(args.run).train
     best = integrity.best(found, train.best_metric, train.best_mode)
     notes = {}
     if args.verify:

@@ -3,7 +3,8 @@
     python -m htfa_jax.copy_run runs/a kept/a    # or gs://bucket/a, s3://bucket/a
     python -m htfa_jax.copy_run kept/a runs/b    # on the next machine; then go on training there
 
-Started again it copies what is new. Nothing is deleted at the target.
+Started again it copies what is new. Nothing is deleted at the target. Names that begin with a dot
+are left out; a name that leads out of its folder, or a link, and nothing is copied.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import tyro
 from htfa_jax.common.cli import command, parse
 from htfa_jax.common.files import whole_file
 from htfa_jax.common.logs import progress
+from htfa_jax.common.names import checked_name, inside, links
 from htfa_jax.data.storage import is_url, remote
 from htfa_jax.errors import CheckpointError
 
 # What belongs to the process that trains, or is not whole yet.
-LEFT_OUT = re.compile(r"lock\.json|(.*/)?\.[^/]*|.*\.orbax-checkpoint-tmp.*")
+LEFT_OUT = re.compile(r"lock\.json|(.*/)?\.[^/]*(/.*)?|.*\.orbax-checkpoint-tmp.*")
 # Files that are never written twice under one name.
 UNCHANGING = re.compile(r"checkpoints/\d+/.*|frozen/.*")
 HASHES = re.compile(r"checkpoints/\d+/hashes\.json")
@@ -51,13 +53,16 @@ def copy_run(source: str | Path, target: str | Path) -> Copied:
     A checkpoint's hashes are copied last: one that was cut off is noticed where it arrives.
 
     Raises:
-      CheckpointError: no run there, a target that has gone on further, or a copy that fails.
+      CheckpointError: no run there, a name or link that leads elsewhere, a target that has gone on
+        further, or a copy that fails.
       DataError: an unknown scheme, or one that needs more packages.
     """
     source, target = str(source).rstrip("/"), str(target).rstrip("/")
     try:
         with remote(source) as (files, start), remote(target) as (others, end):
             found, there = _sizes(files, start), _sizes(others, end)
+            if not is_url(target):
+                _refuse_elsewhere(Path(end), found)
             if "config.json" not in found:
                 raise CheckpointError(f"{source} is not a run: there is no config.json in it")
             newest, beyond = _newest(found), _newest(there)
@@ -81,12 +86,43 @@ def copy_run(source: str | Path, target: str | Path) -> Copied:
 
 
 def _sizes(files: Any, folder: str) -> dict[str, int]:
-    """{path inside: bytes} of what there is to copy."""
+    """{path inside: bytes} of what there is to copy.
+
+    Raises CheckpointError for a name that leads out of the folder, and for a link.
+    """
     if not files.isdir(folder):
         return {}
-    found = files.find(folder, detail=True)
-    inside = {path[len(folder.rstrip("/")) + 1 :]: facts["size"] for path, facts in found.items()}
-    return {name: size for name, size in inside.items() if not LEFT_OUT.fullmatch(name)}
+    if "file" in files.protocol:
+        for name in links(Path(folder)):
+            # Behind a hidden one may be the whole disk, which would be listed.
+            if not LEFT_OUT.fullmatch(name) or Path(folder, name).is_dir():
+                raise CheckpointError(
+                    f"{folder}/{name} is a link, which a run does not hold: nothing was copied. "
+                    "Put what it points to in its place"
+                )
+    start, found = folder.rstrip("/") + "/", {}
+    for path, facts in files.find(folder, detail=True).items():
+        if not path.startswith(start):
+            raise CheckpointError(f"{folder}: {path!r} is not in it: nothing was copied")
+        name = path.removeprefix(start)
+        if name.endswith("/") and not facts["size"]:
+            continue  # how a bucket's own page keeps an empty folder
+        try:
+            checked_name(name)
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {name!r} {error}: nothing was copied") from error
+        if not LEFT_OUT.fullmatch(name):
+            found[name] = facts["size"]
+    return found
+
+
+def _refuse_elsewhere(folder: Path, names: dict[str, int]) -> None:
+    """Raises CheckpointError if a link at the target would take a file to another place."""
+    for name in names:
+        try:
+            inside(folder, name, str(folder))
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {name!r} {error}: nothing was copied") from error
 
 
 def _newest(names: dict[str, int]) -> int:

@@ -29,7 +29,6 @@ from htfa_jax.checkpoints.runs import DEMO, EXAMPLES, find_run
 from htfa_jax.common.cli import command, parse, use_compilation_cache
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import json_lines, parse_json
-from htfa_jax.config import load_config
 from htfa_jax.config.renamed import current_flags
 from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.evaluation.report_html import PREDICTIONS
@@ -67,6 +66,7 @@ class InferArgs:
     bbox_recon: Box | None = None  # the same in the reconstruction's
     query: tuple[str, ...] = ()  # one or several questions (default: data.default_query)
     input: Path | None = None  # many pairs: JSON lines with the fields above, query and id
+    image_root: Path | None = None  # folder that holds the images of --input (default: its own)
     batch_size: int = 8  # pairs at a time
     decoding: Annotated[Decoding, tyro.conf.arg(name="")] = Decoding()
     completion: Completion = Completion()
@@ -86,8 +86,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint, folder = required(args, "checkpoint"), required(args, "output_dir")
     if (args.input is None) == (args.image_orig is None):
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
+    if args.image_root is not None and args.input is None:
+        raise ConfigError("--image_root is of the images that --input names: leave it out")
     workdir, step = find_run(checkpoint, args.revision)
-    use_compilation_cache(load_config(workdir).data.cache_dir)
+    use_compilation_cache()
     folder.mkdir(parents=True, exist_ok=True)
     failed, tried = predict(args, workdir if step is None else checkpoint, folder)
     if args.visualize:
@@ -130,7 +132,7 @@ def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int,
     if args.input is None:
         jobs = [one_pair(args)]
     else:
-        jobs, done = read_jobs(args.input, args.query), keep_finished(path)
+        jobs, done = read_jobs(args.input, args.query, args.image_root), keep_finished(path)
     todo = [job for job in jobs if job.id not in done]
     if len(todo) < len(jobs):
         log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
@@ -225,7 +227,7 @@ def _entry(
         "alignment": first.alignment,
         "reconstruction": first.recon_source,
     }
-    name = f"{job.number:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', job.id)}.png"
+    name = f"{job.number:06d}_{re.sub(r'[^A-Za-z0-9._-]', '_', job.id[:80])}.png"
     if first.completed is not None:
         entry["completed"] = f"completed/{name}"
         (folder / "completed").mkdir(exist_ok=True)

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.runs import make_workdir, new_workdir
 from htfa_jax.checkpoints.weights import FAMILIES
 from htfa_jax.common.cli import command, use_compilation_cache
@@ -37,11 +38,21 @@ class TrainArgs:
     distributed: Distributed = Distributed()  # processes on several hosts
 
 
+def resolved(args: TrainArgs, base: Config) -> Config:
+    """The configuration with weight folders for the components that it names.
+
+    A run with checkpoints has its weights: those that it was made from may be gone, as after a
+    move to another machine.
+    """
+    goes_on = args.workdir is not None and bool(integrity.steps(args.workdir))
+    return with_weights(args.config, base, may_be_gone=goes_on)
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse_args(TrainArgs, argv, description=__doc__, resolve=with_weights)
+    args = parse_args(TrainArgs, argv, description=__doc__, resolve=resolved)
     config: Config = args.config
     args.distributed.connect()
     if not is_first():
@@ -55,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(dry_run(config, args.workdir))
         return
-    use_compilation_cache(config.data.cache_dir)
+    use_compilation_cache()
     import jax  # with what follows, which --help does without
 
     if jax.process_count() > 1 and args.workdir is None:

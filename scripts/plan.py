@@ -30,7 +30,12 @@ class PlanArgs:
 @command
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(PlanArgs, argv, description=__doc__, resolve=with_weights)
+    args = parse_args(
+        PlanArgs,
+        argv,
+        description=__doc__,
+        resolve=lambda args, base: with_weights(args.config, base),
+    )
     from htfa_jax.training.plan import describe_plan
     from htfa_jax.training.topologies import find
 

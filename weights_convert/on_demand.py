@@ -25,23 +25,34 @@ TINY = "tiny"
 log = logging.getLogger("htfa_jax.weights_convert")
 
 
-def with_weights(config: Config, base: Config) -> Config:
+def with_weights(config: Config, base: Config, *, may_be_gone: bool = False) -> Config:
     """The configuration with weight folders for all components that it names, and with their sizes.
 
     Args:
       config: names components in `pretrained`.
       base: what it was before the user's flags; see `weights.with_sizes`.
+      may_be_gone: leave a name as it is if nothing can be read there.
 
     Raises:
       CheckpointError: a name that is nothing, or a checkpoint of something else.
     """
-    changes = {}
+    changes: dict[str, Any] = {}
+    gone = []
     for component, family in weights.FAMILIES.items():
         name = getattr(config.pretrained, component)
         if name is None or (Path(name).expanduser() / weights.WEIGHTS).is_file():
             continue
-        changes[f"pretrained.{component}"] = str(converted(family, name, config))
-    return weights.with_sizes(override(config, changes), base)
+        try:
+            changes[f"pretrained.{component}"] = str(converted(family, name, config))
+        except CheckpointError as error:
+            if not may_be_gone:
+                raise
+            log.info("pretrained.%s=%s is not there, and not needed: %s", component, name, error)
+            gone.append(component)
+    levels = config.pretrained.htfa
+    if may_be_gone and levels is not None and not (Path(levels).expanduser()).is_dir():
+        gone.append("htfa")
+    return weights.with_sizes(override(config, changes), base, gone)
 
 
 def converted(family: str, name: str, config: Config) -> Path:

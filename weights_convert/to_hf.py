@@ -12,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from htfa_jax.checkpoints.loading import load_run
+from htfa_jax.checkpoints.runs import find_run, refuse_links
 from htfa_jax.checkpoints.weights import write_json
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import whole_folder
@@ -41,6 +42,7 @@ def write_run(run: str | Path, out: Path) -> list[Path]:
     Raises:
       CheckpointError: no such run, or a folder that cannot be written.
     """
+    refuse_links(find_run(run)[0])  # or what they lead to would be copied
     config, params, _, workdir = load_run(run, lambda c: build_model(c).shapes)
     written = []
     for component, name, tensors, description in (

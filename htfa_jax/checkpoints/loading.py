@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from htfa_jax.checkpoints import weights
-from htfa_jax.checkpoints.runs import CHECKPOINTS, MODEL, find_run, is_export
+from htfa_jax.checkpoints.runs import CHECKPOINTS, MODEL, find_run, is_export, run_config
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.config import Config, load_config
+from htfa_jax.config import Config
 from htfa_jax.errors import CheckpointError
 
 
@@ -17,7 +17,8 @@ def load_run(
 ) -> tuple[Config, Flat, int, Path]:
     """Configuration, all weights, step and folder of what `find_run` finds.
 
-    Of a run, the best checkpoint counts if there were evaluations, else the newest.
+    Of a run, the best checkpoint counts if there were evaluations, else the newest. The places
+    that its configuration names are left out.
 
     Args:
       path, revision: as in `find_run`.
@@ -27,7 +28,7 @@ def load_run(
       CheckpointError: no such run, or weights that are damaged or of another model.
     """
     folder, step = find_run(path, revision)
-    config = load_config(folder)
+    config = run_config(folder)
     if is_export(folder):
         params, facts = weights.read_weights(folder, MODEL), weights.read_facts(folder / MODEL)
         weights.check_shapes(params, shapes_of(config), str(folder / MODEL))

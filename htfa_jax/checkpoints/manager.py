@@ -5,6 +5,7 @@ A run's workdir holds
     config.json            the resolved configuration
     tokenizer/             what its text went through
     frozen/COMPONENT-HASH/ frozen weights, once
+    pretrained.json        hashes of the weights and the tokenizer that it was made from
     checkpoints/STEP/      step, trainable parameters, optimizer state; names of the frozen weights;
                            hashes.json, the hashes of these files
     damaged/STEP-TIME/     checkpoints whose files no longer have these hashes
@@ -30,6 +31,7 @@ from htfa_jax.checkpoints import integrity, weights
 from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import drop_partials
+from htfa_jax.common.names import inside
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, TrainConfig
 from htfa_jax.config.renamed import METRICS, with_current_names
@@ -290,8 +292,12 @@ def load_frozen(workdir: Path, names: Mapping[str, str]) -> Flat:
                 f"a checkpoint of {workdir} names {name!r} as its frozen {component}: expected "
                 f"{component}-HASH, a folder of {workdir / FROZEN}"
             )
-        arrays = weights.read_weights(workdir / FROZEN / name)
+        try:
+            folder = inside(workdir, f"{FROZEN}/{name}", str(workdir))
+        except ValueError as error:
+            raise CheckpointError(f"{workdir / FROZEN / name} {error}") from error
+        arrays = weights.read_weights(folder)
         if f"{component}-{weights.digest(arrays)[:12]}" != name:
-            raise CheckpointError(f"{workdir / FROZEN / name} was altered: its hash differs")
+            raise CheckpointError(f"{folder} was altered: its hash differs")
         frozen |= {f"{component}.{path}": value for path, value in arrays.items()}
     return frozen

@@ -15,13 +15,22 @@ import time
 from pathlib import Path
 
 from htfa_jax.checkpoints import hub
+from htfa_jax.common.names import links_out
+from htfa_jax.config import Config, load_config
+from htfa_jax.config.places import without_places
 from htfa_jax.errors import CheckpointError
 
 # The demo model of this package, an exported run, and the pairs in it.
 DEMO, EXAMPLES = Path(__file__).parent.parent / "tiny" / "demo", "examples/pairs.jsonl"
 CHECKPOINTS, MODEL = "checkpoints", "model.safetensors"
-# Of a repository, what using its model takes.
-FETCHED = ("config.json", MODEL, "tokenizer/*")
+# Of a repository, what using its model takes: whole names, because `*` would match folders too.
+FETCHED = (
+    "config.json",
+    MODEL,
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/chat_template.jinja",
+)
 
 
 def new_workdir(name: str) -> Path:
@@ -35,7 +44,28 @@ def make_workdir(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"--workdir {path} cannot be a folder: {error}") from error
+    refuse_links(path)
     return path
+
+
+def refuse_links(run: Path) -> None:
+    """Raises CheckpointError for a link out of a run, which reads and writes in itself alone."""
+    if found := links_out(run):
+        raise CheckpointError(
+            f"{run / found[0]} is a link that leads out of {run}: a run has all its files in its "
+            "own folder. Put what it points to in its place; the whole folder may be a link"
+        )
+
+
+def run_config(folder: Path) -> Config:
+    """The configuration in a run's folder, without the places that it names (see `places`)."""
+    return without_places(written_config(folder))
+
+
+def written_config(folder: Path) -> Config:
+    """The configuration as the run wrote it, to tell what it was made from."""
+    # The file itself: a folder may be called like something else that `load_config` takes.
+    return load_config(folder / "config.json")
 
 
 def find_run(path: str | Path, revision: str | None = None) -> tuple[Path, int | None]:

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,23 +141,23 @@ def read_description(folder: str | Path, family: str) -> dict[str, Any]:
     return found
 
 
-def with_sizes(config: Config, base: Config) -> Config:
+def with_sizes(config: Config, base: Config, gone: Collection[str] = ()) -> Config:
     """The configuration with the sizes of the weight folders that it names.
 
     Fields that differ from `base`, as a flag makes them, stay as they are: `load_component` refuses
-    them if they contradict the folder.
+    them if they contradict the folder. The folders of components in `gone` are not read.
     """
     changes: dict[str, Any] = {}
     for component, family in FAMILIES.items():
         folder = getattr(config.pretrained, component)
-        if folder is None:
+        if folder is None or component in gone:
             continue
         found = read_description(folder, family)
         sizes, before = getattr(config, component), getattr(base, component)
         for f in dataclasses.fields(sizes):
             if f.name in found and getattr(sizes, f.name) == getattr(before, f.name):
                 changes[f"{component}.{f.name}"] = found[f.name]
-    if config.pretrained.htfa is not None:
+    if config.pretrained.htfa is not None and "htfa" not in gone:
         found = read_description(config.pretrained.htfa, "htfa")
         choices = preset_changes(LEVEL_CHOICES)
         told = {name: found[name.split(".")[1]] for name in LEVEL_SIZES} | choices

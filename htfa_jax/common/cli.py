@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +18,11 @@ from htfa_jax.common.logs import log_to_terminal
 from htfa_jax.errors import HTFAError, TrainingError
 
 Args = TypeVar("Args")
+
+# Where compiled programs are kept. No configuration moves it: JAX runs what it finds there.
+COMPILED = "~/.cache/htfa_jax/compiled"
+
+log = logging.getLogger("htfa_jax.compiled")
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
@@ -76,12 +83,45 @@ def available_processors() -> int:
     return os.cpu_count() or 1
 
 
-def use_compilation_cache(cache_dir: str) -> None:
-    """Keeps compiled programs under a run's `data.cache_dir`, unless JAX was told another place."""
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in a folder of this account, unless JAX was told another place.
+
+    That is what `JAX_COMPILATION_CACHE_DIR` does. Without a folder that nobody else can write to,
+    every process compiles anew, and a warning says why.
+    """
     import jax  # not by every command
 
-    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        folder = Path(cache_dir).expanduser() / "compiled"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Small programs too: a start compiles many.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    folder = Path(COMPILED).expanduser()
+    if (problem := _not_private(folder)) is not None:
+        log.warning("compiled programs are not kept: %s", problem)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Small programs too: a start compiles many.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _not_private(folder: Path) -> str | None:
+    """Why a folder may hold what somebody else wrote; None if it is this account's alone.
+
+    It is made if it is not there. One that others could only read is closed to them.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            return f"{folder} is a link: delete it, or name its target in JAX_COMPILATION_CACHE_DIR"
+        if found.st_uid != os.geteuid():
+            return f"{folder} belongs to another account: set JAX_COMPILATION_CACHE_DIR to your own"
+        if found.st_mode & 0o022:
+            return (
+                f"others can write to {folder}, and JAX would run what they put there: delete it, "
+                "and it is made again for this account alone"
+            )
+        if found.st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError as error:
+        return f"{folder} cannot be made: {error}"
+    return None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import re
-import string
 from collections.abc import Iterator
 from typing import Any
 
+from htfa_jax.common.templates import check_template
 from htfa_jax.config.fields import get, leaves
 from htfa_jax.config.sections import (
     DataConfig,
@@ -174,11 +174,15 @@ def data(data: DataConfig) -> Problems:
     for source, weight in data.sources:
         if not math.isfinite(weight) or weight <= 0:
             yield f"data.sources: the weight of {source} must be above 0, it is {weight}"
-    if data.recon_template is not None and not _is_template(data.recon_template):
-        yield (
-            f"data.recon_template={data.recon_template!r} must name fields of a record in braces, "
-            "as in recon/{id}.png; braces that are meant as such are doubled"
-        )
+    if data.recon_template is not None:
+        try:
+            check_template(data.recon_template)
+        except ValueError as error:
+            yield (
+                f"data.recon_template={data.recon_template!r} must name fields of a record in "
+                "braces, as in recon/{id}.png; braces that are meant as such are doubled: "
+                f"{error}"
+            )
 
 
 def caches(config: Any) -> Problems:
@@ -235,12 +239,3 @@ def sharding(sharding: ShardingConfig) -> Problems:
 def _multiple(large: str, b: int, small: str, a: int) -> Problems:
     if a <= 0 or b % a:
         yield f"{large}={b} must be a multiple of {small}={a}"
-
-
-def _is_template(text: str) -> bool:
-    """Whether it is a format string of plain names, one at least."""
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
-    except ValueError:
-        return False
-    return bool(names) and all(name.isidentifier() for name in names)

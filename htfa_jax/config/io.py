@@ -259,7 +259,7 @@ def parse_args(
     description: str | None = None,
     source: str = "config",
     read: Callable[[str], Config] = load_config,
-    resolve: Callable[[Config, Config], Config] | None = None,
+    resolve: Callable[[Any, Config], Config] | None = None,
 ) -> Any:
     """Parses a command line into `cls`, a dataclass whose first field is `config: ConfigFlags`.
 
@@ -273,7 +273,8 @@ def parse_args(
       description: what `--help` begins with.
       source: name of the option that names the configuration.
       read: from that option's value to the configuration.
-      resolve: called with the configuration after and before the flags; gives the final one.
+      resolve: called with the options, and with the configuration before the flags; gives the
+        final configuration.
     """
     argv = current_flags(sys.argv[1:] if argv is None else argv)
     own_field = source in {f.name for f in dataclasses.fields(cls)} and source != "config"
@@ -287,7 +288,7 @@ def parse_args(
         base = load_config("standard")
     args: Any = parse(cls, argv if own_field else rest, description, default=cls(config=base))
     if resolve is not None:
-        args = dataclasses.replace(args, config=resolve(args.config, base))
+        args = dataclasses.replace(args, config=resolve(args, base))
     return args
 
 

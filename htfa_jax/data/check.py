@@ -288,7 +288,12 @@ class CheckArgs:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    args = parse_args(CheckArgs, argv, description=__doc__, resolve=with_weights)
+    args = parse_args(
+        CheckArgs,
+        argv,
+        description=__doc__,
+        resolve=lambda args, base: with_weights(args.config, base),
+    )
     if not args.source:
         raise ConfigError("which dataset? python -m htfa_jax.data.check SOURCE (--help shows more)")
     for name in ("limit", "num_workers"):

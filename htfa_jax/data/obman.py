@@ -34,6 +34,7 @@ from PIL import Image
 from htfa_jax.common.cli import command, parse
 from htfa_jax.common.files import whole_file, whole_path
 from htfa_jax.common.logs import progress
+from htfa_jax.common.templates import check_template, fill
 from htfa_jax.data import safe_pickle
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
 from htfa_jax.errors import ConfigError, DataError
@@ -100,7 +101,7 @@ def write_records(
         progress(len(ids), f"ObMan {split}", unit="sample") as bar,
     ):
         for name in ids:
-            view = views / recon_template.format(id=name, split=split)
+            view = views / fill(recon_template, {"id": name, "split": split})
             if not view.is_file():
                 left_out.append(f"{name}: no reconstructed view at {view}")
             elif (record := _record(folder, out, split, name, view, questions, answers)) is None:
@@ -221,6 +222,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(ObManArgs, argv, __doc__)
     if not args.questions:
         raise ConfigError("--questions names none")
+    try:
+        check_template(args.recon_template)
+    except ValueError as error:
+        raise ConfigError(f"--recon_template {args.recon_template!r}: {error}") from error
     records, left_out = write_records(
         args.obman.expanduser(),
         args.out.expanduser(),

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from PIL import Image
 
+from htfa_jax.common.templates import fill
 from htfa_jax.config.renamed import KINDS, current
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
@@ -276,11 +277,11 @@ def _filled(template: str, raw: Mapping[str, Any], fail: Fail) -> str:
         if isinstance(value, str | int | float) and not isinstance(value, bool)
     }
     try:
-        return template.format_map(words)
+        return fill(template, words)
     except KeyError as error:
         raise fail(
             f"data.recon_template={template!r} needs the field {error.args[0]}, which the record "
             f"does not have as text or a number; it has {', '.join(words) or 'none'}"
         ) from None
     except ValueError as error:
-        raise fail(f"data.recon_template={template!r} does not fit its fields: {error}") from error
+        raise fail(f"data.recon_template={template!r} is no template: {error}") from error

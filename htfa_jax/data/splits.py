@@ -31,7 +31,7 @@ def open_split(config: Config, split: Split) -> Dataset:
         names, weights = zip(*config.data.sources, strict=True)
         return Mixture([open_named(config, name, split) for name in names], weights)
     source = getattr(config.data, split)
-    if source is None:
+    if not source:
         raise DataError(f"data.{split} is not set: give a source, or {EMBEDDED}")
     return open_named(config, source, split)
 

@@ -1,7 +1,7 @@
 """Where files are: in a folder, behind a URL, or packed with their record.
 
-`gs://`, `s3://`, `memory://` and what else fsspec knows can stand wherever a path can. Images
-stay inside one root: paths in a dataset come from whoever wrote it.
+A URL of `SCHEMES` can stand wherever a path can. Images stay inside one root: paths in a dataset
+come from whoever wrote it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from htfa_jax.common.names import checked_name, inside
 from htfa_jax.errors import DataError
 
+# What a URL may begin with. fsspec knows more: some read archives, render templates or open shells.
+SCHEMES = ("file", "gs", "gcs", "s3", "s3a", "https", "hf", "memory")
 # What must be installed to read a scheme: an extra of this package.
 EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}
 
@@ -81,15 +84,18 @@ class ImageRoot:
     """Finds a record's images in a folder or under a URL, and nowhere else.
 
     A relative path must stay inside; an absolute one, or a URL, must lie inside a root that the
-    user gave. Links are followed.
+    user gave. Links out of the folder are followed only there: whoever wrote a dataset may have
+    put them beside it.
 
     Attributes:
       folder: a local folder, or a URL.
-      given: whether the user named it (`data.image_root`); else it is where the records are.
+      given: whether the user named it; else it is where the records are.
+      option: what it is named with, for messages.
     """
 
     folder: str
     given: bool = False
+    option: str = "data.image_root"
 
     def __call__(self, name: str) -> Path | RemoteImage:
         """The image of that path. Raises ValueError that says why it may not be read."""
@@ -98,15 +104,18 @@ class ImageRoot:
         absolute = is_url(name) or name.startswith("/")
         if absolute and not self.given:
             raise ValueError(
-                "is an absolute path: set data.image_root to a folder that holds it, or write it "
+                f"is an absolute path: set {self.option} to a folder that holds it, or write it "
                 f"relative to {self.folder}"
             )
-        inside = self._inside(name) if absolute else posixpath.normpath(name)
-        if inside is None or inside == ".." or inside.startswith("../"):
-            raise ValueError(f"leads out of {self.folder}, where the dataset's images are")
+        where = f"{self.folder}, where the dataset's images are"
+        within = self._inside(name) if absolute else posixpath.normpath(name)
+        if within is None:
+            raise ValueError(f"leads out of {where}")
         if is_url(self.folder):
-            return RemoteImage(f"{self._root}/{inside}")
-        return self._local / inside
+            return RemoteImage(f"{self._root}/{checked_name(within, where)}")
+        if self.given:
+            return self._local / checked_name(within, where)
+        return inside(self._local, within, f"{where} ({self.option} names another)")
 
     def _inside(self, name: str) -> str | None:
         """The part of an absolute path that is behind the root; None if it is elsewhere."""
@@ -127,13 +136,19 @@ class ImageRoot:
         return os.path.abspath(self._local)
 
 
-def image_root(given: str | None, beside: str) -> ImageRoot:
-    """`data.image_root` if it is set, else the folder of the record file `beside`."""
+def image_root(given: str | Path | None, beside: str, option: str = ImageRoot.option) -> ImageRoot:
+    """The root that the user named with `option`, else the folder of the record file `beside`."""
     if given is not None:
-        return ImageRoot(str(given), given=True)
+        return ImageRoot(_local(str(given)), given=True, option=option)
+    beside = _local(beside)
     if is_url(beside):
-        return ImageRoot(beside.rpartition("/")[0])
-    return ImageRoot(str(Path(beside).parent))
+        return ImageRoot(beside.rpartition("/")[0], option=option)
+    return ImageRoot(str(Path(beside).parent), option=option)
+
+
+def _local(name: str) -> str:
+    """A `file://` URL as the path that it is: links count there as on any disk."""
+    return name.removeprefix("file://")
 
 
 def is_url(name: str) -> bool:
@@ -145,12 +160,19 @@ def is_url(name: str) -> bool:
 def remote(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path in it.
 
-    What goes wrong inside is raised as OSError. Raises DataError if the scheme is unknown or what
-    reads it is not installed.
+    What goes wrong inside is raised as OSError. Raises DataError if the scheme is not among
+    `SCHEMES`, for a chain of several, and if what reads it is not installed.
     """
+    scheme = url.partition("://")[0] if is_url(url) else "file"
+    if "::" in url:
+        raise DataError(f"{url}: '::' would open a file through another one: name the file itself")
+    if scheme not in SCHEMES:
+        raise DataError(
+            f"{url}: {scheme}:// is not read; a URL begins with {', '.join(SCHEMES)}, and other "
+            "files have to be copied to a disk first"
+        )
     import fsspec  # a tenth of a second that only remote files need
 
-    scheme = url.partition("://")[0]
     try:
         files, path = fsspec.core.url_to_fs(url)
     except ImportError as error:

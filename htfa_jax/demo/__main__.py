@@ -19,7 +19,6 @@ from pathlib import Path
 
 from htfa_jax.checkpoints.runs import DEMO, find_run
 from htfa_jax.common.cli import command, parse, use_compilation_cache
-from htfa_jax.config import load_config
 from htfa_jax.demo.options import DemoArgs
 from htfa_jax.errors import CheckpointError, ConfigError
 
@@ -50,7 +49,7 @@ def open_page(args: DemoArgs, checkpoint: Path) -> None:
         from htfa_jax.inference.engine import HTFAInference
 
         workdir, step = find_run(checkpoint, args.revision)
-        use_compilation_cache(load_config(workdir).data.cache_dir)
+        use_compilation_cache()
         engine = HTFAInference(
             workdir if step is None else checkpoint, device=args.device, quantize=args.quantize
         )

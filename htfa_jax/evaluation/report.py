@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from htfa_jax.common.files import whole_file, write_whole
 from htfa_jax.evaluation.image_metrics import REGIONS
 from htfa_jax.evaluation.panel import panel_png
 
@@ -95,18 +96,19 @@ def scalars(scores: dict[str, Any]) -> dict[str, float]:
 
 
 def write(result: Report, folder: Path) -> None:
-    """Writes metrics.json, table.txt, predictions.jsonl and panel.png."""
+    """Writes metrics.json, table.txt, predictions.jsonl and panel.png, each whole.
+
+    A link of that name is replaced, not followed: the folder may be in somebody else's run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.json").write_text(
-        json.dumps(result.scores, indent=2) + "\n", encoding="utf-8"
-    )
-    (folder / "table.txt").write_text(score_table(result.scores) + "\n", encoding="utf-8")
+    write_whole(folder / "metrics.json", json.dumps(result.scores, indent=2) + "\n")
+    write_whole(folder / "table.txt", score_table(result.scores) + "\n")
     _write_lines(folder / "predictions.jsonl", map(dataclasses.asdict, result.answers))
     if result.panel:
-        (folder / "panel.png").write_bytes(panel_png(result.panel))
+        write_whole(folder / "panel.png", panel_png(result.panel))
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with whole_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -12,6 +12,8 @@ from PIL import Image
 
 from htfa_jax.common.files import whole_file
 from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.common.names import inside
+from htfa_jax.data.decode import load_image
 from htfa_jax.errors import DataError
 
 PREDICTIONS, REPORT, TEMPLATE = "predictions.jsonl", "report.html", "report.html.jinja"
@@ -68,19 +70,32 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
 
 
 def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
-    """What a pair shows; no source where a file is gone. Each is read when it is asked for."""
+    """What a pair shows; no source where a file is gone. Each is read when it is asked for.
+
+    Raises DataError for a name that is none of a file in the folder.
+    """
     images = entry.get("figures")
     if images is None:
         images = {"completed": entry["completed"]} if "completed" in entry else {}
+    if not isinstance(images, Mapping):
+        raise _damaged(folder, entry, f"its figures are {images!r}, not names by kind")
     for name, path in images.items():
         kind = name.partition("_")[0]
-        source = _image(folder / path) if (folder / path).is_file() else None
+        if kind not in CAPTIONS or not isinstance(path, str):
+            raise _damaged(folder, entry, f"{name!r}: {path!r} is no figure that is drawn here")
+        try:
+            place = inside(folder, path, str(folder))
+            source = data_uri(load_image(place), 88) if place.is_file() else None
+        except (OSError, ValueError, DataError) as error:
+            raise _damaged(folder, entry, f"{path!r} {error}") from error
         yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS[kind]}
 
 
-def _image(path: Path) -> str:
-    with Image.open(path) as image:
-        return data_uri(image.convert("RGB"), 88)
+def _damaged(folder: Path, entry: Mapping[str, Any], reason: str) -> DataError:
+    return DataError(
+        f"{folder / PREDICTIONS}, id {entry.get('id')}: {reason}. Delete the line, and it is made "
+        "again"
+    )
 
 
 def data_uri(image: Image.Image, quality: int) -> str:

@@ -12,11 +12,18 @@ import numpy as np
 
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.loading import load_run
-from htfa_jax.checkpoints.runs import MODEL, is_export
+from htfa_jax.checkpoints.runs import (
+    MODEL,
+    find_run,
+    is_export,
+    refuse_links,
+    written_config,
+)
 from htfa_jax.common.files import whole_folder
 from htfa_jax.common.json_files import parse_json, read_json
-from htfa_jax.config import Config, DataConfig, get, override
+from htfa_jax.config import Config, override
 from htfa_jax.config.io import save_config
+from htfa_jax.config.places import with_last_names
 from htfa_jax.config.renamed import current_scores
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError
@@ -26,11 +33,6 @@ from htfa_jax.models.factory import FLOAT32_PARAMS, build_model
 
 log = logging.getLogger(__name__)
 
-# Fields that name a place: of these the last name stays, to tell what a run was made from.
-NAMES = (
-    *(f"pretrained.{name}" for name in ("siglip", "vq", "decoder", "htfa", "run")),
-    *(f"data.{split}" for split in ("train", "validation", "test")),
-)
 # What an evaluation leaves: all scores, and the same as a text table.
 METRICS, TABLE = "metrics.json", "table.txt"
 # What a tokenizer's settings may say about the machine it was saved on.
@@ -71,8 +73,9 @@ def export_run(
             f"--license {license!r} is no name of a licence: expected one as the hub writes it, "
             'such as "mit", "apache-2.0" or "other"'
         )
-    config, params, step, folder = load_run(run, lambda c: build_model(c).shapes)
-    config = portable(config)
+    refuse_links(find_run(run)[0])  # or what they lead to would be shared
+    _, params, step, folder = load_run(run, lambda c: build_model(c).shapes)
+    config = portable(written_config(folder))
     scores = evaluations(folder, step)
     kinds = {
         path: (tuple(value.shape), stored_dtype(path, value.dtype, dtype))
@@ -109,11 +112,7 @@ def stored_dtype(path: str, dtype: Any, wanted: ExportDType) -> np.dtype:
 
 def portable(config: Config) -> Config:
     """The configuration without places on the machine of the run."""
-    given = {name: get(config, name) for name in NAMES}
-    changes: dict[str, Any] = {name: value and Path(value).name for name, value in given.items()}
-    changes |= {"data.image_root": None, "data.recon_template": None, "data.sources": ()}
-    changes |= {"data.tokenizer": None}
-    return override(config, changes | {"data.cache_dir": DataConfig.cache_dir})
+    return override(with_last_names(config), {"data.recon_template": None})
 
 
 def save_tokenizer(source: Path, folder: Path) -> None:

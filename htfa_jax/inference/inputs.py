@@ -18,6 +18,7 @@ from htfa_jax.data.batch import Array, Batch
 from htfa_jax.data.decode import decode_field, decode_original, load_mask
 from htfa_jax.data.preprocess import Placement, load_images, placement_of
 from htfa_jax.data.records import ROLES, Record, checked_box, parse_record
+from htfa_jax.data.storage import image_root
 from htfa_jax.errors import DataError
 
 # What a pair may have; names and meaning as in a dataset's records.
@@ -184,17 +185,21 @@ class PredictionJob:
     queries: tuple[str, ...] | None
 
 
-def read_jobs(path: Path, queries: tuple[str, ...]) -> list[PredictionJob]:
+def read_jobs(
+    path: Path, queries: tuple[str, ...], images: Path | None = None
+) -> list[PredictionJob]:
     """The lines of a file of pairs.
 
     A line has the fields of a dataset's record. Its questions are `query` (a text or a list),
-    else the user turns of its `conversations`, else those of the command line.
+    else the user turns of its `conversations`, else those of the command line. Its images lie in
+    the file's folder, or in `images` if that is given.
 
     A line that is no pair spoils only its own result. Raises DataError if there is no file, if it
     begins with a byte order mark, as UTF-16 does, or if an id comes twice.
     """
     if not path.is_file():
         raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
+    place = image_root(images, str(path), "--image_root")
     jobs: list[PredictionJob] = []
     for line_number, line in json_lines(path, DataError):
         number = line_number - 1
@@ -205,7 +210,7 @@ def read_jobs(path: Path, queries: tuple[str, ...]) -> list[PredictionJob]:
                 raise DataError(f"{where}: it holds half of a surrogate pair: not a character")
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
-            record = parse_record(raw, where, path.parent.joinpath, with_turns=False)
+            record = parse_record(raw, where, place, with_turns=False)
             job = PredictionJob(number, name, record, _queries(raw, record) or queries or None)
         except DataError as error:
             job = PredictionJob(number, name, error, None)

@@ -39,7 +39,8 @@ def write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
         "#!/bin/sh\n"
         "# Asks this run about a pair of its data; more options behind it are passed on.\n"
         'cd "$(dirname "$0")" || exit\n'
-        f'exec "${{PYTHON:-{sys.executable}}}" -m htfa_jax.infer {shlex.join(argv)} "$@"\n',
+        # -P: no module is taken from the run's folder.
+        f'exec "${{PYTHON:-{sys.executable}}}" -P -m htfa_jax.infer {shlex.join(argv)} "$@"\n',
         encoding="utf-8",
     )
     script.chmod(0o755)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from htfa_jax.checkpoints.manager import open_checkpoints
+from htfa_jax.checkpoints.runs import run_config
 from htfa_jax.common.cli import use_compilation_cache
-from htfa_jax.config import load_config
 from htfa_jax.data.batch import Batch
 from htfa_jax.errors import ConfigError
 from htfa_jax.models.factory import build_model
@@ -47,8 +47,8 @@ def reproduce(folder: Path) -> tuple[Metrics, dict[str, Metrics]]:
             f"{jax.process_count()}"
         )
     workdir = folder.absolute().parent.parent
-    config = load_config(workdir)
-    use_compilation_cache(config.data.cache_dir)
+    config = run_config(workdir)
+    use_compilation_cache()
     layout, model = Layout(config), build_model(config)
     schedule = learning_rate(config.optim, facts["num_steps"])
     optimizer = make_optimizer(config.optim, schedule)

@@ -26,12 +26,11 @@ from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
 from htfa_jax.data.records import SPLITS, Dataset
 from htfa_jax.data.splits import open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import ConfigError
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.models.flops import training_step
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
-from htfa_jax.training import encoder_cache
+from htfa_jax.training import encoder_cache, origins
 from htfa_jax.training.evaluations import Evaluations
 from htfa_jax.training.example import write_example
 from htfa_jax.training.loop import Loop, duration, recorded
@@ -201,7 +200,7 @@ class Run:
         config, latest = self.config, self.checkpoints.latest_step()
         meta: dict[str, Any] | None = None
         if latest is not None:
-            _refuse_other_weights(before or config, config)
+            origins.refuse_others(self.workdir, before or config, config)
             meta = self.checkpoints.restore(latest)["meta"]
         elif before is not None:
             log.warning("%s holds no complete checkpoint yet: starting at step 0", self.workdir)
@@ -249,6 +248,8 @@ class Run:
         loaded = load_pretrained(source, self.model)
         trainable, frozen = new_params(source, self.model, loaded, self.layout)
         state = new_state(self.config.train, trainable, optimizer, self.layout)
+        if is_first():
+            origins.remember(self.workdir, self.config)
         return state, frozen, save_frozen(self.workdir, self.config, frozen)
 
     def train(self, start: Start) -> dict[str, Any] | None:
@@ -366,22 +367,6 @@ def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:
         return False
     every = every or {"steps": DEFAULT_STEPS, "epoch": 1}[when]
     return step % (every * (steps_per_epoch if when == "epoch" else 1)) == 0
-
-
-def _refuse_other_weights(before: Config, config: Config) -> None:
-    """A run with checkpoints goes on with its weights; asking for others is a mistake."""
-    fixed = ("pretrained", "freeze", "level1.learnable", "data.tokenizer")
-    old = dict(leaves(before))
-    changed = [
-        f"{name} was {old[name]} and is now {value}"
-        for name, value in leaves(config)
-        if name.startswith(fixed) and old[name] != value
-    ]
-    if changed:
-        raise ConfigError(
-            "this workdir's run has checkpoints, which decide these: " + "; ".join(changed) + ". "
-            "Use another --workdir (--init_from starts from this run's weights)"
-        )
 
 
 def _say_changes(before: Config, config: Config, new: Sequence[str]) -> None:

@@ -138,7 +138,7 @@ def run(out: Path, variant: str, seed: int, budget: dict[str, Any]) -> bool:
       budget: what all runs share.
     """
     config = configuration(budget["base"], variant, seed, budget["steps"])
-    use_compilation_cache(config.data.cache_dir)
+    use_compilation_cache()
     workdir = workdir_of(out, variant, seed)
     scores = {"test": train(config, workdir)}
     if scores["test"] is None:

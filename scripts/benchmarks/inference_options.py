@@ -40,7 +40,7 @@ def occluded_psnr(records: list[Record], completed: list[Image.Image]) -> float:
 class OptionsArgs:
     """Options of the command."""
 
-    checkpoint: str  # a run with test data
+    checkpoint: str  # a run on the embedded dataset
     num: int = 200  # scenes
     refinement_steps: tuple[int, ...] = (1, 2, 4, 8)  # of completion
 

@@ -3,7 +3,7 @@
     python scripts/benchmarks/start_up.py --checkpoint runs/x
 
 Each start is a process of its own: imports, loading, the first and the second answer about a pair
-of the run's test data. Of the first answer the parts that JAX reports are listed.
+of the embedded dataset's test split. Of the first answer the parts that JAX reports are listed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     """Two starts in processes of their own."""
     # What tyro imports would be missing from the times below.
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a run with test data")
+    parser.add_argument("--checkpoint", required=True, help="a run on the embedded dataset")
     parser.add_argument("--cache", help="start once, here, with this compilation cache")
     args = parser.parse_args()
     if args.cache is not None:

@@ -195,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(MeasureArgs, argv, __doc__)
     preset = load_config("debug")
     config = with_weights(preset, preset)
-    use_compilation_cache(config.data.cache_dir)
+    use_compilation_cache()
     train, test = open_split(config, "train"), open_split(config, "test")
     layout = Layout(config)
     scores = {

@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(PretrainArgs, argv, __doc__)
     config = tiny_config(args)
-    use_compilation_cache(config.data.cache_dir)
+    use_compilation_cache()
     for name, stage in STAGES.items():
         there = (args.out / name / "model.safetensors").is_file()
         if name in args.part and not there and not stage(args, config):

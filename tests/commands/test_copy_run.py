@@ -1,4 +1,5 @@
 import shutil
+import zipfile
 
 import fsspec
 import pytest
@@ -71,6 +72,72 @@ def test_a_target_that_went_on_is_not_overwritten(run_folder, tmp_path):
     with pytest.raises(CheckpointError, match="holds step 12 of a run, .* only step 7"):
         copy_run(run_folder, ahead)
     assert steps(ahead) == [7, 12]
+
+
+@pytest.mark.parametrize(
+    "name", ["../../evil.txt", "a/../../../evil.txt", "a//b", "/etc/x", "a\\b"]
+)
+def test_a_bucket_s_key_that_leads_elsewhere_copies_nothing(bucket, tmp_path, name):
+    store = fsspec.filesystem("memory").store
+    folder = bucket.removeprefix("memory:/")
+    for key in ("config.json", name):
+        file = fsspec.filesystem("memory").open("/new", "wb")
+        file.write(b"{}")
+        file.close()
+        store[f"{folder}/{key}"] = store.pop("/new")
+    target = tmp_path / "deep/down/out"
+    with pytest.raises(CheckpointError, match="nothing was copied"):
+        copy_run(bucket, target)
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_an_archive_is_no_run(tmp_path, monkeypatch):
+    """Its members may be named with `..`; no chain of readers is opened."""
+    with zipfile.ZipFile(tmp_path / "evil.zip", "w") as archive:
+        archive.writestr("run/config.json", "{}")
+        archive.writestr("run/../../slipped.txt", "x")
+    monkeypatch.chdir(tmp_path)
+    for url in ("zip://run::evil.zip", "zip://run::file://evil.zip", "zip://evil.zip"):
+        with pytest.raises(DataError, match="'::' would open|zip:// is not read"):
+            copy_run(url, "a/b/out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["evil.zip"]
+
+
+def test_hidden_names_stay_where_they_are(run_folder, tmp_path):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    (run / "frozen/.vq-half").mkdir()
+    for name in ("frozen/.vq-half/weights.safetensors", ".bashrc"):
+        (run / name).write_text("x")
+    copy_run(run, tmp_path / "out")
+    assert content(tmp_path / "out") == content(run_folder)
+
+
+def test_links_are_not_copied(run_folder, tmp_path):
+    """What they lead to is no part of the run, and may be a secret."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("private")
+    for name, place in (
+        ("logs", secret),
+        ("notes.txt", secret / "key"),
+        ("again", "."),
+        (".hidden", secret),
+    ):
+        run = shutil.copytree(run_folder, tmp_path / f"run_{name}")
+        (run / name).symlink_to(place)
+        with pytest.raises(CheckpointError, match=f"{name} is a link, which a run does not hold"):
+            copy_run(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_at_the_target_is_not_followed(run_folder, tmp_path):
+    elsewhere, out = tmp_path / "elsewhere", tmp_path / "out"
+    elsewhere.mkdir()
+    out.mkdir()
+    (out / "checkpoints").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="checkpoints is a link"):
+        copy_run(run_folder, out)
+    assert not list(elsewhere.iterdir()) and len(list(out.iterdir())) == 1
 
 
 def test_what_is_no_run_is_said(tmp_path):

@@ -146,8 +146,8 @@ def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch
     assert os.access(script, os.X_OK)
     command = script.read_text().splitlines()[-1]
     words = shlex.split(command)
-    assert words[2:4] == ["-m", "htfa_jax.infer"] and words[-1] == "$@"
+    assert words[2:5] == ["-P", "-m", "htfa_jax.infer"] and words[-1] == "$@"
     monkeypatch.chdir(run_folder)
-    infer.main(words[4:-1])
+    infer.main(words[5:-1])
     (entry,) = lines(run_folder / "example" / "out" / "predictions.jsonl")
     assert entry["alignment"] == "boxes" and len(entry["answers"]) == 2

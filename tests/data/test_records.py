@@ -129,7 +129,7 @@ def test_a_template_finds_the_reconstruction():
     found = Path("/root/views/00007561_0_obman_test_rgb_00007561.jpg.png")
     assert read(raw, template).image_recon == found
     assert read(raw, template).raw["image_recon"] == str(found.relative_to("/root"))
-    assert read({**raw, "meta": {"view": 4}}, "{view:02d}/{image}").image_recon == Path(
+    assert read({**raw, "meta": {"view": "04"}}, "{view}/{image}").image_recon == Path(
         "/root/04/00007561.jpg"
     )
 
@@ -144,5 +144,5 @@ def test_a_template_that_does_not_fit_says_so():
     raw = {"id": "7", "image": "a.jpg", "conversations": TALK}
     with pytest.raises(DataError, match=r"needs the field name, .* it has id, image"):
         read(raw, "{name}.png")
-    with pytest.raises(DataError, match="does not fit its fields"):
+    with pytest.raises(DataError, match="is no template: {id} has a conversion or a format"):
         read(raw, "{id:03d}.png")

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from support import GOOD, tiny, write_dataset
 
 from htfa_jax.common import files
 from htfa_jax.config import DataConfig
+from htfa_jax.copy_run import copy_run
 from htfa_jax.data.sources import array_records, json_lines, record_cache
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.sources.mixture import Mixture
 from htfa_jax.data.sources.open import open_source
 from htfa_jax.data.splits import describe_training_data, open_split
+from htfa_jax.data.storage import RemoteImage
 from htfa_jax.errors import ConfigError, DataError
 
 
@@ -394,6 +397,55 @@ def test_a_root_that_the_user_gives_allows_what_is_in_it(tmp_path, monkeypatch):
     for name in ("s3://b/xy/a.jpg", "s3://b/x/../a.jpg", "gs://b/x/a.jpg", "/b/x/a.jpg"):
         with pytest.raises(DataError, match="leads out of"):
             image(tmp_path, name, "s3://b/x")
+
+
+def test_a_link_out_of_the_folder_needs_a_root_that_the_user_gives(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/link").symlink_to(tmp_path / "private")
+    with pytest.raises(DataError, match="link that leads out of .*data.image_root names another"):
+        image(tmp_path, "link/a.jpg")
+    place = tmp_path / "set/link/a.jpg"
+    assert image(tmp_path, "link/a.jpg", str(tmp_path / "set")) == place
+
+
+CHAINS = [
+    "reference://x.jsonl::file://refs.json",
+    "reference://x::data:,",
+    "simplecache::memory://a.jsonl",
+    "filecache::https://localhost/a.jsonl",
+    "memory://a.jsonl::memory://b.jsonl",
+    "zip://a.jsonl::evil.zip",
+]
+SCHEMES = """
+    reference zip tar ssh sftp ftp smb github git local dir http jlab libarchive webhdfs generic
+    dask data File
+""".split()
+
+
+@pytest.mark.parametrize("url", CHAINS + [f"{s}://a/b.jsonl" for s in (*SCHEMES, "")])
+def test_urls_that_run_or_open_more_than_a_file_are_refused(tmp_path, data, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "refs.json").write_text(
+        json.dumps({"version": 1, "refs": {}, "templates": {}, "gen": [{
+            "key": "{{ cycler.__init__.__globals__.os.system('touch RAN') }}",
+            "url": "x", "dimensions": {"i": {"stop": 1}}}]})
+    )  # fmt: skip
+    before = set(sys.modules)
+    if "://" in url:
+        for read in (lambda: open_source(url, data), lambda: RemoteImage(url).read_bytes()):
+            with pytest.raises(DataError, match="'::' would open a file|:// is not read"):
+                read()
+    with pytest.raises(DataError, match="'::' would open a file|:// is not read"):
+        copy_run(url, str(tmp_path / "out"))
+    assert not [name for name in set(sys.modules) - before if "fsspec.implementations" in name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["refs.json"]
+
+
+def test_a_file_url_is_a_path_as_any_other(tmp_path, data):
+    to_lines(tmp_path / "d.jsonl", [GOOD])
+    records = open_source(f"file://{tmp_path}/d.jsonl", data)
+    assert records[0].image_orig == tmp_path / "a.jpg"
 
 
 # A template that leads nowhere, mixtures.

@@ -205,7 +205,15 @@ def test_the_main_job_from_nothing_to_its_panel(dataset, tmp_path, capsys):
     newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name))
     assert int(newest.name) == scores["step"] == 2
     evaluate.main(
-        ["--checkpoint", str(newest), "--split", "validation", "--output_dir", str(tmp_path / "e")]
+        [
+            "--checkpoint",
+            str(newest),
+            "--split",
+            "validation",
+            "--output_dir",
+            str(tmp_path / "e"),
+            f"--config.data.validation={dataset}",
+        ]
     )
     assert "accuracy by occlusion ratio" in capsys.readouterr().out
     again = json.loads((tmp_path / "e/metrics.json").read_text())

@@ -261,7 +261,11 @@ def test_a_hub_id_is_fetched_as_far_as_needed(exported, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     engine = HTFAInference.from_pretrained("someone/held", revision="v2")
     assert engine.step == 7
-    assert asked == [("someone/held", "v2", ["config.json", MODEL, "tokenizer/*"])]
+    names = [
+        f"tokenizer/{n}" for n in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+    ]
+    # No pattern: `*` would match the names of folders, and bring along what is in them.
+    assert asked == [("someone/held", "v2", ["config.json", MODEL, *names])]
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", "someone/held"])
     assert "nothing is written into the hub's copy" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 from support import tiny
 
 from htfa_jax.checkpoints import weights
+from htfa_jax.config import override
 from htfa_jax.errors import CheckpointError
 from weights_convert import on_demand
 
@@ -36,3 +37,12 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
         CheckpointError, match=r"converted/siglip-.* cannot be written \(data.cache"
     ):
         on_demand.converted("siglip", "tiny", tiny(data__cache_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("component", ["siglip", "vq", "decoder", "htfa"])
+def test_weights_may_be_gone_where_a_run_has_its_own(component, tmp_path):
+    config = tiny(data__cache_dir=str(tmp_path / "cache"))
+    config = override(config, {f"pretrained.{component}": str(tmp_path / "gone")})
+    with pytest.raises(CheckpointError, match="gone"):
+        on_demand.with_weights(config, config)
+    assert on_demand.with_weights(config, config, may_be_gone=True) == config

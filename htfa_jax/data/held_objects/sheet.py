@@ -2,12 +2,17 @@
 
 import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.records import Record, parse_record
+from htfa_jax.data.storage import image_root
 from htfa_jax.errors import DataError
 
 COLUMNS = 8
@@ -30,7 +35,11 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
     records = list(itertools.islice(read_json_lines(source, DataError), num))
     if not records:
         raise DataError(f"{source} holds no records")
-    cells = [scene_column(source.parent, record) for record in records]
+    place = image_root(None, str(source))
+    cells = [
+        scene_column(parse_record(record, f"{source}, record {i}", place, with_turns=False))
+        for i, record in enumerate(records)
+    ]
     width, height = cells[0].size
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
@@ -43,26 +52,38 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
     return out_png
 
 
-def scene_column(folder: Path, record: dict) -> Image.Image:
-    """The images of one scene below each other, with a caption."""
-    images = [
-        Image.open(folder / record[key]).convert("RGB")
-        for key in ("image_orig", "image_target", "image_recon")
-    ]
+def scene_column(record: Record) -> Image.Image:
+    """The images of one scene below each other, with a caption.
+
+    Raises DataError if it has not all that a drawn scene has.
+    """
+
+    def field(name: str, loader: Callable[[Any], Image.Image]) -> Image.Image:
+        image = decode_field(record, name, loader)
+        if image is None:
+            raise record.error(f"{name} is missing, which a sheet shows")
+        return image
+
+    images = [field(key, load_image) for key in ("image_orig", "image_target", "image_recon")]
     overlay = np.asarray(images[0], np.float32)
     for key, tint in (("object_mask", OBJECT_TINT), ("occluder_mask", HAND_TINT)):
-        mask = np.asarray(Image.open(folder / record[key]), np.float32)[..., None] / 255
-        overlay = overlay + 0.45 * mask * (np.array(tint, np.float32) - overlay)
+        mask = field(key, load_mask).resize(images[0].size)
+        share = np.asarray(mask, np.float32)[..., None] / 255
+        overlay = overlay + 0.45 * share * (np.array(tint, np.float32) - overlay)
     images.append(Image.fromarray(overlay.astype(np.uint8)))
-    for image, box in zip(images[1:3], ("bbox_orig", "bbox_recon"), strict=True):
-        x, y, w, h = record[box]
+    for image, box in zip(images[1:3], (record.bbox_orig, record.bbox_recon), strict=True):
+        if box is None:
+            raise record.error("bbox_orig or bbox_recon is missing, which a sheet shows")
+        x, y, w, h = box
         ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), outline=(255, 220, 0))
     side, caption_height, gap = min(images[0].width, MAX_CELL), 32, 4
     cell = Image.new("RGB", (side + gap, 4 * side + caption_height + gap), "white")
     for number, image in enumerate(images):
         cell.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, number * side))
-    meta = record["meta"]
-    caption = f"{meta['color']} {meta['category']}\n{100 * meta['occlusion']:.0f} % hidden"
+    color, category, hidden = (record.meta.get(k) for k in ("color", "category", "occlusion"))
+    if not isinstance(hidden, int | float):
+        raise record.error("meta.occlusion is missing, which a sheet shows")
+    caption = f"{color} {category}\n{100 * hidden:.0f} % hidden"
     font = ImageFont.load_default(11)
     ImageDraw.Draw(cell).text((3, 4 * side + 2), caption, fill="black", font=font, spacing=1)
     return cell

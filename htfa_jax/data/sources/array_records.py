@@ -16,6 +16,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from htfa_jax.common.json_files import parse_json, read_json
+from htfa_jax.common.names import checked_name
 from htfa_jax.data.records import ImageFile, Record, parse_record
 from htfa_jax.data.storage import ImageRoot, PackedImage
 from htfa_jax.errors import DataError
@@ -166,14 +167,21 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = read_json(path, DataError)
     shards = manifest.get("shards")
     if not isinstance(shards, list) or not all(map(is_shard, shards)):
-        raise DataError(f"{path} is no manifest of shards: `shards` must have names and sizes")
+        raise DataError(
+            f"{path} is no manifest of shards: `shards` must have sizes and names of files in it"
+        )
     return manifest
 
 
 def is_shard(facts: Any) -> bool:
     """Whether a manifest says of a shard what reading it takes: its name and its bytes."""
-    named = isinstance(facts, dict) and isinstance(facts.get("name"), str)
-    return named and isinstance(facts.get("bytes"), int)
+    if not isinstance(facts, dict) or not isinstance(name := facts.get("name"), str):
+        return False
+    try:
+        checked_name(name)
+    except ValueError:
+        return False
+    return isinstance(facts.get("bytes"), int)
 
 
 def _of_manifest(path: Path) -> list[Path]:
