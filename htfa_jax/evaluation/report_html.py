@@ -12,6 +12,7 @@ from PIL import Image
 
 from htfa_jax.common.files import whole_file
 from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.data.decode import decoded
 from htfa_jax.errors import DataError
 
 PREDICTIONS, REPORT, TEMPLATE = "predictions.jsonl", "report.html", "report.html.jinja"
@@ -42,6 +43,8 @@ def write_report(folder: Path, title: str) -> Path:
     Raises DataError if there are no predictions, or if a line of them is damaged.
     """
     entries = list(read_json_lines(folder / PREDICTIONS, DataError, allow_nan=True))
+    for number, entry in enumerate(entries):
+        _check(entry, f"{folder / PREDICTIONS}, prediction {number}")
     path = folder / REPORT
     with whole_file(path) as file:
         file.writelines(page(folder, title, entries))
@@ -67,6 +70,34 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
     return template.generate(title=title, entries=entries, figures=lambda e: _figures(folder, e))
 
 
+def _check(entry: Mapping[str, Any], where: str) -> None:
+    """Raises DataError that names the field of a prediction that is not as `infer` writes it."""
+
+    def refuse(field: str, expected: str) -> DataError:
+        return DataError(f"{where}: {field} must be {expected}; run `infer` again")
+
+    texts = ["id", "error"] if "error" in entry else ["id", "alignment", "reconstruction"]
+    for field in [*texts, *(["completed"] if "completed" in entry else [])]:
+        if not isinstance(entry.get(field), str):
+            raise refuse(field, "a text")
+    answers = entry.get("answers", [] if "error" in entry else None)
+    if not isinstance(answers, list) or not all(map(_is_answer, answers)):
+        raise refuse("answers", "a list of objects with query, answer and confidence")
+    figures = entry.get("figures") or {}
+    if not isinstance(figures, dict) or not all(isinstance(p, str) for p in figures.values()):
+        raise refuse("figures", "an object of paths")
+
+
+def _is_answer(said: Any) -> bool:
+    return (
+        isinstance(said, dict)
+        and isinstance(said.get("query"), str)
+        and isinstance(said.get("answer"), str)
+        and "confidence" in said
+        and isinstance(said["confidence"], float | int | None)
+    )
+
+
 def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
     """What a pair shows; no source where a file is gone. Each is read when it is asked for."""
     images = entry.get("figures")
@@ -75,12 +106,11 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str |
     for name, path in images.items():
         kind = name.partition("_")[0]
         source = _image(folder / path) if (folder / path).is_file() else None
-        yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS[kind]}
+        yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS.get(kind, "")}
 
 
 def _image(path: Path) -> str:
-    with Image.open(path) as image:
-        return data_uri(image.convert("RGB"), 88)
+    return data_uri(decoded(path), 88)
 
 
 def data_uri(image: Image.Image, quality: int) -> str:

@@ -21,6 +21,22 @@ from weights_convert.source import Source
 ROOT = Path(__file__).parents[2]
 
 
+def calls(name):
+    """Calls of that name in the packages, with where they are."""
+    for path in (*ROOT.glob("htfa_jax/**/*.py"), *ROOT.glob("weights_convert/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
+                yield node, f"{path.relative_to(ROOT)}, line {node.lineno}"
+
+
+def test_images_are_opened_with_a_list_of_formats():
+    """Without one Pillow starts Ghostscript for an EPS of any name."""
+    found = list(calls("Image.open"))
+    assert found
+    for node, where in found:
+        assert "formats" in [keyword.arg for keyword in node.keywords], where
+
+
 class Payload:
     """Leaves a file behind when it is unpickled."""
 

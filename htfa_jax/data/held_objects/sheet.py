@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from htfa_jax.common.json_files import read_json_lines
+from htfa_jax.data.decode import decoded, load_mask
 from htfa_jax.errors import DataError
 
 COLUMNS = 8
@@ -30,7 +31,15 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
     records = list(itertools.islice(read_json_lines(source, DataError), num))
     if not records:
         raise DataError(f"{source} holds no records")
-    cells = [scene_column(source.parent, record) for record in records]
+    cells = []
+    for number, record in enumerate(records):
+        try:
+            cells.append(scene_column(source.parent, record))
+        except (LookupError, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{source}, record {number}: no scene of HeldObjects, which has images, masks, "
+                f"boxes, meta.color, meta.category and meta.occlusion: {error!r:.200}"
+            ) from error
     width, height = cells[0].size
     columns = min(COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
@@ -46,12 +55,11 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
 def scene_column(folder: Path, record: dict) -> Image.Image:
     """The images of one scene below each other, with a caption."""
     images = [
-        Image.open(folder / record[key]).convert("RGB")
-        for key in ("image_orig", "image_target", "image_recon")
+        decoded(folder / record[key]) for key in ("image_orig", "image_target", "image_recon")
     ]
     overlay = np.asarray(images[0], np.float32)
     for key, tint in (("object_mask", OBJECT_TINT), ("occluder_mask", HAND_TINT)):
-        mask = np.asarray(Image.open(folder / record[key]), np.float32)[..., None] / 255
+        mask = np.asarray(decoded(folder / record[key], load_mask), np.float32)[..., None] / 255
         overlay = overlay + 0.45 * mask * (np.array(tint, np.float32) - overlay)
     images.append(Image.fromarray(overlay.astype(np.uint8)))
     for image, box in zip(images[1:3], ("bbox_orig", "bbox_recon"), strict=True):
