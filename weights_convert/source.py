@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from htfa_jax.checkpoints import hub
+from htfa_jax.checkpoints import hub, weights
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
@@ -209,10 +209,7 @@ class Source:
         """Type of a tensor; raises CheckpointError unless it is a floating-point one."""
         name = self.handle(key).dtype_name
         if name not in FLOATS:
-            raise CheckpointError(
-                f"{self.name}: {key} is of type {name}; only {', '.join(FLOATS)} can be "
-                "converted (quantised checkpoints cannot)"
-            )
+            raise weights.not_weights(self.name, key, name)
         return FLOATS[name]
 
     def read(self, key: str) -> np.ndarray:
@@ -234,15 +231,20 @@ class Handle:
 
 def safetensors_file(path: Path) -> dict[str, Handle]:
     """{key: handle} of a safetensors file. Raises CheckpointError if it is damaged."""
-    try:
+    with weights.reading(path):
         file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
-    handles = {}
-    for key in file.keys():  # noqa: SIM118
-        part, read = file.get_slice(key), functools.partial(file.get_tensor, key)
-        handles[key] = Handle(part.get_shape(), part.get_dtype(), read)
-    return handles
+        kinds = weights.kinds_of(file, path)
+
+    def read(key: str) -> np.ndarray:
+        if kinds[key][1] not in FLOATS:
+            raise weights.not_weights(path, key, kinds[key][1])
+        with weights.reading(path):
+            return file.get_tensor(key)
+
+    return {
+        key: Handle(shape, dtype, functools.partial(read, key))
+        for key, (shape, dtype) in kinds.items()
+    }
 
 
 def pickle_file(path: Path) -> dict[str, Handle]:
