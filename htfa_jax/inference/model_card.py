@@ -135,7 +135,8 @@ def check_scores(scores: Mapping[str, Any], where: str) -> None:
         value: Any = scores
         for name in names:
             value = value.get(name) if isinstance(value, Mapping) else None
-        if not isinstance(value, int | float) or not abs(value) < 1e9:
+        whole = isinstance(value, int) and abs(value) < 2**53
+        if not whole and not isinstance(value, float):
             raise CheckpointError(
                 f"{where} has no number at {' > '.join(map(str, names))}: evaluate the run again"
             )

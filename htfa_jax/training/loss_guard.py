@@ -185,8 +185,8 @@ def load_dump(folder: Path) -> tuple[Batch, dict[str, Any]]:
         with np.load(folder / f"batch_{process}.npz", allow_pickle=False) as file:
             arrays = {name: file[name].view(facts["types"][name]) for name in file.files}
         for name in ("processes", "step", "num_steps"):
-            if not isinstance(facts[name], int) or not 0 < facts[name] < 2**31:
-                raise ValueError(f"{name} must be a number above 0")
+            if not isinstance(facts[name], int) or not 0 <= facts[name] < 2**31:
+                raise ValueError(f"{name} must be a number from 0")
         if not isinstance(facts["ids"], list):
             raise ValueError("ids must be a list")
         return Batch(**arrays), facts

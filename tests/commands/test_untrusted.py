@@ -90,7 +90,7 @@ def test_a_pickle_is_no_weight_folder_and_no_run(tmp_path, trap):
     (tmp_path / "tokenizer").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "tokenizer" / name).write_bytes(trap[0])
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="tokenizer.json: not UTF-8"):
         ChatTokenizer(tmp_path / "tokenizer")
 
 

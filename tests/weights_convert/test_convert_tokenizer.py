@@ -248,7 +248,7 @@ def test_a_model_cut_anywhere_is_refused(tmp_path):
             {"model": b"version https://git-lfs.github.com/spec/v1\n"},
             r"tokenizer\.model is not a whole",
         ),
-        ({"fast": b'{"version": "1.0"'}, r"tokenizer\.json is not a tokenizer"),
+        ({"fast": b'{"version": "1.0"'}, r"tokenizer\.json: not valid JSON"),
         ({"tokenizer_config": b'{"bos_token": "<s'}, r"tokenizer_config\.json: not valid JSON"),
         ({"tokenizer_config": [1]}, r"tokenizer_config\.json: expected an object"),
         ({"added_tokens": b"\xff"}, r"added_tokens\.json: not UTF-8"),
