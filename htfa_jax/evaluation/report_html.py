@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,6 +57,12 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
 
     What a prediction says is text to the template, which escapes it.
     """
+    template = _template()
+    return template.generate(title=title, entries=entries, figures=lambda e: _figures(folder, e))
+
+
+@functools.cache
+def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # not by --help
 
     environment = Environment(
@@ -66,8 +73,7 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template(TEMPLATE)
-    return template.generate(title=title, entries=entries, figures=lambda e: _figures(folder, e))
+    return environment.get_template(TEMPLATE)
 
 
 def _check(entry: Mapping[str, Any], where: str) -> None:
@@ -83,8 +89,10 @@ def _check(entry: Mapping[str, Any], where: str) -> None:
     answers = entry.get("answers", [] if "error" in entry else None)
     if not isinstance(answers, list) or not all(map(_is_answer, answers)):
         raise refuse("answers", "a list of objects with query, answer and confidence")
-    figures = entry.get("figures") or {}
-    if not isinstance(figures, dict) or not all(isinstance(p, str) for p in figures.values()):
+    figures = entry.get("figures")
+    if figures is not None and not (
+        isinstance(figures, dict) and all(isinstance(path, str) for path in figures.values())
+    ):
         raise refuse("figures", "an object of paths")
 
 

@@ -61,7 +61,9 @@ class Count:
         )
 
 
-HEADER = f"{'reader':<24}{'inputs':>9}{'refused':>10}{'accepted':>10}{'escapes':>9}{'s':>9}{'slowest':>9}"
+HEADER = f"{'reader':<24}{'inputs':>9}{'refused':>10}{'accepted':>10}{'escapes':>9}" + (
+    f"{'seconds':>9}{'slowest':>9}"
+)
 
 
 def all_readers(folder: Path) -> dict[str, Reader]:
@@ -98,11 +100,21 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def count(reader: Reader, inputs: int, seed: int, seconds: float) -> Count:
-    """Feeds a reader with the inputs of so many seeds, from `seed` on."""
+def count(
+    reader: Reader, inputs: int, seed: int, seconds: float, most: float | None = None
+) -> Count:
+    """Feeds a reader with the inputs of so many seeds, from `seed` on.
+
+    Args:
+      reader, inputs, seed: as above.
+      seconds: that one input may take.
+      most: seconds after which no further input is begun.
+    """
     found, started = Count(), time.monotonic()
     for number in range(seed, seed + inputs):
         before = time.monotonic()
+        if most is not None and before - started > most:
+            break
         try:
             with within(seconds):
                 accepted = feed(reader, Random(number))
@@ -126,6 +138,7 @@ class FuzzArgs:
     only: tuple[str, ...] = ()  # names of readers; all if none
     seed: int = 0  # of the first input
     seconds: float = 20.0  # that one input may take
+    reader_seconds: float | None = None  # then the next reader's turn comes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -139,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ConfigError(f"no reader {', '.join(unknown)}; there are: {', '.join(readers)}")
         print(HEADER, flush=True)
         for name in args.only or readers:
-            found = count(readers[name], args.inputs, args.seed, args.seconds)
+            found = count(readers[name], args.inputs, args.seed, args.seconds, args.reader_seconds)
             escapes += len(found.escapes)
             print(f"{name:<24}{found}", flush=True)
             for seed, problem in list(found.escapes.items())[:SHOWN]:

@@ -100,7 +100,7 @@ def flipped(rng: Random, original: bytes) -> bytes:
 
 def json_bytes(rng: Random, original: Any) -> bytes:
     """A file of JSON: its value altered, at times its bytes too."""
-    how = rng.randrange(10)
+    how = rng.randrange(24)
     if how == 0:
         return rng.choice(DAMAGE)
     try:

@@ -91,6 +91,9 @@ def readers(folder: Path) -> dict[str, Reader]:
     Image.fromarray(segm).save(sample / "rgb/1.jpg")
     Image.fromarray(segm).save(sample / "segm/1.png")
     mask = (sample / "segm/1.png").read_bytes()
+    file = io.BytesIO()
+    Image.new("L", Image.open(io.BytesIO(IMAGES[0])).size, 255).save(file, "PNG")
+    white = file.getvalue()
     (sample / "views/1.png").write_bytes(mask)
 
     def lines(path: Path, read: Callable[[Path], Any]) -> Callable[[bytes], None]:
@@ -166,7 +169,8 @@ def readers(folder: Path) -> dict[str, Reader]:
 
     scene = RECORD | {"image_target": "a.png", "occluder_mask": "m.png", "bbox_recon": [1, 2, 3, 4]}
     for name in ("a.png", "b.png", "m.png"):
-        written(folder / "sheet" / name, mask)
+        written(folder / "sheet" / name, IMAGES[0] if name != "m.png" else white)
+    written(folder / "shards/a", b"abc")
     logs = {"step": 1, "train/loss": 0.5, "time": 3}
     return {
         "record": Reader(

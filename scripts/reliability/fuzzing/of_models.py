@@ -157,7 +157,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         written(checkpoint / name, content)
     integrity.write_hashes(checkpoint)
     files["hashes.json"] = (checkpoint / "hashes.json").read_bytes()
-    meta = {"step": 7, "samples": 8, "frozen": {"vq": "vq-0123456789ab"}, "window": [{"loss": 1.0}]}
+    meta = {"step": 7, "samples": 8, "frozen": {}, "window": [{"loss": 1.0}]}
     weights.save_component(folder / "vq", "vq", Config().vq, {"a": np.zeros(2, np.float32)})
     vq = json.loads((folder / "vq/config.json").read_text(encoding="utf-8"))
     told = {name.split(".")[1]: value for name, value in (
@@ -210,8 +210,8 @@ def readers(folder: Path) -> dict[str, Reader]:
             raise CheckpointError(problem)
 
     def read_meta_of(content: bytes) -> None:
-        written(folder / "other run/9" / FILE, content)
-        found = read_meta(folder / "other run/9")
+        written(folder / "other run/7" / FILE, content)
+        found = read_meta(folder / "other run/7")
         sum(step["loss"] for step in found["window"] if "loss" in step)
         load_frozen(folder, found["frozen"])
 
@@ -231,7 +231,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         named = PretrainedConfig(vq=str(folder / "other vq"), htfa=str(folder / "levels"))
         config = weights.with_sizes(dataclasses.replace(base, pretrained=named), base)
         weights.load_levels(config, {})
-        weights.load_component(folder / "other vq", "vq", config.vq, {})
+        weights.load_component(folder / "other vq", "vq", config.vq, {}, unused=".*")
 
     def read_scores(content: bytes) -> None:
         written(folder / "run/evaluation/test/metrics.json", content)
@@ -256,7 +256,10 @@ def readers(folder: Path) -> dict[str, Reader]:
         )
 
     def overrides(rng: Random) -> dict[str, Any]:
-        names = [rng.choice(FIELDS) if rng.randrange(5) else text(rng) for _ in range(3)]
+        names = [
+            rng.choice(FIELDS) if rng.randrange(5) else text(rng)
+            for _ in range(rng.randrange(1, 4))
+        ]
         return {name: rng.choice(NUMBERS) if rng.randrange(2) else value(rng) for name in names}
 
     def foreign(rng: Random) -> dict[str, bytes]:
