@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.data.decode import decoded, load_mask
+from htfa_jax.data.records import checked_box
 from htfa_jax.errors import DataError
 
 COLUMNS = 8
@@ -63,7 +64,7 @@ def scene_column(folder: Path, record: dict) -> Image.Image:
         overlay = overlay + 0.45 * mask * (np.array(tint, np.float32) - overlay)
     images.append(Image.fromarray(overlay.astype(np.uint8)))
     for image, box in zip(images[1:3], ("bbox_orig", "bbox_recon"), strict=True):
-        x, y, w, h = record[box]
+        x, y, w, h = checked_box(record[box], box, DataError) or (0, 0, 1, 1)
         ImageDraw.Draw(image).rectangle((x, y, x + w - 1, y + h - 1), outline=(255, 220, 0))
     side, caption_height, gap = min(images[0].width, MAX_CELL), 32, 4
     cell = Image.new("RGB", (side + gap, 4 * side + caption_height + gap), "white")
