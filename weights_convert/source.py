@@ -255,7 +255,6 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         raise CheckpointError(
             f"{path} needs PyTorch to be read: pip install 'htfa-jax[convert]'"
         ) from error
-    import pickle
 
     def load(**options: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
@@ -265,12 +264,17 @@ def pickle_file(path: Path) -> dict[str, Handle]:
             content = load(mmap=True)
         except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
             content = load()
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file PyTorch raises nearly anything
         raise CheckpointError(
             f"{path} cannot be read as tensors (nothing else in it is loaded): {error}"
         ) from error
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
     names[torch.bfloat16] = "BF16"
+
+    def kind(tensor: Any) -> str:
+        if tensor.layout != torch.strided:
+            return str(tensor.layout)
+        return names.get(tensor.dtype, str(tensor.dtype))
 
     def reader(tensor: Any) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -281,7 +285,7 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         return read
 
     return {
-        key: Handle(tuple(t.shape), names.get(t.dtype, str(t.dtype)), reader(t))
+        key: Handle(tuple(t.shape), kind(t), reader(t))
         for key, t in state_dict(content, path).items()
         if isinstance(t, torch.Tensor)
     }
