@@ -126,7 +126,7 @@ def model_card(
 def check_scores(scores: Mapping[str, Any], where: str) -> None:
     """Raises CheckpointError that names what a metrics.json lacks of what its card tells."""
     answers, images = scores.get("answers", {}), scores.get("images")
-    needed = [("answers", "a kind of question")]
+    needed: list[tuple[str, ...]] = [("answers", "a kind of question")]
     if isinstance(answers, Mapping):
         needed = [("answers", kind, "all", "accuracy") for kind in answers]
     if images:
