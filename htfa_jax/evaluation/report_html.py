@@ -102,8 +102,13 @@ def _is_answer(said: Any) -> bool:
         and isinstance(said.get("query"), str)
         and isinstance(said.get("answer"), str)
         and "confidence" in said
-        and isinstance(said["confidence"], float | int | None)
+        and _is_confidence(said["confidence"])
     )
+
+
+def _is_confidence(value: Any) -> bool:
+    # A whole number of many digits cannot be printed as a fraction.
+    return isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 2**53)
 
 
 def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
@@ -113,8 +118,15 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str |
         images = {"completed": entry["completed"]} if "completed" in entry else {}
     for name, path in images.items():
         kind = name.partition("_")[0]
-        source = _image(folder / path) if (folder / path).is_file() else None
+        source = _image(folder / path) if _is_there(folder / path) else None
         yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS.get(kind, "")}
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a zero byte
+        return False
 
 
 def _image(path: Path) -> str:
