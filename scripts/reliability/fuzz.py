@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
@@ -144,7 +145,8 @@ class FuzzArgs:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(FuzzArgs, argv, __doc__)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
+    warnings.simplefilter("ignore")
     escapes = 0
     with tempfile.TemporaryDirectory() as folder:
         readers = all_readers(Path(folder))

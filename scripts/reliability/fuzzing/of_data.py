@@ -159,8 +159,13 @@ def readers(folder: Path) -> dict[str, Reader]:
         contact_sheet(path, folder / "sheet.png")
 
     def packed(rng: Random) -> bytes:
-        record = {"record": json_bytes(rng, RECORD), "pictures": {"a.png": IMAGES[0]}}
-        content = msgpack.packb(record if rng.randrange(2) else {**record, "pictures": text(rng)})
+        content = array_records.pack(json_bytes(rng, RECORD), {"a.png": IMAGES[0]})
+        if rng.randrange(2):
+            content = msgpack.packb(
+                altered(rng, {**msgpack.unpackb(content), text(rng): 1}),
+                default=str,
+                unicode_errors="surrogatepass",
+            )
         return flipped(rng, content) if rng.randrange(2) else content
 
     def box(rng: Random) -> str:
