@@ -248,4 +248,5 @@ DAMAGED_JSON = {
     "half": b'{"a": ',
     "empty": b"",
     "zeros": b"\0" * 9,
+    "half a character": b'{"a": "\\ud800"}',
 }

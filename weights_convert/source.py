@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from htfa_jax.checkpoints import hub
+from htfa_jax.checkpoints import hub, weights
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
@@ -209,10 +209,7 @@ class Source:
         """Type of a tensor; raises CheckpointError unless it is a floating-point one."""
         name = self.handle(key).dtype_name
         if name not in FLOATS:
-            raise CheckpointError(
-                f"{self.name}: {key} is of type {name}; only {', '.join(FLOATS)} can be "
-                "converted (quantised checkpoints cannot)"
-            )
+            raise weights.not_weights(self.name, key, name)
         return FLOATS[name]
 
     def read(self, key: str) -> np.ndarray:
@@ -234,15 +231,20 @@ class Handle:
 
 def safetensors_file(path: Path) -> dict[str, Handle]:
     """{key: handle} of a safetensors file. Raises CheckpointError if it is damaged."""
-    try:
+    with weights.reading(path):
         file = safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
-    handles = {}
-    for key in file.keys():  # noqa: SIM118
-        part, read = file.get_slice(key), functools.partial(file.get_tensor, key)
-        handles[key] = Handle(part.get_shape(), part.get_dtype(), read)
-    return handles
+        kinds = weights.kinds_of(file, path)
+
+    def read(key: str) -> np.ndarray:
+        if kinds[key][1] not in FLOATS:
+            raise weights.not_weights(path, key, kinds[key][1])
+        with weights.reading(path):
+            return file.get_tensor(key)
+
+    return {
+        key: Handle(shape, dtype, functools.partial(read, key))
+        for key, (shape, dtype) in kinds.items()
+    }
 
 
 def pickle_file(path: Path) -> dict[str, Handle]:
@@ -253,7 +255,6 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         raise CheckpointError(
             f"{path} needs PyTorch to be read: pip install 'htfa-jax[convert]'"
         ) from error
-    import pickle
 
     def load(**options: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
@@ -263,12 +264,17 @@ def pickle_file(path: Path) -> dict[str, Handle]:
             content = load(mmap=True)
         except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
             content = load()
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file PyTorch raises nearly anything
         raise CheckpointError(
             f"{path} cannot be read as tensors (nothing else in it is loaded): {error}"
         ) from error
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
     names[torch.bfloat16] = "BF16"
+
+    def kind(tensor: Any) -> str:
+        if tensor.layout != torch.strided:
+            return str(tensor.layout)
+        return names.get(tensor.dtype, str(tensor.dtype))
 
     def reader(tensor: Any) -> Callable[[], np.ndarray]:
         def read() -> np.ndarray:
@@ -279,7 +285,7 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         return read
 
     return {
-        key: Handle(tuple(t.shape), names.get(t.dtype, str(t.dtype)), reader(t))
+        key: Handle(tuple(t.shape), kind(t), reader(t))
         for key, t in state_dict(content, path).items()
         if isinstance(t, torch.Tensor)
     }

@@ -9,59 +9,36 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
 from htfa_jax.common.json_files import read_json
+from htfa_jax.data.chat_template import read_template
 from htfa_jax.data.tokenizer import CHAT_TEMPLATE, ChatTokenizer
+from htfa_jax.data.tokenizer_file import (
+    MAX_CHARACTERS,
+    MAX_TOKENS,
+    calling_tokenizers,
+    open_tokenizer,
+)
 from htfa_jax.errors import CheckpointError, DataError
+from weights_convert.sentencepiece_file import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    Piece,
+    SentencePieceModel,
+    read_sentencepiece,
+)
 from weights_convert.source import Source
 
 log = logging.getLogger(__name__)
 
-# sentencepiece_model.proto: ModelProto.SentencePiece.Type and TrainerSpec.ModelType.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
-MODEL_TYPES = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 SPACE = "▁"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One token of a SentencePiece model: its text, its score and its type's number."""
-
-    text: str
-    score: float
-    kind: int
-
-
-@dataclass(frozen=True)
-class SentencePieceModel:
-    """What a tokenizer.model says.
-
-    Attributes:
-      pieces: by id.
-      model_type: a value of MODEL_TYPES.
-      byte_fallback: characters without a piece become UTF-8 bytes, not the unknown token.
-      bos_id, eos_id: out of range where there is no such token.
-      charsmap: SentencePiece's compiled character normalisation, empty for none.
-      add_dummy_prefix: a space goes before the text.
-      trim: outer spaces are removed and inner runs become one.
-    """
-
-    pieces: list[Piece]
-    model_type: str
-    byte_fallback: bool
-    bos_id: int
-    eos_id: int
-    charsmap: bytes
-    add_dummy_prefix: bool
-    trim: bool
 
 
 def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
@@ -81,22 +58,18 @@ def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     """
     config = _read_json(files, "tokenizer_config.json")
     settings = _read_json(files, "special_tokens_map.json") | config
-    added = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
-    for content, i in _read_json(files, "added_tokens.json").items():
-        added.setdefault(i, {"content": content, "special": content in _special(settings)})
+    added = _added(files, config, settings)
 
     if "tokenizer.json" in files:
         path = files["tokenizer.json"]
-        data = path.read_bytes()
-        try:
-            tokenizer = Tokenizer.from_buffer(data)
-        except ValueError as error:
-            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        tokenizer, data = open_tokenizer(path, CheckpointError), path.read_bytes()
     elif "tokenizer.model" in files:
         path = files["tokenizer.model"]
         model = read_sentencepiece(path)
         # As in transformers, a Llama without "legacy": false has the prefix everywhere.
-        tokenizer = _build(path, model, added, everywhere=settings.get("legacy") is not False)
+        everywhere = settings.get("legacy") is not False
+        with calling_tokenizers(f"no tokenizer can be made of {path}", CheckpointError):
+            tokenizer = _build(path, model, added, everywhere)
         data = tokenizer.to_str(pretty=True).encode()
         if not config:
             for name, i in (("bos_token", model.bos_id), ("eos_token", model.eos_id)):
@@ -105,7 +78,8 @@ def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     else:
         raise CheckpointError("the checkpoint has neither tokenizer.json nor tokenizer.model")
 
-    _check_tokens(path, tokenizer, added, settings)
+    with calling_tokenizers(f"the tokenizer {path} fails", CheckpointError):
+        _check_tokens(path, tokenizer, added, settings)
     settings["chat_template"] = _chat_template(files, tokenizer, settings)
     # The checkpoint's own class may be downloaded code, which tokenizer.json replaces.
     settings.pop("auto_map", None)
@@ -118,82 +92,8 @@ def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     (out / "tokenizer.json").write_bytes(data)
     try:
         ChatTokenizer(out)
-    except (DataError, TemplateError) as error:
+    except DataError as error:
         raise CheckpointError(f"the tokenizer cannot be used: {error}") from error
-
-
-def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Reads a tokenizer.model.
-
-    The numbers of the fields are those of google/sentencepiece, sentencepiece_model.proto.
-
-    Raises:
-      CheckpointError: the file is damaged, cut short or something else.
-    """
-    pieces, specs = [], {}
-    try:
-        for number, value in _fields(path.read_bytes()):
-            if number == 1:
-                piece = dict(_fields(value))
-                score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-                pieces.append(Piece(str(piece.get(1, b""), "utf-8"), score, piece.get(3, NORMAL)))
-            elif number in (2, 3):
-                specs[number] = dict(_fields(value))
-    except (ValueError, TypeError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a whole SentencePiece model: {error}") from error
-    # They stand behind the pieces, so that a file cut between two pieces lacks them.
-    if specs.keys() != {2, 3} or [p.kind for p in pieces].count(UNKNOWN) != 1:
-        raise CheckpointError(
-            f"{path} is not a whole SentencePiece model: it lacks its settings or unknown token"
-        )
-    trainer, normalizer = specs[2], specs[3]
-    if trainer.get(24, False):
-        raise CheckpointError(f"{path} has treat_whitespace_as_suffix, which is not supported")
-    return SentencePieceModel(
-        pieces=pieces,
-        model_type=MODEL_TYPES.get(trainer.get(3, 1), str(trainer.get(3))),
-        byte_fallback=bool(trainer.get(35, False)),
-        bos_id=trainer.get(41, 1),
-        eos_id=trainer.get(42, 2),
-        charsmap=normalizer.get(2, b""),
-        add_dummy_prefix=bool(normalizer.get(3, True)),
-        trim=bool(normalizer.get(4, True)),
-    )
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Numbers and values of a protobuf message's fields; ValueError where it is damaged.
-
-    Values are integers, or bytes where the message does not say what they mean
-    (protobuf.dev/programming-guides/encoding).
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            if at >= len(message) or shift > 63:
-                raise ValueError(f"no number at byte {at}")
-            byte = message[at]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
-            continue
-        if kind not in (1, 2, 5):
-            raise ValueError(f"unknown field type {kind} at byte {at}")
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if at + size > len(message):
-            raise ValueError(f"{size} bytes are expected at byte {at} of {len(message)}")
-        yield key >> 3, message[at : at + size]
-        at += size
 
 
 def _build(
@@ -325,7 +225,7 @@ def _check_tokens(
 def _chat_template(files: Mapping[str, Path], tokenizer: Tokenizer, settings: Mapping):
     """The checkpoint's template, in its own file or in the settings, else InternLM2's."""
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].read_text(encoding="utf-8")
+        return read_template(files["chat_template.jinja"], CheckpointError)
     if settings.get("chat_template"):
         return settings["chat_template"]
     split = [t for t in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]
@@ -344,17 +244,55 @@ def _read_json(files: Mapping[str, Path], name: str) -> dict:
     return {key: value for key, value in settings.items() if value is not None}
 
 
+def _added(files: Mapping[str, Path], config: Mapping, settings: Mapping) -> dict[int, dict]:
+    """{id: token} of what tokenizer_config.json and added_tokens.json add, checked."""
+    where = files.get("tokenizer_config.json") or files.get("added_tokens.json")
+    named = config.get("added_tokens_decoder", {})
+    if not isinstance(named, dict):
+        raise CheckpointError(f"{where}: added_tokens_decoder must be an object of tokens by id")
+    added: dict[int, dict] = {}
+    for key, token in named.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 7) or not isinstance(token, dict):
+            raise CheckpointError(
+                f"{where}: added_tokens_decoder has {key[:40]!r}, which is no id with a token"
+            )
+        added[int(key)] = token
+    beside = _read_json(files, "added_tokens.json")
+    special = _special(settings)
+    for content, i in beside.items():
+        if not isinstance(i, int) or isinstance(i, bool):
+            raise CheckpointError(
+                f"{files['added_tokens.json']}: {content[:40]!r} must have a number as its id"
+            )
+        added.setdefault(i, {"content": content, "special": content in special})
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    for i, token in added.items():
+        content = token.get("content")
+        right = isinstance(content, str) and 0 < len(content) <= MAX_CHARACTERS
+        if not right or not 0 <= i < MAX_TOKENS:
+            raise CheckpointError(
+                f"{where}: the added token {str(i)[:20]} must have an id below {MAX_TOKENS} and "
+                f"a content of 1 to {MAX_CHARACTERS} characters"
+            )
+        if not all(isinstance(token.get(flag, False), bool) for flag in flags):
+            raise CheckpointError(
+                f"{where}: {', '.join(flags)} of the added token {i} must be true or false"
+            )
+    return added
+
+
 def _special(settings: Mapping) -> set[str]:
     """Contents of all tokens that a checkpoint's settings name."""
     named = [value for key, value in settings.items() if key.endswith("_token")]
-    named += settings.get("additional_special_tokens", [])
+    more = settings.get("additional_special_tokens", [])
+    named += more if isinstance(more, list) else []
     return {content for value in named if (content := _content(value)) is not None}
 
 
 def _content(token) -> str | None:
     """A token's text, of which settings write the text or an object with the text."""
     if isinstance(token, dict):
-        return token.get("content")
+        token = token.get("content")
     return token if isinstance(token, str) else None
 
 

@@ -32,9 +32,10 @@ def load_run(
     if is_export(folder):
         params, facts = weights.read_weights(folder, MODEL), weights.read_facts(folder / MODEL)
         weights.check_shapes(params, shapes_of(config), str(folder / MODEL))
-        if "step" not in facts:
+        told = facts.get("step", "")
+        if not (told.isascii() and told.isdigit() and len(told) < 19):
             raise CheckpointError(f"{folder / MODEL} does not say its step: export the run again")
-        return config, params, int(facts["step"]), folder
+        return config, params, int(told), folder
 
     from htfa_jax.checkpoints.manager import load_frozen, open_checkpoints
 

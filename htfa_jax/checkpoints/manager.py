@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from htfa_jax.checkpoints import integrity, weights
+from htfa_jax.checkpoints.meta import read_meta
 from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import drop_partials
@@ -190,12 +191,12 @@ class Checkpoints:
             name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
         }
+        meta = read_meta(self.folder / str(step))
+        if not items:
+            return {"meta": meta}
         try:
-            return dict(
-                self._manager.restore(
-                    step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
-                )
-            )
+            found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            return {**found, "meta": meta}
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise CheckpointError(
                 f"checkpoint {step} in {self.folder} does not fit this model; was the "

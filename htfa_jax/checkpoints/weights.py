@@ -28,7 +28,7 @@ from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, get, override
 from htfa_jax.config.io import preset_changes
-from htfa_jax.errors import CheckpointError
+from htfa_jax.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,8 @@ LEVEL_SIZES = (
 )
 # What it was trained with; the weights fit other choices too.
 LEVEL_CHOICES = "pytorch_original"
+
+AXES = 8  # of an array; those of weights have at most five
 
 # Fields of the components' configurations that no weight depends on.
 NOT_SIZES = ("dropout",)
@@ -160,12 +162,27 @@ def with_sizes(config: Config, base: Config, gone: Collection[str] = ()) -> Conf
     if config.pretrained.htfa is not None and "htfa" not in gone:
         found = read_description(config.pretrained.htfa, "htfa")
         choices = preset_changes(LEVEL_CHOICES)
-        told = {name: found[name.split(".")[1]] for name in LEVEL_SIZES} | choices
+        told = {name: _told(found, name, config.pretrained.htfa) for name in LEVEL_SIZES} | choices
         taken = {k: v for k, v in told.items() if get(config, k) == get(base, k) != v}
         if chosen := [f"{name}={taken[name]}" for name in choices if name in taken]:
             log.info("%s was trained with %s", config.pretrained.htfa, ", ".join(chosen))
         changes |= taken
-    return override(config, changes)
+    try:
+        return override(config, changes)
+    except ConfigError as error:  # no flag says so, but a folder that the configuration names
+        raise CheckpointError(
+            f"config.json of a weight folder that `pretrained` names cannot be: {error}"
+        ) from error
+
+
+def _told(found: Mapping[str, Any], name: str, folder: str | Path | None) -> Any:
+    """What a weight folder of levels says of a field. Raises CheckpointError if it does not."""
+    field = name.rpartition(".")[2]
+    if field not in found:
+        raise CheckpointError(
+            f"{Path(str(folder)).expanduser() / CONFIG} lacks {field}: convert the levels again"
+        )
+    return found[field]
 
 
 def load_component(
@@ -221,9 +238,9 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
     folder = Path(str(config.pretrained.htfa)).expanduser()
     found, arrays = read_description(folder, "htfa"), read_weights(folder)
     differing = [
-        f"{name}: {found[name.split('.')[1]]!r} in the folder, {value!r} in the configuration"
+        f"{name}: {told!r} in the folder, {value!r} in the configuration"
         for name in LEVEL_SIZES
-        if (value := get(config, name)) != found[name.split(".")[1]]
+        if (value := get(config, name)) != (told := _told(found, name, folder))
     ]
     if differing:
         raise CheckpointError(f"{folder} is of other levels:\n  " + "\n  ".join(differing))
@@ -231,13 +248,13 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
         ("adapter_generate", "codebook_dim"),
         ("head_generate", "codebook_size"),
     ):
-        if found[size] != getattr(config.vq, size):
+        if (told := _told(found, size, folder)) != getattr(config.vq, size):
             log.warning(
                 "level3.%s starts fresh: %s has vq.%s=%s, this run %s",
                 component,
                 folder,
                 size,
-                found[size],
+                told,
                 getattr(config.vq, size),
             )
             arrays = {k: v for k, v in arrays.items() if not k.startswith(f"level3.{component}.")}
@@ -250,23 +267,62 @@ def load_levels(config: Config, shapes: Mapping[str, Any]) -> Flat:
 
 
 def read_weights(folder: Path, name: str = WEIGHTS) -> Flat:
-    """The arrays of a weight file. Raises CheckpointError if they cannot be read."""
-    with _opened(folder / name) as file:
-        return {path: file.get_tensor(path) for path in file.keys()}  # noqa: SIM118
+    """The arrays of a weight file. Raises CheckpointError if they are no weights."""
+    arrays = {}
+    with reading(folder / name), safe_open(folder / name, framework="numpy") as file:
+        for path, (_, dtype) in kinds_of(file, folder / name).items():
+            if dtype not in WeightWriter.NAMES.values():
+                raise not_weights(folder / name, path, dtype)
+            arrays[path] = file.get_tensor(path)
+            if not is_finite(arrays[path]):
+                raise CheckpointError(
+                    f"{folder / name}: {path} holds values that are not finite; it is damaged or "
+                    "its training failed"
+                )
+    return arrays
+
+
+def not_weights(path: Path | str, tensor: str, dtype: str) -> CheckpointError:
+    """The error of a tensor whose type no weights have."""
+    return CheckpointError(
+        f"{path}: {tensor} is of type {dtype}; only {', '.join(WeightWriter.NAMES.values())} are "
+        "read as weights (those of quantised checkpoints are not)"
+    )
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether all of an array's numbers are finite; takes no memory of its size."""
+    flat, step = array.reshape(-1), 2**20
+    return all(np.isfinite(flat[i : i + step]).all() for i in range(0, flat.size, step))
 
 
 def read_facts(path: Path) -> dict[str, str]:
     """What a weight file says besides its arrays. Raises CheckpointError if it cannot be read."""
-    with _opened(path) as file:
+    with reading(path), safe_open(path, framework="numpy") as file:
         return file.metadata() or {}
 
 
+def kinds_of(file: Any, path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{tensor: (shape, type)} of an open file. Raises CheckpointError for too many axes."""
+    found = {}
+    for name in file.keys():  # noqa: SIM118
+        part = file.get_slice(name)
+        shape = tuple(part.get_shape())
+        if len(shape) > AXES:
+            raise CheckpointError(
+                f"{path}: {name[:200]} has {len(shape)} axes; weights have at most {AXES}"
+            )
+        found[name] = shape, part.get_dtype()
+    return found
+
+
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def reading(path: Path) -> Iterator[None]:
+    """A block that reads a safetensors file: what is wrong with it is a CheckpointError."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
+        yield
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
+        # The last ones come of types that NumPy does not know.
         raise CheckpointError(f"{path} cannot be read; is it complete? {error}") from error
 
 

@@ -52,6 +52,8 @@ def parse_json(
         value = (_ANY_NUMBER if allow_nan else _FINITE).decode(plain)
         if plain.count("[") + plain.count("{") > NESTING and _is_too_deep(value):
             raise RecursionError
+        if ("\\ud" in plain or "\\uD" in plain) and not _is_text(value):
+            raise ValueError("it holds half of a surrogate pair: not a character")
     except (ValueError, RecursionError) as problem:
         raise error(f"{where}: {explained(problem)}") from problem
     if not isinstance(value, expect):
@@ -162,6 +164,14 @@ def _syntax(text: str, message: str, position: int) -> str:
             "(an array has, and begins with [)"
         )
     return f"not valid JSON: {message} at {at}"
+
+
+def _is_text(value: Any) -> bool:
+    """Whether all of a value can be written as UTF-8."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_too_deep(value: Any) -> bool:

@@ -70,27 +70,45 @@ def decode_field(
     source = getattr(record, field)
     if source is None:
         return None
+
+    def fail(reason: str, kind: str = "") -> DataError:
+        return record.error(f"{field}: {reason}", kind)
+
+    return decoded(source, loader, fail)
+
+
+def decoded(
+    source: ImageSource,
+    loader: Callable[[ImageSource], Image.Image] = load_image,
+    fail: Callable[[str, str], DataError] = DataError,
+) -> Image.Image:
+    """An image, whatever the file of somebody else holds.
+
+    Args:
+      source: as `load_image` and `load_mask` take it.
+      loader: one of them.
+      fail: makes the error of a reason, which names the file, and of its kind.
+    """
     is_file = isinstance(source, Path | StoredImage)
     name = source if is_file else f"the {type(source).__name__}"
     try:
         return loader(source)
     except DataError as error:
-        raise record.error(f"{field}: {name} {error}", error.kind) from error
+        raise fail(f"{name} {error}", error.kind) from error
     except FileNotFoundError:
-        raise record.error(
-            f"{field}: no file at {name}: put it there, or correct the path", "missing image"
+        raise fail(
+            f"no file at {name}: put it there, or correct the path", "missing image"
         ) from None
     except UnidentifiedImageError:
-        raise record.error(
-            f"{field}: {name} is no image that can be read: save it as one of "
-            + ", ".join(FORMATS),
+        raise fail(
+            f"{name} is no image that can be read: save it as one of " + ", ".join(FORMATS),
             "unknown image format",
         ) from None
     except MemoryError:
         raise
     except Exception as error:  # of a damaged file Pillow's decoders raise nearly anything
-        raise record.error(
-            f"{field}: {name} cannot be decoded: {error or type(error).__name__}: copy it again, "
+        raise fail(
+            f"{name} cannot be decoded: {error or type(error).__name__}: copy it again, "
             "or leave the record out",
             "damaged image",
         ) from error

@@ -36,6 +36,7 @@ from htfa_jax.common.files import whole_file, whole_path
 from htfa_jax.common.logs import progress
 from htfa_jax.common.templates import check_template, fill
 from htfa_jax.data import safe_pickle
+from htfa_jax.data.decode import decoded
 from htfa_jax.data.held_objects.questions import ANSWERS, QUESTIONS, answer_sentences, answer_words
 from htfa_jax.errors import ConfigError, DataError
 
@@ -127,9 +128,11 @@ def _record(
     meta = safe_pickle.load(folder / "meta" / f"{name}.pkl")
     where = f"{folder}, sample {name}"
     class_id = meta.get("class_id") if isinstance(meta, dict) else None
-    category = CATEGORIES.get(str(class_id).zfill(8))
+    known = isinstance(class_id, str | int | np.integer)
+    category = CATEGORIES.get(str(class_id).zfill(8)) if known else None
     if category is None:
-        raise DataError(f"{where}: class_id={class_id!r} is none of {', '.join(CATEGORIES)}")
+        said = repr(class_id)[:80] if known else f"a {type(class_id).__name__}"
+        raise DataError(f"{where}: class_id={said} is none of {', '.join(CATEGORIES)}")
     whole, person = _masks(folder / "segm" / f"{name}.png", where)
     if not whole.any():
         return None
@@ -162,11 +165,11 @@ def _record(
 
 def _masks(path: Path, where: str) -> tuple[np.ndarray, np.ndarray]:
     """The whole object and the person before it, bool [H, W]."""
-    try:
-        with Image.open(path) as image:
-            segm = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise DataError(f"{where}: {path} cannot be decoded: {error}") from error
+
+    def fail(reason: str, kind: str) -> DataError:
+        return DataError(f"{where}: {reason}", kind)
+
+    segm = np.asarray(decoded(path, fail=fail))
     red, blue = segm[..., 0], segm[..., 2]
     return red == OBJECT, (blue > 0) & (blue != OBJECT)
 

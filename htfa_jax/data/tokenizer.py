@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from jinja2.exceptions import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import read_json
+from htfa_jax.data.chat_template import ChatTemplate, template_text
 from htfa_jax.data.records import Record, Turn
+from htfa_jax.data.tokenizer_file import calling_tokenizers, open_tokenizer
 from htfa_jax.errors import DataError
 
 # InternLM2's turns: <|im_start|>role, a line break, the text, <|im_end|>, a line break.
@@ -75,24 +74,17 @@ class ChatTokenizer:
                     "folder (AutoTokenizer.from_pretrained(NAME).save_pretrained(FOLDER) "
                     "writes one)"
                 )
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises no class of its own
-            raise DataError(f"the tokenizer in {self.folder} cannot be read: {error}") from error
+        self._tokenizer = open_tokenizer(path, DataError)
         settings = read_json(settings_path, DataError, allow_nan=True)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self._special = {
             name: text
             for name, value in settings.items()
             if name.endswith("_token")
             and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
         }
-        template = self._template_text(settings)
-        try:
-            self._template = _compile(template)
-        except Exception as error:  # Jinja computes constants while it compiles
-            raise DataError(f"the chat template of {self.folder} is wrong: {error}") from error
+        self._template = ChatTemplate(
+            template_text(self.folder, settings, DataError), self.folder, DataError
+        )
         self.pad_id = self._id_of("pad_token", self._id_of("eos_token", 0))
         self.stop_ids = self._stop_ids()
 
@@ -105,12 +97,7 @@ class ChatTokenizer:
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
         """The template's text of some turns; `prompt` opens an assistant turn behind them."""
         messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=prompt, **self._special
-            )
-        except Exception as error:  # whatever the template's expressions come to
-            raise DataError(f"the chat template of {self.folder} fails: {error}") from error
+        return self._template.render(messages, prompt, self._special)
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
         """Tokens of a whole conversation; every assistant turn is learned."""
@@ -133,6 +120,8 @@ class ChatTokenizer:
         for start, end in spans:
             said = (offsets[:, 0] < end) & (offsets[:, 1] > start)
             learned |= said
+            if not said.any():
+                raise DataError(f"the tokenizer in {self.folder} has no tokens for an answer")
             ends.append(int(np.flatnonzero(said)[-1]) + 1)
         return Encoded(np.array(encoding.ids, np.int32), learned, tuple(ends))
 
@@ -141,10 +130,13 @@ class ChatTokenizer:
         return np.array(self._encoding(self.render(turns, prompt=True)).ids, np.int32)
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
-        try:
-            return self._tokenizer.encode(text, add_special_tokens=False)
-        except TypeError as error:
-            raise DataError(f"a conversation holds halves of characters: {text[:80]!r}") from error
+        with calling_tokenizers(f"the tokenizer in {self.folder} fails", DataError):
+            try:
+                return self._tokenizer.encode(text, add_special_tokens=False)
+            except TypeError as error:
+                raise DataError(
+                    f"a conversation holds halves of characters: {text[:80]!r}"
+                ) from error
 
     def decode(self, tokens: Iterable[int], strip: bool = True) -> str:
         """Text of an answer, up to its first stop token, special tokens left out.
@@ -158,7 +150,8 @@ class ChatTokenizer:
             if int(token) in self.stop_ids:
                 break
             ids.append(int(token))
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        with calling_tokenizers(f"the tokenizer in {self.folder} fails", DataError):
+            text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text.strip() if strip else text
 
     def save(self, folder: Path) -> None:
@@ -168,25 +161,14 @@ class ChatTokenizer:
             if (self.folder / name).is_file() and folder.resolve() != self.folder.resolve():
                 write_whole(folder / name, (self.folder / name).read_bytes(), durable=True)
 
-    def _template_text(self, settings: dict) -> str:
-        beside = self.folder / "chat_template.jinja"
-        if beside.is_file():
-            return beside.read_text(encoding="utf-8")
-        template = settings.get("chat_template")
-        if isinstance(template, list):
-            named = {str(t.get("name")): t for t in template if isinstance(t, dict)}
-            template = named.get("default", {}).get("template")
-        if not isinstance(template, str):
-            raise DataError(
-                f"{self.folder} has no chat template: put one into tokenizer_config.json "
-                "(chat_template) or into chat_template.jinja"
-            )
-        return template
-
     def _id_of(self, name: str, default: int) -> int:
         token = self._special.get(name)
-        found = self._tokenizer.token_to_id(token) if token else None
+        found = self._number_of(token) if token else None
         return default if found is None else found
+
+    def _number_of(self, token: str) -> int | None:
+        with calling_tokenizers(f"{self.folder} has the token {token[:80]!r}", DataError):
+            return self._tokenizer.token_to_id(token)
 
     def _end_of_turn(self, text: str, end: int) -> int:
         """`end`, moved behind the special token that closes a turn."""
@@ -205,10 +187,10 @@ class ChatTokenizer:
         text = self.render(turns)
         end = len(self.render(turns[:1], prompt=True)) + len(answer.text)
         closing = text[end : self._end_of_turn(text, end)]
-        ids = {self._id_of("eos_token", -1)}
+        ids: set[int | None] = {self._id_of("eos_token", -1)}
         if closing:
-            ids.add(self._tokenizer.token_to_id(closing))
-        return frozenset(ids - {-1, None})
+            ids.add(self._number_of(closing))
+        return frozenset(i for i in ids if i is not None and i >= 0)
 
 
 def encode_record(record: Record, tokenizer: ChatTokenizer, limit: int) -> Encoded:
@@ -230,22 +212,6 @@ def whole_answers(record: Record, whole: Encoded, limit: int) -> Encoded:
             "too long a text",
         )
     return encoded
-
-
-def _compile(template: str):
-    """A chat template in the sandbox and with the names that transformers gives it."""
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals["raise_exception"] = raise_exception
-    environment.filters["tojson"] = lambda value, **options: json.dumps(
-        value, ensure_ascii=False, **options
-    )
-    return environment.from_string(template)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:

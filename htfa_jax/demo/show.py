@@ -9,6 +9,7 @@ from html import escape
 
 from PIL import Image
 
+from htfa_jax.data.decode import decoded
 from htfa_jax.data.records import Record
 from htfa_jax.evaluation.look_inside import (
     alignment_figure,
@@ -47,8 +48,7 @@ def thumbnails(examples: Sequence[Record]) -> str:
     """CSS that shows every example above the name on its button."""
     rules = []
     for i, record in enumerate(examples):
-        with Image.open(record.image_orig) as image:
-            source = _data_uri(image.convert("RGB"), widest=112)
+        source = _data_uri(decoded(record.image_orig), widest=112)
         rules.append(f'#example-{i}::before {{ background-image: url("{source}"); }}')
     return "\n".join(rules)
 
@@ -120,7 +120,7 @@ def said(text: str, confidence: float | None) -> str:
 
 
 def _figure(content: bytes, kind: str, name: str) -> str:
-    with Image.open(io.BytesIO(content)) as image:
+    with Image.open(io.BytesIO(content), formats=("PNG",)) as image:
         source = _data_uri(image.convert("RGB"), widest=4096)
     return (
         f'<figure class="inside"><div class="scroll" tabindex="0" role="group" '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ def read_curves(workdir: str | Path) -> Curves:
         raise DataError(f"no {path}: expected the workdir of a run")
     steps: dict[str, dict[int, float]] = {}
     for values in read_json_lines(path, DataError, allow_nan=True):
-        if "step" not in values or not all(isinstance(v, int | float) for v in values.values()):
+        if "step" not in values or not all(map(_is_number, values.values())):
             raise DataError(f"{path} has a line that is not a step's numbers: {str(values)[:80]}")
         for name, value in values.items():
             if name not in ("step", "time"):
@@ -37,6 +38,11 @@ def read_curves(workdir: str | Path) -> Curves:
                 name = f"{group}/{METRICS.get(metric, metric)}"
                 steps.setdefault(name, {})[values["step"]] = value
     return {name: sorted(found.items()) for name, found in steps.items()}
+
+
+def _is_number(value: Any) -> bool:
+    # A whole number of many digits cannot be drawn.
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def curves_figure(workdir: str | Path) -> Figure:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from htfa_jax.data.decode import decoded
 from htfa_jax.evaluation.metrics import Prediction, is_right
 
 COLUMNS = {
@@ -80,8 +81,7 @@ def printable(text: str) -> str:
 
 def read_png(path: Path) -> np.ndarray:
     """An image as uint8 [H, W, 3]."""
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return np.asarray(decoded(path))
 
 
 def _write_answers(ax, row: PanelRow) -> None:

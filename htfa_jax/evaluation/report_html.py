@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from htfa_jax.common.files import whole_file
 from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.common.names import inside
-from htfa_jax.data.decode import load_image
+from htfa_jax.data.decode import decoded
 from htfa_jax.errors import DataError
 
 PREDICTIONS, REPORT, TEMPLATE = "predictions.jsonl", "report.html", "report.html.jinja"
@@ -44,6 +45,8 @@ def write_report(folder: Path, title: str) -> Path:
     Raises DataError if there are no predictions, or if a line of them is damaged.
     """
     entries = list(read_json_lines(folder / PREDICTIONS, DataError, allow_nan=True))
+    for number, entry in enumerate(entries):
+        _check(entry, f"{folder / PREDICTIONS}, prediction {number}")
     path = folder / REPORT
     with whole_file(path) as file:
         file.writelines(page(folder, title, entries))
@@ -55,6 +58,12 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
 
     What a prediction says is text to the template, which escapes it.
     """
+    template = _template()
+    return template.generate(title=title, entries=entries, figures=lambda e: _figures(folder, e))
+
+
+@functools.cache
+def _template() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined  # not by --help
 
     environment = Environment(
@@ -65,8 +74,42 @@ def page(folder: Path, title: str, entries: list[Mapping[str, Any]]) -> Iterator
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    template = environment.get_template(TEMPLATE)
-    return template.generate(title=title, entries=entries, figures=lambda e: _figures(folder, e))
+    return environment.get_template(TEMPLATE)
+
+
+def _check(entry: Mapping[str, Any], where: str) -> None:
+    """Raises DataError that names the field of a prediction that is not as `infer` writes it."""
+
+    def refuse(field: str, expected: str) -> DataError:
+        return DataError(f"{where}: {field} must be {expected}; run `infer` again")
+
+    texts = ["id", "error"] if "error" in entry else ["id", "alignment", "reconstruction"]
+    for field in [*texts, *(["completed"] if "completed" in entry else [])]:
+        if not isinstance(entry.get(field), str):
+            raise refuse(field, "a text")
+    answers = entry.get("answers", [] if "error" in entry else None)
+    if not isinstance(answers, list) or not all(map(_is_answer, answers)):
+        raise refuse("answers", "a list of objects with query, answer and confidence")
+    figures = entry.get("figures")
+    if figures is not None and not (
+        isinstance(figures, dict) and all(isinstance(path, str) for path in figures.values())
+    ):
+        raise refuse("figures", "an object of paths")
+
+
+def _is_answer(said: Any) -> bool:
+    return (
+        isinstance(said, dict)
+        and isinstance(said.get("query"), str)
+        and isinstance(said.get("answer"), str)
+        and "confidence" in said
+        and _is_confidence(said["confidence"])
+    )
+
+
+def _is_confidence(value: Any) -> bool:
+    # A whole number of many digits cannot be printed as a fraction.
+    return isinstance(value, float | None) or (isinstance(value, int) and abs(value) < 2**53)
 
 
 def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str | None]]:
@@ -77,15 +120,13 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str |
     images = entry.get("figures")
     if images is None:
         images = {"completed": entry["completed"]} if "completed" in entry else {}
-    if not isinstance(images, Mapping):
-        raise _damaged(folder, entry, f"its figures are {images!r}, not names by kind")
     for name, path in images.items():
         kind = name.partition("_")[0]
-        if kind not in CAPTIONS or not isinstance(path, str):
-            raise _damaged(folder, entry, f"{name!r}: {path!r} is no figure that is drawn here")
+        if kind not in CAPTIONS:
+            raise _damaged(folder, entry, f"{name!r} is no figure that is drawn here")
         try:
             place = inside(folder, path, str(folder))
-            source = data_uri(load_image(place), 88) if place.is_file() else None
+            source = data_uri(decoded(place), 88) if place.is_file() else None
         except (OSError, ValueError, DataError) as error:
             raise _damaged(folder, entry, f"{path!r} {error}") from error
         yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS[kind]}

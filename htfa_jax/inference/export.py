@@ -27,7 +27,7 @@ from htfa_jax.config.places import with_last_names
 from htfa_jax.config.renamed import current_scores
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import CheckpointError, ConfigError
-from htfa_jax.inference.model_card import model_card
+from htfa_jax.inference.model_card import check_scores, model_card
 from htfa_jax.inference.options import ExportDType
 from htfa_jax.models.factory import FLOAT32_PARAMS, build_model
 
@@ -123,6 +123,13 @@ def save_tokenizer(source: Path, folder: Path) -> None:
     weights.write_json(path, {k: v for k, v in settings.items() if k not in TOKENIZER_PLACES})
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
 def evaluations(folder: Path, step: int) -> dict[str, dict[str, str]]:
     """{split: {file: text}} of a run's evaluations; those of another step are left out, and named.
 
@@ -133,7 +140,8 @@ def evaluations(folder: Path, step: int) -> dict[str, dict[str, str]]:
         scores = read_json(path, CheckpointError, allow_nan=True)
         if (evaluated := scores.get("step")) == step:
             files = [file for file in (path, path.with_name(TABLE)) if file.is_file()]
-            found[path.parent.name] = {f.name: f.read_text(encoding="utf-8") for f in files}
+            check_scores(current_scores(scores), str(path))
+            found[path.parent.name] = {f.name: _text(f) for f in files}
         else:
             log.warning("%s is left out: it is of step %s, not of %d", path, evaluated, step)
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -206,8 +205,6 @@ def read_jobs(
         where, name = f"{path}, line {line_number}", str(number)
         try:
             raw = parse_json(line, where, DataError, object, allow_nan=True)
-            if b"\\u" in line and not _is_text(raw):
-                raise DataError(f"{where}: it holds half of a surrogate pair: not a character")
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
             record = parse_record(raw, where, place, with_turns=False)
@@ -223,14 +220,6 @@ def read_jobs(
                 f"{job.id}; a restart could not tell them apart"
             )
     return jobs
-
-
-def _is_text(raw: Any) -> bool:
-    """Whether all of a value can be written as UTF-8."""
-    try:
-        return bool(json.dumps(raw, ensure_ascii=False).encode())
-    except UnicodeEncodeError:
-        return False
 
 
 def _queries(raw: Mapping[str, Any], record: Record) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from htfa_jax.config import Config, PretrainedConfig
 from htfa_jax.data.records import EMBEDDED
+from htfa_jax.errors import CheckpointError
 
 # Tasks, as the hub names them.
 VQA, IMAGE_TO_IMAGE = "visual-question-answering", "image-to-image"
@@ -120,6 +121,25 @@ def model_card(
         results=_results(table),
         licence=_licence(config, license),
     )
+
+
+def check_scores(scores: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError that names what a metrics.json lacks of what its card tells."""
+    answers, images = scores.get("answers", {}), scores.get("images")
+    needed: list[tuple[str, ...]] = [("answers", "a kind of question")]
+    if isinstance(answers, Mapping):
+        needed = [("answers", kind, "all", "accuracy") for kind in answers]
+    if images:
+        needed.append(("images", "all", "completed", "psnr"))
+    for names in needed:
+        value: Any = scores
+        for name in names:
+            value = value.get(name) if isinstance(value, Mapping) else None
+        whole = isinstance(value, int) and abs(value) < 2**53
+        if not whole and not isinstance(value, float):
+            raise CheckpointError(
+                f"{where} has no number at {' > '.join(map(str, names))}: evaluate the run again"
+            )
 
 
 def _eval_results(config: Config, scores: Mapping[str, Any]) -> list[EvalResult]:

@@ -184,6 +184,11 @@ def load_dump(folder: Path) -> tuple[Batch, dict[str, Any]]:
         facts = read_json(folder / f"{process}_{FACTS}", DataError)
         with np.load(folder / f"batch_{process}.npz", allow_pickle=False) as file:
             arrays = {name: file[name].view(facts["types"][name]) for name in file.files}
+        for name in ("processes", "step", "num_steps"):
+            if not isinstance(facts[name], int) or not 0 <= facts[name] < 2**31:
+                raise ValueError(f"{name} must be a number from 0")
+        if not isinstance(facts["ids"], list):
+            raise ValueError("ids must be a list")
         return Batch(**arrays), facts
     except (OSError, ValueError, KeyError, TypeError, DataError, zipfile.BadZipFile) as error:
         raise DataError(f"{folder} is no dumped batch that can be read: {error}") from error

@@ -21,6 +21,7 @@ from htfa_jax.data.held_objects import (
     QUESTIONS,
     SPLITS,
     build_scenes,
+    contact_sheet,
     make_scene,
 )
 from htfa_jax.data.held_objects import builder as builder_module
@@ -332,3 +333,23 @@ def test_command_line_writes_a_contact_sheet(tmp_path):
     scene = make_scene(0, "train", 1, 48)
     shown = image[:48, column : column + 48].astype(float)
     assert np.abs(shown - scene.original).mean() < 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image_orig": 3},
+        {"image_target": None},
+        {"bbox_orig": [1, 2, 3, "x"]},
+        {"bbox_orig": [1, 2, 1e308, 4]},
+        {"meta": {}},
+        {"meta": {"color": "red", "category": "jar", "occlusion": "x"}},
+    ],
+    ids=str,
+)
+def test_a_scene_that_is_none_is_named(tmp_path, changes):
+    path = build_scenes(tmp_path, "test", 1, image_size=32, num_workers=1)
+    contact_sheet(path, tmp_path / "sheet.png")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes) + "\n")
+    with pytest.raises(DataError):
+        contact_sheet(path, tmp_path / "sheet.png")

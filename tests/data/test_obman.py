@@ -1,12 +1,13 @@
 """ObMan's layout, made small, as records; pickles that run nothing."""
 
+import contextlib
 import json
 import os
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from htfa_jax.config import Config
 from htfa_jax.data import obman, safe_pickle
@@ -125,9 +126,47 @@ def test_what_is_wrong_is_said(layout, tmp_path):
     meta.write_bytes(pickle.dumps({"class_id": "1"}))
     with pytest.raises(DataError, match="sample 00000007: class_id='1' is none of"):
         obman.write_records(root, out, "test", views)
-    (root / "test" / "segm" / "00000000.png").write_bytes(b"x")
-    with pytest.raises(DataError, match="sample 00000000: .*00000000.png cannot be decoded"):
+    meta.write_bytes(pickle.dumps({"class_id": [["1"]]}))
+    with pytest.raises(DataError, match="sample 00000007: class_id=a list is none of"):
         obman.write_records(root, out, "test", views)
+    deep = b"]" * 50_000 + b"a" * 49_999
+    meta.write_bytes(b"\x80\x02}X\x08\0\0\0class_id" + deep + b"s.")
+    with pytest.raises(DataError, match="00000007.pkl cannot be read: .* lists inside each other"):
+        obman.write_records(root, out, "test", views)
+    (root / "test" / "segm" / "00000000.png").write_bytes(b"x")
+    with pytest.raises(DataError, match="sample 00000000: .*00000000.png is no image that can"):
+        obman.write_records(root, out, "test", views)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_masks_start_no_program(layout, tmp_path, monkeypatch):
+    """Pillow hands an EPS to Ghostscript, whatever the file is called."""
+    root, views = layout
+    called = tmp_path / "called"
+    fake = tmp_path / "bin" / "gs"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ntouch {called}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(fake.parent), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow looks for it once
+    segm = root / "test" / "segm" / "00000000.png"
+    segm.write_bytes(EPS)
+    with pytest.raises(DataError, match="sample 00000000: .*00000000.png is no image that can"):
+        obman.write_records(root, tmp_path / "out", "test", views)
+    assert not called.exists()
+    with contextlib.suppress(OSError), Image.open(segm) as image:
+        image.load()
+    assert called.exists(), "the image is one that starts it"
+
+
+def test_masks_are_not_decoded_if_they_are_too_large(layout, tmp_path):
+    root, views = layout
+    for side in (13_000, 20_000):  # the second one is a DecompressionBombError of Pillow's
+        Image.new("1", (side, side)).save(root / "test" / "segm" / "00000000.png")
+        with pytest.raises(DataError, match="sample 00000000: .* more than 64 mebipixels"):
+            obman.write_records(root, tmp_path / "out", "test", views)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

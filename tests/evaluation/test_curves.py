@@ -53,7 +53,11 @@ def test_half_a_last_line_is_that_of_a_run_that_writes_it(run):
 
 
 def test_a_line_of_something_else_is_named(run):
-    for line in ({"train/loss": 1.0}, {"step": "6", "train/loss": 1.0}):
+    for line in (
+        {"train/loss": 1.0},
+        {"step": "6", "train/loss": 1.0},
+        {"step": 6, "train/loss": 10**400},
+    ):
         (run / "logs/metrics.jsonl").write_text(json.dumps(line) + "\n")
         with pytest.raises(DataError, match="metrics.jsonl has a line that is not a step's"):
             read_curves(run)

@@ -283,6 +283,36 @@ def test_the_page_holds_all_of_a_batch_and_nothing_from_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "changes,field",
+    [
+        ({"answers": None}, "answers"),
+        ({"answers": [{"query": "q"}]}, "answers"),
+        ({"answers": [{"query": "q", "answer": "a", "confidence": "x"}]}, "answers"),
+        ({"answers": [{"query": "q", "answer": "a", "confidence": 10**400}]}, "answers"),
+        ({"figures": []}, "figures"),
+        ({"figures": {"images": 3}}, "figures"),
+        ({"alignment": 5}, "alignment"),
+        ({"completed": 5}, "completed"),
+        ({"id": None}, "id"),
+        ({"error": [1]}, "error"),
+    ],
+    ids=str,
+)
+def test_a_prediction_that_is_none_is_named(tmp_path, changes, field):
+    said = {"query": "q", "answer": "a", "confidence": None}
+    entry = {"id": "a", "answers": [said], "alignment": "boxes", "reconstruction": "given"}
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(entry) + "\n")
+    write_report(tmp_path, "title")
+    for gone in ("a" * 5000, "\0"):
+        lines = json.dumps(entry | {"completed": gone}) + "\n"
+        (tmp_path / "predictions.jsonl").write_text(lines)
+        assert "is not there any more" in write_report(tmp_path, "title").read_text()
+    (tmp_path / "predictions.jsonl").write_text(2 * (json.dumps(entry | changes) + "\n"))
+    with pytest.raises(DataError, match=f"predictions.jsonl, prediction 0: {field} must be"):
+        write_report(tmp_path, "title")
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         "<script>alert(1)</script>",

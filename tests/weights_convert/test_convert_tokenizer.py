@@ -233,6 +233,39 @@ def test_a_fast_tokenizer_is_kept_as_it_is(tmp_path):
     )
 
 
+def message(number, content):
+    return bytes([number << 3 | 2, len(content)]) + content
+
+
+def forged(text=b"a", score=b"\0\0\x80\xbf", trainer=b"\x18\x02", normalizer=b""):
+    """A SentencePiece model of three pieces, by hand."""
+    pieces = b""
+    for piece, number, kind in ((b"<unk>", bytes(4), 2), (b"</s>", bytes(4), 3), (text, score, 1)):
+        size = len(piece)
+        head = bytes([10]) + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7]))
+        body = head + piece + b"\x15" + number + bytes([0x18, kind])
+        size = len(body)
+        pieces += bytes([10, size & 127 | 128, size >> 7]) + body
+    return pieces + message(2, trainer) + message(3, normalizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text": b""}, "has the piece '': pieces have 1 to 1000 characters"),
+        ({"text": b"a" * 1001}, "has the piece 'a+': pieces have 1 to 1000 characters"),
+        ({"score": b"\0\0\xc0\x7f"}, "has the piece 'a': .* scores up to"),  # not a number
+        ({"trainer": b"\x18\x02\xca\x02\x01x"}, "settings of another type than a number"),
+        ({"normalizer": b"\x10\x05"}, "a normalization that is no bytes"),
+        ({"normalizer": message(2, b"\xff")}, "no tokenizer can be made of|cannot be used"),
+    ],
+)
+def test_a_forged_model_is_refused(tmp_path, changes, message):
+    converted(tmp_path / "good", model=forged(), jinja="{{ messages[0].content }}")
+    with pytest.raises(CheckpointError, match=message):
+        converted(tmp_path, model=forged(**changes), jinja="{{ messages[0].content }}")
+
+
 def test_a_model_cut_anywhere_is_refused(tmp_path):
     model = train(**EXACT)
     for size in range(0, len(model) - 5, 61):
@@ -248,10 +281,21 @@ def test_a_model_cut_anywhere_is_refused(tmp_path):
             {"model": b"version https://git-lfs.github.com/spec/v1\n"},
             r"tokenizer\.model is not a whole",
         ),
-        ({"fast": b'{"version": "1.0"'}, r"tokenizer\.json is not a tokenizer"),
+        ({"fast": b'{"version": "1.0"'}, r"tokenizer\.json: not valid JSON"),
         ({"tokenizer_config": b'{"bos_token": "<s'}, r"tokenizer_config\.json: not valid JSON"),
         ({"tokenizer_config": [1]}, r"tokenizer_config\.json: expected an object"),
         ({"added_tokens": b"\xff"}, r"added_tokens\.json: not UTF-8"),
+        ({"tokenizer_config": {"added_tokens_decoder": [1]}}, "must be an object of tokens by id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": {}}}}, "has 'x', which is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"²": {}}}}, "has '²', which is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"3": "x"}}}, "has '3', which is no id"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"3": {}}}}, "added token 3 must have"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"3": {"content": "a", "lstrip": 2}}}},
+            "special of the added token 3 must be true or false",
+        ),
+        ({"added_tokens": {"<box>": "9"}}, r"added_tokens.json: '<box>' must have a number"),
+        ({"added_tokens": {"<box>": -1}}, "added token -1 must have an id"),
         ({"added_tokens": {"<box>": 9999}}, r"'<box>' .*has id 9999, but \d+ is missing"),
         ({"added_tokens": {"hand": 300}}, "'hand' .*is token 3 and 300"),
         ({"special_tokens_map": {"eos_token": "<end>"}}, "eos_token is '<end>', which is not"),

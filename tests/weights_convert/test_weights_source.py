@@ -129,6 +129,21 @@ def test_damaged_and_incomplete_checkpoints_are_refused(tmp_path):
         Source(tmp_path / "int8.safetensors").dtype("q")
 
 
+def test_sparse_tensors_are_no_weights(tmp_path):
+    torch.save({"a": torch.eye(2).to_sparse()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="a is of type torch.sparse_coo; only F64, F32"):
+        Source(tmp_path / "a.pt").dtype("a")
+
+
+def test_types_that_numpy_does_not_know_are_refused_before_they_are_read(tmp_path):
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}'
+    (tmp_path / "a.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"12")
+    source = Source(tmp_path / "a.safetensors")
+    for ask in (source.dtype, source.read):
+        with pytest.raises(CheckpointError, match="a is of type F8_E4M3; only F64, F32, F16, BF16"):
+            ask("a")
+
+
 def test_safetensors_need_no_torch_and_pickles_say_how_to_get_it(tmp_path, monkeypatch):
     save_file(TENSORS, tmp_path / "a.safetensors")
     (tmp_path / "a.bin").write_bytes(b"")

@@ -203,7 +203,7 @@ def _size(path: Path) -> tuple[int, int]:
         stat = path.stat()
     except FileNotFoundError:
         raise DataError(f"the shard {path} is gone, or never was there") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the second one of a zero byte in a name
         raise DataError(f"the shard {path} cannot be read: {error}") from error
     return stat.st_size, stat.st_mtime_ns
 
