@@ -123,18 +123,18 @@ def _figures(folder: Path, entry: Mapping[str, Any]) -> Iterator[dict[str, str |
     for name, path in images.items():
         kind = name.partition("_")[0]
         if kind not in CAPTIONS:
-            raise _damaged(folder, entry, f"{name!r} is no figure that is drawn here")
+            raise _damaged(folder, entry, f"{name!r:.80} is no figure that is drawn here")
         try:
             place = inside(folder, path, str(folder))
             source = data_uri(decoded(place), 88) if place.is_file() else None
         except (OSError, ValueError, DataError) as error:
-            raise _damaged(folder, entry, f"{path!r} {error}") from error
+            raise _damaged(folder, entry, f"{path!r:.80} {error!s:.200}") from error
         yield {"kind": kind, "path": path, "source": source, "caption": CAPTIONS[kind]}
 
 
 def _damaged(folder: Path, entry: Mapping[str, Any], reason: str) -> DataError:
     return DataError(
-        f"{folder / PREDICTIONS}, id {entry.get('id')}: {reason}. Delete the line, and it is made "
+        f"{folder / PREDICTIONS}, id {entry['id']:.80}: {reason}. Delete the line, and it is made "
         "again"
     )
 

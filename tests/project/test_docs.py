@@ -113,7 +113,7 @@ def slow_or_not(page):
 def test_blocks_run(page, inside, monkeypatch, capsys):
     names = {}
     for block in blocks(page):
-        assert block.language in ("bash", "python", "json", "text"), block
+        assert block.language in ("bash", "python", "json", "text", "nginx"), block
         if block.language == "json":
             json.loads(block.text)
         elif block.language == "python":

@@ -82,7 +82,7 @@ def scene_column(record: Record) -> Image.Image:
         cell.paste(image.resize((side, side), Image.Resampling.LANCZOS), (0, number * side))
     color, category, hidden = (record.meta.get(k) for k in ("color", "category", "occlusion"))
     if not isinstance(hidden, int | float) or not 0 <= hidden <= 1:
-        raise record.error(f"meta.occlusion={hidden!r:.40}, a sheet shows a number from 0 to 1")
+        raise record.error("meta.occlusion is missing, or no number from 0 to 1")
     caption = f"{color} {category}\n{100 * hidden:.0f} % hidden"
     font = ImageFont.load_default(11)
     ImageDraw.Draw(cell).text((3, 4 * side + 2), caption, fill="black", font=font, spacing=1)
