@@ -42,9 +42,7 @@ LENGTH = 512
 
 
 @contextlib.contextmanager
-def lock(
-    workdir: Path, heartbeat: float = HEARTBEAT, patience: float = PATIENCE
-) -> Iterator[Held]:
+def lock(workdir: Path, heartbeat: float = HEARTBEAT, patience: float = PATIENCE) -> Iterator[Held]:
     """Holds a workdir against other runs. Gives what tells whether it is still held.
 
     Args:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,20 @@ class Evaluator:
             config, tokenizer, lambda params: model.merge(params).decoder, layout
         )
 
-    def __call__(self, params: Flat, records: Dataset, max_samples: int | None = None) -> Report:
+    def __call__(
+        self,
+        params: Flat,
+        records: Dataset,
+        max_samples: int | None = None,
+        interrupt: Callable[[], None] | None = None,
+    ) -> Report:
         """Evaluates weights on a dataset.
 
         Args:
           params: all weights.
           records: the split.
           max_samples: only so many of it, None for all.
+          interrupt: called before each batch; what it raises ends the evaluation.
         """
         totals: collections.Counter[str] = collections.Counter()
         answers: list[Prediction] = []
@@ -94,6 +101,8 @@ class Evaluator:
         num = len(records) if max_samples is None else min(max_samples, len(records))
         with progress(num, "evaluation", unit="scene") as bar:
             for loaded in self._batches(records, max_samples):
+                if interrupt:
+                    interrupt()
                 for error in loaded.errors:
                     log.warning("skipped: %s", error)
                 batch = self.layout.put(loaded.batch)
