@@ -28,6 +28,10 @@ class CheckpointError(HTFAError):
     """A checkpoint or weight folder that is missing, damaged or of another model."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint whose files are not what was written."""
+
+
 class TrainingError(HTFAError):
     """A run that cannot go on, for example because its loss is not finite."""
 

@@ -34,7 +34,7 @@ from htfa_jax.common.files import drop_partials, write_whole
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, TrainConfig
 from htfa_jax.config.renamed import METRICS, with_current_names
-from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
+from htfa_jax.errors import CheckpointError, ConfigError, Damaged, HTFAError, TrainingError
 from htfa_jax.sharding.layout import to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 
@@ -52,10 +52,6 @@ class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         if self.get_final().name.isdigit():  # a checkpoint, not one of its items before it
             await asyncio.to_thread(integrity.write_hashes, Path(self.get()))
         await super().finalize()
-
-
-class Damaged(CheckpointError):
-    """A checkpoint whose files are not what was written."""
 
 
 class Checkpoints:

@@ -18,8 +18,8 @@ class Stopped(KeyboardInterrupt):
     """A signal came where there was nothing to finish."""
 
 
-class Interrupted(Exception):
-    """A signal came during something that can be done again."""
+class Interrupted(Stopped):
+    """A signal came during something that is done again when the run goes on."""
 
 
 class StopSignal:

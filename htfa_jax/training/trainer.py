@@ -15,7 +15,7 @@ import optax
 from clu import parameter_overview
 
 from htfa_jax.checkpoints.lock import lock
-from htfa_jax.checkpoints.manager import Checkpoints, Damaged, open_checkpoints, save_frozen
+from htfa_jax.checkpoints.manager import Checkpoints, open_checkpoints, save_frozen
 from htfa_jax.checkpoints.runs import make_workdir
 from htfa_jax.checkpoints.tokenizer_files import KEY, check_tokenizer, tokenizer_hashes
 from htfa_jax.common.logs import MetricWriter, log_to_file
@@ -27,6 +27,7 @@ from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
 from htfa_jax.data.records import SPLITS, Dataset
 from htfa_jax.data.splits import open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import Damaged
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.models.flops import training_step
 from htfa_jax.sharding.layout import Layout

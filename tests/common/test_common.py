@@ -143,7 +143,7 @@ def test_commands_print_errors_as_sentences(error, code, debug, capsys):
 
 def test_every_error_of_the_package_is_of_one_family():
     family = {e for e in vars(errors).values() if isinstance(e, type)}
-    assert all(issubclass(e, errors.HTFAError) for e in family) and len(family) == 7
+    assert all(issubclass(e, errors.HTFAError) for e in family) and len(family) == 8
     another = re.compile(r"^class \w+\((\w*Error|Exception)\)", re.M)
     for path in Path(errors.__file__).parent.rglob("*.py"):
         assert path.name == "errors.py" or not another.search(path.read_text()), path
