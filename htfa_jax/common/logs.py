@@ -68,8 +68,9 @@ def _log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
 def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
     """Shows this package's log lines on the terminal."""
     # Orbax warns through absl of every checkpoint that no evaluation came before, and logs with
-    # pages of traceback what it then raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # pages of traceback what it then raises; asyncio does, for each array that is not written.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return _log_to(_BarHandler())
 
 

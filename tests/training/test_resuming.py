@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -86,13 +87,23 @@ def before_batch(monkeypatch, at, how):
     monkeypatch.setattr(trainer, "training_batches", batches)
 
 
+def log_of(workdir):
+    return (workdir / "logs/train.log").read_text()
+
+
+def wait_for_saves(workdir):
+    """What was begun is written by its path, whatever is there by then."""
+    while list(workdir.glob("checkpoints/*tmp*")):
+        time.sleep(0.01)
+
+
 def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_signal_in_an_evaluation_saves_at_once_and_changes_nothing(
-    config, calm, tmp_path, monkeypatch, caplog, at
+    config, calm, tmp_path, monkeypatch, at
 ):
     workdir, seen = tmp_path / "a", []
     original = Evaluator._batches
@@ -108,7 +119,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_changes_nothing(
         patch.setattr(Evaluator, "_batches", batches)
         assert train(config, workdir) is None
     assert len(seen) == (2 if at == 2 else 5)
-    assert f"step {at} is saved now and evaluated when the run goes on" in caplog.text
+    assert f"step {at} is saved now and evaluated when the run goes on" in log_of(workdir)
     assert integrity.steps(workdir) == [2, 4][: at // 2]
     assert not (workdir / f"checkpoints/{at}/metrics").exists()
     assert train(config, workdir)["step"] == 2
@@ -119,7 +130,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_changes_nothing(
 
 
 def test_a_finished_run_with_a_damaged_best_finishes_with_the_next_best(
-    config, finished, monkeypatch, caplog
+    config, finished, monkeypatch
 ):
     monkeypatch.setattr(integrity, "SMALL", 0)  # it is not read when the run starts
     files = [p for p in (finished / "checkpoints/2/params").rglob("*") if p.is_file()]
@@ -132,17 +143,17 @@ def test_a_finished_run_with_a_damaged_best_finishes_with_the_next_best(
     assert (finished / "evaluation/validation/metrics.json").is_file()
     assert (finished / "infer.sh").is_file()
     (aside,) = (finished / "damaged").iterdir()
-    assert aside.name.startswith("2-") and "checkpoint 2 is damaged" in caplog.text
+    assert aside.name.startswith("2-") and "checkpoint 2 is damaged" in log_of(finished)
 
 
-def test_a_checkpoint_that_cannot_be_read_and_has_no_hashes_is_set_aside(config, finished, caplog):
+def test_a_checkpoint_that_cannot_be_read_and_has_no_hashes_is_set_aside(config, finished):
     folder = finished / "checkpoints/4"
     (folder / "hashes.json").unlink()
     for path in folder.glob("opt_state/d/*"):
         path.write_bytes(path.read_bytes()[::-1])
     train(config, finished)
-    assert "checkpoint 4 is damaged: checkpoint 4 in " in caplog.text
-    assert "going on from step 2" in (finished / "logs/train.log").read_text()
+    assert "checkpoint 4 is damaged: checkpoint 4 in " in log_of(finished)
+    assert "going on from step 2" in log_of(finished)
     assert integrity.steps(finished) == [2, 4]
 
 
@@ -179,6 +190,9 @@ def test_a_run_whose_lock_another_has_taken_stops_before_it_writes(
     workdir, taken = tmp_path / "a", {}
 
     def take():
+        if taken:
+            return
+        wait_for_saves(workdir)
         (workdir / LOCK).unlink()
         (workdir / LOCK).write_text('{"host": "b", "pid": 7}')
         (workdir / "checkpoints/4.orbax-checkpoint-tmp").mkdir()  # of the other run
@@ -203,7 +217,7 @@ def test_a_run_whose_lock_another_has_taken_stops_before_it_writes(
     assert not changed - {"metrics.jsonl"} - {p.name for p in left if "tfevents" in p.name}
     assert integrity.steps(workdir) == [2]
     assert (workdir / "checkpoints/4.orbax-checkpoint-tmp").is_dir()
-    assert "no longer this run's" in (workdir / "logs/train.log").read_text()
+    assert "no longer this run's" in log_of(workdir)
 
 
 def test_a_run_whose_lock_was_deleted_goes_on(config, calm, tmp_path, monkeypatch):
@@ -218,8 +232,13 @@ def test_a_workdir_that_is_renamed_under_way_stops_the_run_and_makes_no_second_o
     config, calm, tmp_path, monkeypatch
 ):
     workdir, moved = tmp_path / "a", tmp_path / "b"
+
+    def rename():
+        wait_for_saves(workdir)
+        workdir.rename(moved)
+
     with monkeypatch.context() as patch:
-        before_batch(patch, 3, lambda: workdir.rename(moved))
+        before_batch(patch, 3, rename)
         with pytest.raises(TrainingError, match=rf"a was moved to {moved} .*--workdir {moved}"):
             train(config, workdir)
     assert not workdir.exists()
