@@ -234,6 +234,29 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
     return path
 
 
+def write_whole_kill_config(path: Path) -> Path:
+    """A run of all that a run can be doing when it is killed: on drawn scenes, with a VQ stage."""
+    config = tiny(
+        data__cache_dir=str(path.parent / "cache"),
+        data__cache_codes=True,
+        data__drop_recon=0.3,
+        decoder__dropout=0.1,
+        decoder__num_layers=1,
+        siglip__num_layers=1,
+        vq_train__num_steps=6,
+        vq_train__save_every=2,
+        train__max_steps=8,
+        train__save_every=3,
+        train__log_every=1,
+        eval__during_training="steps",
+        eval__every=4,
+        eval__batch_size=1,
+        eval__panel_samples=1,
+    )
+    save_config(config, path)
+    return path
+
+
 # What a file may hold instead of a JSON object, each of which `json` answers in its own way.
 DAMAGED_JSON = {
     "a list": b"[]",
