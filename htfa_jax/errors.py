@@ -29,7 +29,15 @@ class CheckpointError(HTFAError):
 
 
 class Damaged(CheckpointError):
-    """A checkpoint whose files are not what was written."""
+    """A checkpoint whose files are not what was written.
+
+    Attributes:
+      reason: what is wrong with it, without its name.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class TrainingError(HTFAError):

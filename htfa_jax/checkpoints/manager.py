@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,17 @@ class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         if self.get_final().name.isdigit():  # a checkpoint, not one of its items before it
             await asyncio.to_thread(integrity.write_hashes, Path(self.get()))
         await super().finalize()
+
+
+@contextlib.contextmanager
+def _no_pages() -> Iterator[None]:
+    """Inside, what Orbax leaves unfinished after an error is dropped without a page of each."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 class Checkpoints:
@@ -200,30 +212,30 @@ class Checkpoints:
             name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
         }
-        try:
-            if "params" in like:
-                saved = self._manager.item_metadata(step)["params"].tree
-                weights.check_shapes(saved, like["params"], f"checkpoint {step} in {self.folder}")
-            return dict(
-                self._manager.restore(
-                    step, args=ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
-                )
-            )
-        except HTFAError:
-            raise
-        except Exception as error:  # TensorStore has no class of its own
-            raise self._explained(step, error) from error
+        with _no_pages():
+            try:
+                if "params" in like:
+                    saved = self._manager.item_metadata(step)["params"].tree
+                    where = f"checkpoint {step} in {self.folder}"
+                    weights.check_shapes(saved, like["params"], where)
+                arguments = ocp.args.Composite(**items, meta=ocp.args.JsonRestore())
+                return dict(self._manager.restore(step, args=arguments))
+            except HTFAError:
+                raise
+            except Exception as error:  # TensorStore has no class of its own
+                problem = self._explained(step, error)
+                if not isinstance(problem, Damaged):
+                    raise problem from error
+        raise problem
 
     def _explained(self, step: int, error: Exception) -> Exception:
         """The error for what reading a checkpoint raised whose files have their hashes, if any."""
-        said = f"{type(error).__name__}: {str(error)[:600]}"
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         hashed = (self.folder / str(step) / integrity.HASHES).exists()
         unreadable = isinstance(error, json.JSONDecodeError) or _UNREADABLE.search(str(error))
         if unreadable and not hashed:
-            return Damaged(
-                f"checkpoint {step} in {self.folder} is damaged, and has no {integrity.HASHES} "
-                f"that would say where: {said}"
-            )
+            reason = f"it has no {integrity.HASHES}, and cannot be read: {said}"
+            return Damaged(f"checkpoint {step} in {self.folder} is damaged: {reason}", reason)
         if isinstance(error, (ValueError, KeyError, FileNotFoundError)):
             return CheckpointError(
                 f"checkpoint {step} in {self.folder} does not fit this model; was the "
@@ -254,7 +266,7 @@ class Checkpoints:
                 raise damaged
             with first_goes_ahead(f"set aside {step}"):
                 if is_first():
-                    integrity.set_aside(self.folder.parent, str(step), str(damaged))
+                    integrity.set_aside(self.folder.parent, str(step), damaged.reason)
             self._manager.reload()
 
     def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -303,7 +315,8 @@ class Checkpoints:
             others = [str(s) for s in self._manager.all_steps() if s != step]
             raise Damaged(
                 f"checkpoint {step} in {self.folder} is damaged: {problem}. Other checkpoints of "
-                f"this run: {', '.join(others) or 'none'}"
+                f"this run: {', '.join(others) or 'none'}",
+                problem,
             )
         self._sound.add(step)
 

@@ -223,14 +223,14 @@ def nothing_was_lost(workdir: Path, before: dict[str, tuple[int, int]]) -> None:
         raise AssertionError(f"a kill damaged a checkpoint: {sorted(aside.iterdir())}")
 
 
-def undisturbed(runs: Runs, config: Path, folder: Path) -> tuple[tuple, float]:
+def undisturbed(runs: Runs, config: Path, folder: Path, *flags: str) -> tuple[tuple, float]:
     """What comes of a run that nobody disturbs, and the seconds that it takes once compiled.
 
     Raises AssertionError if two such runs differ.
     """
-    runs.finish(config, folder / "first", *flags_of(folder / "first"))
+    runs.finish(config, folder / "first", *flags_of(folder / "first"), *flags)
     compiled = time.monotonic()
-    runs.finish(config, folder / "second", *flags_of(folder / "second"))
+    runs.finish(config, folder / "second", *flags_of(folder / "second"), *flags)
     seconds = time.monotonic() - compiled
     expected = outcome(folder / "first")
     if wrong := differences(expected, outcome(folder / "second")):

@@ -293,7 +293,7 @@ def test_a_damaged_best_is_set_aside_for_the_next_best(workdir, caplog, monkeypa
         assert checkpoints.best_step() == 4 and checkpoints.latest_step() == 6
         assert checkpoints.restore_best(6, params=LIKE) == (6, {})
         assert checkpoints.best_step() == 6
-    assert "checkpoint 4 is damaged: checkpoint 4 in " in caplog.text
+    assert "checkpoint 4 is damaged: " in caplog.text
     assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["4"]
     with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
         step, found = checkpoints.restore_best(8, params=LIKE)
@@ -304,9 +304,9 @@ def test_a_damaged_best_is_set_aside_for_the_next_best(workdir, caplog, monkeypa
 def test_the_last_checkpoint_is_never_set_aside(workdir):
     with Checkpoints(workdir, keep=9) as checkpoints:
         for step in (2, 4):
-            checkpoints.set_aside(step, Damaged("x"))
+            checkpoints.set_aside(step, Damaged("x", "y"))
         with pytest.raises(Damaged, match="x"):
-            checkpoints.set_aside(6, Damaged("x"))
+            checkpoints.set_aside(6, Damaged("x", "y"))
     assert integrity.steps(workdir) == [6]
 
 
@@ -340,7 +340,7 @@ def test_nothing_is_written_to_a_workdir_that_is_another_runs(workdir):
         for write in (
             lambda: checkpoints.save(state, {}),
             lambda: checkpoints.add_metrics(6, {"loss": 0.0}),
-            lambda: checkpoints.set_aside(6, Damaged("x")),
+            lambda: checkpoints.set_aside(6, Damaged("x", "y")),
         ):
             with pytest.raises(TrainingError, match="another run's"):
                 write()

@@ -152,7 +152,7 @@ def test_a_checkpoint_that_cannot_be_read_and_has_no_hashes_is_set_aside(config,
     for path in folder.glob("opt_state/d/*"):
         path.write_bytes(path.read_bytes()[::-1])
     train(config, finished)
-    assert "checkpoint 4 is damaged: checkpoint 4 in " in log_of(finished)
+    assert "checkpoint 4 is damaged: it has no hashes.json, and cannot be read" in log_of(finished)
     assert "going on from step 2" in log_of(finished)
     assert integrity.steps(finished) == [2, 4]
 
