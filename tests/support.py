@@ -15,6 +15,7 @@ from htfa_jax.common.param_paths import Flat, flatten, split
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import SIZES, save_config
 from htfa_jax.data.batch import Batch
+from htfa_jax.data.records import EMBEDDED
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.models.factory import Model, build_model
@@ -237,6 +238,8 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
 def write_whole_kill_config(path: Path) -> Path:
     """A run of all that a run can be doing when it is killed: on drawn scenes, with a VQ stage."""
     config = tiny(
+        data__validation=EMBEDDED,
+        data__test=EMBEDDED,
         data__cache_dir=str(path.parent / "cache"),
         data__cache_codes=True,
         data__drop_recon=0.3,

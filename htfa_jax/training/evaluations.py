@@ -42,9 +42,7 @@ class Evaluations:
         self.config, self.workdir, self.writer = config, workdir, writer
         self.evaluator = Evaluator(config, model, tokenizer, layout)
 
-    def during(
-        self, step: int, params: Flat, stop: StopSignal | None = None
-    ) -> dict[str, float] | None:
+    def during(self, step: int, params: Flat, stop: StopSignal) -> dict[str, float] | None:
         """Scores on the validation split by short names; None if there is none.
 
         Raises `Interrupted` soon after `stop` was asked for; nothing is written then.
@@ -54,9 +52,8 @@ class Evaluations:
         started = time.time()
         records = open_split(self.config, "validation")
         try:
-            result = self.evaluator(
-                params, records, self.config.eval.max_samples, stop.interrupt if stop else None
-            )
+            limit, interrupt = self.config.eval.max_samples, stop.interrupt
+            result = self.evaluator(params, records, limit, interrupt)
         except Interrupted:
             log.warning("step %d is saved now and evaluated when the run goes on", step)
             raise

@@ -327,7 +327,7 @@ class Run:
     def make_up_for_evaluation(self, state: TrainState) -> None:
         """Evaluates the checkpoint that the run goes on from, as if no signal had come."""
         step = int(state["step"])
-        metrics = self.evaluations.during(step, self.weights(state))
+        metrics = self.evaluations.during(step, self.weights(state), self.stop)
         if is_first() and metrics:
             self.checkpoints.add_metrics(step, metrics)
 

@@ -1,7 +1,7 @@
 """Files of drawn scenes with the hashes of what was drawn: a damaged one is drawn again.
 
 A scene's sidecar holds the SHA-256 of each of its images and of itself. An image is compared with
-it when it is read, at 0.1 ms for what takes 20 to decode: a start reads none of them.
+it when it is read, which takes 0.4 ms a record where decoding takes 10: a start reads none of them.
 """
 
 from __future__ import annotations
