@@ -18,7 +18,6 @@ import asyncio
 import contextlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +28,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from htfa_jax.checkpoints import integrity, weights
+from htfa_jax.checkpoints.orbax_errors import explained, no_pages
 from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
 from htfa_jax.common.files import drop_partials, write_whole
@@ -40,8 +40,6 @@ from htfa_jax.sharding.layout import to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 
 FROZEN = "frozen"
-# What TensorStore and Orbax say of files that they cannot read, apart from files of other models.
-_UNREADABLE = re.compile("DATA_LOSS|[Ee]rror (while )?(reading|decoding|opening)|out of range")
 # What is saved of a training state besides its step; `loss_scale` is there in float16 only.
 SAVED = ("params", "opt_state", "loss_scale")
 
@@ -53,17 +51,6 @@ class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         if self.get_final().name.isdigit():  # a checkpoint, not one of its items before it
             await asyncio.to_thread(integrity.write_hashes, Path(self.get()))
         await super().finalize()
-
-
-@contextlib.contextmanager
-def _no_pages() -> Iterator[None]:
-    """Inside, what Orbax leaves unfinished after an error is dropped without a page of each."""
-    before = sys.unraisablehook
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
 
 
 class Checkpoints:
@@ -212,7 +199,7 @@ class Checkpoints:
             name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
         }
-        with _no_pages():
+        with no_pages():
             try:
                 if "params" in like:
                     saved = self._manager.item_metadata(step)["params"].tree
@@ -223,25 +210,10 @@ class Checkpoints:
             except HTFAError:
                 raise
             except Exception as error:  # TensorStore has no class of its own
-                problem = self._explained(step, error)
+                problem = explained(self.folder / str(step), error)
                 if not isinstance(problem, Damaged):
                     raise problem from error
         raise problem
-
-    def _explained(self, step: int, error: Exception) -> Exception:
-        """The error for what reading a checkpoint raised whose files have their hashes, if any."""
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        hashed = (self.folder / str(step) / integrity.HASHES).exists()
-        unreadable = isinstance(error, json.JSONDecodeError) or _UNREADABLE.search(str(error))
-        if unreadable and not hashed:
-            reason = f"it has no {integrity.HASHES}, and cannot be read: {said}"
-            return Damaged(f"checkpoint {step} in {self.folder} is damaged: {reason}", reason)
-        if isinstance(error, (ValueError, KeyError, FileNotFoundError)):
-            return CheckpointError(
-                f"checkpoint {step} in {self.folder} does not fit this model; was the "
-                f"configuration changed since? {said}"
-            )
-        return error  # no memory is left, for example
 
     def restore_best(self, newest: int, **like: Any) -> tuple[int, dict[str, Any]]:
         """Step and items of the best checkpoint; damaged ones are set aside for the next best.
