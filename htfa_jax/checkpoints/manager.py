@@ -211,9 +211,9 @@ class Checkpoints:
                 raise
             except Exception as error:  # TensorStore has no class of its own
                 problem = explained(self.folder / str(step), error)
-                if not isinstance(problem, Damaged):
-                    raise problem from error
-        raise problem
+                if problem is error:
+                    raise
+        raise problem  # not from what Orbax raised, which holds on to what `no_pages` drops
 
     def restore_best(self, newest: int, **like: Any) -> tuple[int, dict[str, Any]]:
         """Step and items of the best checkpoint; damaged ones are set aside for the next best.
