@@ -28,6 +28,18 @@ class CheckpointError(HTFAError):
     """A checkpoint or weight folder that is missing, damaged or of another model."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint whose files are not what was written.
+
+    Attributes:
+      reason: what is wrong with it, without its name.
+    """
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
 class TrainingError(HTFAError):
     """A run that cannot go on, for example because its loss is not finite."""
 

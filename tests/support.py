@@ -15,6 +15,7 @@ from htfa_jax.common.param_paths import Flat, flatten, split
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import SIZES, save_config
 from htfa_jax.data.batch import Batch
+from htfa_jax.data.records import EMBEDDED
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.splits import open_tokenizer
 from htfa_jax.models.factory import Model, build_model
@@ -229,6 +230,31 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
         train__max_steps=12,
         train__save_every=2,
         train__log_every=3,
+    )
+    save_config(config, path)
+    return path
+
+
+def write_whole_kill_config(path: Path) -> Path:
+    """A run of all that a run can be doing when it is killed: on drawn scenes, with a VQ stage."""
+    config = tiny(
+        data__validation=EMBEDDED,
+        data__test=EMBEDDED,
+        data__cache_dir=str(path.parent / "cache"),
+        data__cache_codes=True,
+        data__drop_recon=0.3,
+        decoder__dropout=0.1,
+        decoder__num_layers=1,
+        siglip__num_layers=1,
+        vq_train__num_steps=6,
+        vq_train__save_every=2,
+        train__max_steps=8,
+        train__save_every=3,
+        train__log_every=1,
+        eval__during_training="steps",
+        eval__every=4,
+        eval__batch_size=1,
+        eval__panel_samples=1,
     )
     save_config(config, path)
     return path

@@ -30,7 +30,19 @@ log = logging.getLogger(__name__)
 
 HASHES, DAMAGED = "hashes.json", "damaged"
 # Orbax writes these when it gives a checkpoint its name, after the hashes; no weights in them.
-_COMMIT = ("_CHECKPOINT_METADATA", "commit_success.txt")
+METADATA = "_CHECKPOINT_METADATA"
+_COMMIT = (METADATA, "commit_success.txt")
+# What Orbax takes in the first; of anything else it does not open the run's other checkpoints.
+_FACTS: dict[str, type | tuple[type, ...]] = {
+    "item_handlers": (dict, str, type(None)),
+    "performance_metrics": (dict, type(None)),
+    "custom_metadata": (dict, type(None)),
+    "init_timestamp_nsecs": (int, type(None)),
+    "commit_timestamp_nsecs": (int, type(None)),
+}
+_LAST_YEAR = 9999
+# Metrics of an evaluation that was interrupted and made up for: they come before their hash.
+LATE = "metrics/metrics"
 # What is looked at of checkpoints that are not restored: metrics and descriptions.
 SMALL = 2**20
 
@@ -71,8 +83,8 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
     try:
         expected = _read_hashes(folder)
         there = {name: size for name, size in _files(folder).items() if name != HASHES}
-        if "_CHECKPOINT_METADATA" in there:
-            read_json(folder / "_CHECKPOINT_METADATA", CheckpointError, allow_nan=True)
+        if METADATA in there:
+            _check_metadata(folder / METADATA)
         if expected is None:
             needed = [name for name in ("meta", "params") if not (folder / name).is_dir()]
             if needed:
@@ -81,7 +93,7 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
             return None
         if missing := sorted(set(expected) - set(there)):
             return f"{', '.join(missing[:5])} of its {len(expected)} files are missing"
-        if unknown := sorted(set(there) - set(expected) - set(_COMMIT)):
+        if unknown := sorted(set(there) - set(expected) - {*_COMMIT, LATE}):
             return f"{', '.join(unknown[:5])} does not belong to it"
         read = [name for name in expected if up_to is None or there[name] <= up_to]
         found = _hashes(folder, read)
@@ -90,6 +102,25 @@ def damage(folder: Path, up_to: int | None = None) -> str | None:
     except (OSError, ValueError, CheckpointError) as error:
         return str(error)
     return None
+
+
+def _check_metadata(path: Path) -> None:
+    """Raises CheckpointError if Orbax would not read a checkpoint's metadata."""
+    found = read_json(path, CheckpointError, allow_nan=True)
+    for name, kinds in _FACTS.items():
+        value = found.get(name)
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise CheckpointError(f"{path.name} was altered: {name} in it is {value!r:.50}")
+        if isinstance(value, int) and not 0 <= value < (_LAST_YEAR - 1970) * 365 * 86400 * 10**9:
+            raise CheckpointError(f"{path.name} was altered: {name} in it is no time: {value}")
+
+
+def add_hash(folder: Path, name: str) -> None:
+    """Adds a file that came later to the hashes of a checkpoint, which has some."""
+    hashes = _read_hashes(folder)
+    if hashes is not None:
+        content = json.dumps({**hashes, name: file_sha256(folder / name)}, indent=1)
+        write_whole(folder / HASHES, content, durable=True)
 
 
 def _read_hashes(folder: Path) -> dict[str, str] | None:
@@ -125,7 +156,18 @@ def steps(workdir: Path) -> list[int]:
     """Steps of the complete checkpoints of a run, rising."""
     folder = workdir / CHECKPOINTS
     names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+    return sorted(int(name) for name in names if _is_step(name))
+
+
+def misnamed(workdir: Path) -> list[str]:
+    """Names that Orbax takes for steps whose folders it then does not find: 0008."""
+    folder = workdir / CHECKPOINTS
+    names = [p.name for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(name for name in names if name.isdigit() and not _is_step(name))
+
+
+def _is_step(name: str) -> bool:
+    return name.isascii() and name.isdigit() and str(int(name)) == name
 
 
 def set_damaged_aside(workdir: Path) -> None:
@@ -138,27 +180,38 @@ def set_damaged_aside(workdir: Path) -> None:
       CheckpointError: none of the run's checkpoints is sound.
     """
     found = list(reversed(steps(workdir)))
-    damaged, newest = {}, None
+    damaged = {
+        name: "its name is not how its step is written: rename it, if it is to be used"
+        for name in misnamed(workdir)
+    }
+    newest = None
     for step in found:
         folder = workdir / CHECKPOINTS / str(step)
         problem = damage(folder, None if newest is None else SMALL)
         if problem is None:
             newest = step if newest is None else newest
         else:
-            damaged[step] = problem
+            damaged[str(step)] = problem
     if damaged and newest is None:
-        lines = [f"step {step}: {problem}" for step, problem in damaged.items()]
+        lines = [f"step {name}: {problem}" for name, problem in damaged.items()]
         raise CheckpointError(
             f"no checkpoint in {workdir / CHECKPOINTS} is sound:\n  " + "\n  ".join(lines) + "\n"
             "Nothing was changed. Bring one back from a copy, or use another --workdir"
         )
-    for step, problem in damaged.items():
-        target = workdir / DAMAGED / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-        target.parent.mkdir(exist_ok=True)
-        (workdir / CHECKPOINTS / str(step)).rename(target)
-        log.warning("checkpoint %d is damaged: %s. It is now %s", step, problem, target)
-        if newest is not None and step > newest:
-            log.warning("the newest sound checkpoint is used instead: step %d", newest)
+    for name, problem in damaged.items():
+        set_aside(workdir, name, problem)
+    if newest is not None and newest != max(found):
+        log.warning("the newest sound checkpoint is used instead: step %d", newest)
+
+
+def set_aside(workdir: Path, name: str, problem: str) -> None:
+    """Moves a checkpoint to `damaged/`, and says why. Raises OSError."""
+    target = workdir / DAMAGED / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():  # set aside in this very second too
+        target = target.with_name(target.name + "-again")
+    (workdir / CHECKPOINTS / name).rename(target)
+    log.warning("checkpoint %s is damaged: %s. It is now %s", name, problem, target)
 
 
 def listing(workdir: Path) -> list[Saved]:
@@ -175,11 +228,11 @@ def listing(workdir: Path) -> list[Saved]:
 
 def _saved(folder: Path, step: int | None) -> Saved:
     sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file() and not p.is_symlink()]
-    metadata = _facts(folder / "_CHECKPOINT_METADATA")
+    metadata = _facts(folder / METADATA)
     nanoseconds = metadata.get("commit_timestamp_nsecs")
     if not isinstance(nanoseconds, int) or not 0 <= nanoseconds < 2**63:
         nanoseconds = folder.stat().st_mtime_ns
-    metrics = with_current_names(METRICS, _facts(folder / "metrics" / "metrics"))
+    metrics = with_current_names(METRICS, _facts(folder / LATE))
     metrics = {k: v for k, v in metrics.items() if isinstance(v, float)}
     return Saved(folder, step, nanoseconds / 1e9, sum(sizes), metrics)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from htfa_jax.checkpoints import weights
 from htfa_jax.checkpoints.runs import CHECKPOINTS, MODEL, find_run, is_export, run_config
+from htfa_jax.checkpoints.tokenizer_files import check_tokenizer
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config
 from htfa_jax.errors import CheckpointError
@@ -43,7 +44,9 @@ def load_run(
         step = checkpoints.best_step() if step is None else step
         if step is None:
             raise CheckpointError(f"{folder / CHECKPOINTS} holds no complete checkpoint")
-        frozen = load_frozen(folder, checkpoints.restore(step)["meta"]["frozen"])
+        meta = checkpoints.restore(step)["meta"]
+        check_tokenizer(folder, meta)
+        frozen = load_frozen(folder, meta["frozen"])
         trainable = {k: v for k, v in shapes_of(config).items() if k not in frozen}
         params = checkpoints.restore(step, params=trainable)["params"]
     return config, {**params, **frozen}, step, folder

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,14 +30,15 @@ from orbax.checkpoint import checkpoint_managers
 
 from htfa_jax.checkpoints import integrity, weights
 from htfa_jax.checkpoints.meta import read_meta
+from htfa_jax.checkpoints.orbax_errors import explained, no_pages
 from htfa_jax.checkpoints.runs import CHECKPOINTS
 from htfa_jax.common import param_paths
-from htfa_jax.common.files import drop_partials
+from htfa_jax.common.files import drop_partials, write_whole
 from htfa_jax.common.names import inside
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, TrainConfig
 from htfa_jax.config.renamed import METRICS, with_current_names
-from htfa_jax.errors import CheckpointError, ConfigError, HTFAError, TrainingError
+from htfa_jax.errors import CheckpointError, ConfigError, Damaged, HTFAError, TrainingError
 from htfa_jax.sharding.layout import to_host
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 
@@ -64,6 +66,7 @@ class Checkpoints:
       mode: which end of it is best.
       read_only: for all but the process that trains there, whose unfinished checkpoints must
         stay. Without it damaged checkpoints are set aside.
+      check: called before anything is written; raises if the workdir is another run's.
 
     Raises:
       CheckpointError: there are checkpoints, and none is sound.
@@ -77,14 +80,21 @@ class Checkpoints:
         metric: str | None = None,
         mode: Literal["min", "max"] = "min",
         read_only: bool = False,
+        check: Callable[[], None] = lambda: None,
     ):
         self.metric, self.folder = metric, (workdir / CHECKPOINTS).absolute()
+        self._check_held = check
         self._sound: set[int] = set()
         if not read_only:
             with first_goes_ahead("checkpoints"):
                 if is_first():
                     integrity.set_damaged_aside(workdir)
             self._sound.update(integrity.steps(workdir)[-1:])
+        elif wrong := integrity.misnamed(workdir):
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(wrong)}, which is not how a step is written: "
+                "rename it (8, not 0008) or move it away"
+            )
         policies: list[checkpoint_managers.PreservationPolicy]
         policies, best = [checkpoint_managers.LatestN(keep)], {}
         if metric is not None:
@@ -125,6 +135,7 @@ class Checkpoints:
         except HTFAError:
             raise
         except Exception as error:  # of TensorStore, of files, of Orbax itself
+            self._check_held()  # or the disk is blamed for what another run did
             there = ", ".join(map(str, integrity.steps(self.folder.parent))) or "none"
             raise kind(
                 f"{self.folder} {what}: {str(error)[:600]}. Complete checkpoints there: {there}"
@@ -138,8 +149,10 @@ class Checkpoints:
     ) -> None:
         """Starts writing `state` under its step; without this run's metric it is never best.
 
-        Raises TrainingError if it, or what was begun before, cannot be written.
+        Raises TrainingError if it, or what was begun before, cannot be written, or if the workdir
+        is another run's.
         """
+        self._check_held()
         step = int(state["step"])
         if metrics is not None:
             found = {name: value for name, value in metrics.items() if name == self.metric}
@@ -170,16 +183,14 @@ class Checkpoints:
           **like: some of `SAVED`; shapes, types and shardings.
 
         Raises:
-          CheckpointError: no such checkpoint, one that is damaged or of another model.
+          Damaged: its files are not what was written.
+          CheckpointError: no such checkpoint, or one of another model.
         """
         steps = self._manager.all_steps()
         if step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"no checkpoint {step} in {self.folder}; there are: {there}")
         self._check(step)
-        if "params" in like:
-            saved = self._manager.item_metadata(step)["params"].tree
-            weights.check_shapes(saved, like["params"], f"checkpoint {step} in {self.folder}")
 
         def target(leaf: Any) -> jax.ShapeDtypeStruct:
             # Named, or Orbax would look for the device that the run was saved on.
@@ -191,17 +202,69 @@ class Checkpoints:
             name: ocp.args.StandardRestore(jax.tree.map(target, tree))
             for name, tree in like.items()
         }
-        meta = read_meta(self.folder / str(step))
+        folder = self.folder / str(step)
+        try:
+            meta = read_meta(folder)
+        except CheckpointError as error:
+            if (folder / integrity.HASHES).exists():
+                raise
+            raise Damaged(str(error), str(error)) from error
         if not items:
             return {"meta": meta}
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(**items))
-            return {**found, "meta": meta}
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(
-                f"checkpoint {step} in {self.folder} does not fit this model; was the "
-                f"configuration changed since? {str(error)[:600]}"
-            ) from error
+        with no_pages():
+            try:
+                if "params" in like:
+                    saved = self._manager.item_metadata(step)["params"].tree
+                    where = f"checkpoint {step} in {self.folder}"
+                    weights.check_shapes(saved, like["params"], where)
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+                return {**found, "meta": meta}
+            except HTFAError:
+                raise
+            except Exception as error:  # TensorStore has no class of its own
+                problem = explained(folder, error)
+                if problem is error:
+                    raise
+        raise problem  # not from what Orbax raised, which holds on to what `no_pages` drops
+
+    def restore_best(self, newest: int, **like: Any) -> tuple[int, dict[str, Any]]:
+        """Step and items of the best checkpoint; damaged ones are set aside for the next best.
+
+        Args:
+          newest: step that the caller has in memory; nothing is read if it is the best.
+          **like: as in `restore`.
+        """
+        while (best := self.best_step() or newest) != newest:
+            try:
+                return best, self.restore(best, **like)
+            except Damaged as error:
+                self.set_aside(best, error)
+        return newest, {}
+
+    def set_aside(self, step: int, damaged: Damaged) -> None:
+        """Moves a checkpoint away from the others. Raises `damaged` if there are no others."""
+        self._check_held()
+        with self._failing("cannot be written", CheckpointError):
+            self._manager.wait_until_finished()
+            if self._manager.all_steps() == [step]:
+                raise damaged
+            with first_goes_ahead(f"set aside {step}"):
+                if is_first():
+                    integrity.set_aside(self.folder.parent, str(step), damaged.reason)
+            self._manager.reload()
+
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Adds the metrics of an evaluation to a checkpoint that was saved without."""
+        value = metrics.get(self.metric) if self.metric else None
+        if value is None or step not in self._manager.all_steps():
+            return
+        self._check_held()
+        folder = self.folder / str(step)
+        with self._failing("cannot be written; is the disk full?", TrainingError):
+            (folder / integrity.LATE).parent.mkdir(exist_ok=True)
+            write_whole(folder / integrity.LATE, json.dumps({self.metric: value}), durable=True)
+            integrity.add_hash(folder, integrity.LATE)
+            self._manager.reload()
 
     def resume(self, state: dict[str, Any], key: str, what: str) -> tuple[dict[str, Any], Any]:
         """The state of the newest checkpoint and its meta; the state given and {} without one.
@@ -227,16 +290,17 @@ class Checkpoints:
         return state | {"step": jnp.int32(latest), **{name: found[name] for name in like}}, meta
 
     def _check(self, step: int) -> None:
-        """Raises CheckpointError if a checkpoint's files are not what was written."""
+        """Raises Damaged if a checkpoint's files are not what was written."""
         if step in self._sound:
             return
         # Every process looks for itself: one that raised alone would leave the others waiting.
         problem = integrity.damage(self.folder / str(step))
         if problem is not None:
             others = [str(s) for s in self._manager.all_steps() if s != step]
-            raise CheckpointError(
+            raise Damaged(
                 f"checkpoint {step} in {self.folder} is damaged: {problem}. Other checkpoints of "
-                f"this run: {', '.join(others) or 'none'}"
+                f"this run: {', '.join(others) or 'none'}",
+                problem,
             )
         self._sound.add(step)
 
@@ -252,14 +316,20 @@ class Checkpoints:
         self.close()
 
 
-def open_checkpoints(workdir: Path, train: TrainConfig, read_only: bool = False) -> Checkpoints:
-    """The checkpoints of a run of the main job."""
+def open_checkpoints(
+    workdir: Path,
+    train: TrainConfig,
+    read_only: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> Checkpoints:
+    """The checkpoints of a run of the main job; arguments as of `Checkpoints`."""
     return Checkpoints(
         workdir,
         keep=train.keep_checkpoints,
         metric=train.best_metric,
         mode=train.best_mode,
         read_only=read_only,
+        check=check,
     )
 
 

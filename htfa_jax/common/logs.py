@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from htfa_jax.common.event_file import EventFile
+from htfa_jax.common.growing_file import GrowingFile
+
 _talks = True
 
 
@@ -23,6 +26,27 @@ class _BarHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that is no reason to end what is logged.
+
+    Python keeps the lines that are refused, and writes them with the next one that is not.
+    """
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exception(), OSError):
+            if not self._said:
+                tqdm.write(f"{self.baseFilename}: {sys.exception()}", file=sys.stderr)
+            self._said = True
+        else:
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 @contextlib.contextmanager
@@ -44,8 +68,9 @@ def _log_to(handler: logging.Handler) -> Iterator[logging.Handler]:
 def log_to_terminal() -> contextlib.AbstractContextManager[logging.Handler]:
     """Shows this package's log lines on the terminal."""
     # Orbax warns through absl of every checkpoint that no evaluation came before, and logs with
-    # pages of traceback what it then raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # pages of traceback what it then raises; asyncio does, for each array that is not written.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return _log_to(_BarHandler())
 
 
@@ -62,7 +87,7 @@ def log_to_file(path: Path) -> contextlib.AbstractContextManager[logging.Handler
     """Appends log lines to a file, through the handler that it gives."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Names of files may hold bytes that are no text.
-    return _log_to(logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"))
+    return _log_to(_LogFile(path, encoding="utf-8", errors="backslashreplace"))
 
 
 def progress(total: int, description: str, *, start: int = 0, unit: str = "step") -> tqdm:
@@ -83,28 +108,14 @@ def drop_half_line(path: Path) -> None:
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def summary_writer(folder: Path) -> Any:
-    """A writer of TensorBoard events.
-
-    tensorboardX imports PyTorch wherever it is installed, for tensors that nobody here has. That
-    would be three seconds of every start, so it is not found meanwhile.
-    """
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]
-    try:
-        from tensorboardX import SummaryWriter
-    finally:
-        if hide:
-            sys.modules.pop("torch", None)
-    return SummaryWriter(str(folder))
-
-
 class MetricWriter:
     """Scalars to `metrics.jsonl` and TensorBoard, images and text to TensorBoard.
 
     The methods are those of `clu.metric_writers.MetricWriter`, whose own writers need
     TensorFlow; this one does not. A silent one, for all processes but the first, writes nothing.
+
+    A disk that takes nothing neither stops a run nor holds it up: what is written waits in memory
+    (`GrowingFile`). `metrics.jsonl` is the record, TensorBoard's file a copy to look at.
     """
 
     def __init__(self, folder: Path, *, silent: bool = False):
@@ -113,16 +124,16 @@ class MetricWriter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         drop_half_line(folder / "metrics.jsonl")
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._board = summary_writer(folder)
+        self._lines = GrowingFile(folder / "metrics.jsonl")
+        self._board = EventFile(folder)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
         """One line of numbers."""
         if self.silent:
             return
         values = {name: float(value) for name, value in scalars.items()}
-        self._lines.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
-        self._lines.flush()
+        line = json.dumps({"step": step, "time": time.time(), **values}) + "\n"
+        self._lines.write(line.encode())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -131,7 +142,7 @@ class MetricWriter:
         if self.silent:
             return
         for name, batch in images.items():
-            self._board.add_images(name, np.asarray(batch), step, dataformats="NHWC")
+            self._board.add_images(name, np.asarray(batch), step)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Text, shown as Markdown."""
@@ -141,7 +152,7 @@ class MetricWriter:
             self._board.add_text(name, text, step)
 
     def flush(self) -> None:
-        """Makes what was written readable."""
+        """Has the disk hold what was written: before a checkpoint that goes on behind it."""
         if self.silent:
             return
         self._lines.flush()

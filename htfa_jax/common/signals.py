@@ -18,6 +18,10 @@ class Stopped(KeyboardInterrupt):
     """A signal came where there was nothing to finish."""
 
 
+class Interrupted(Stopped):
+    """A signal came during something that is done again when the run goes on."""
+
+
 class StopSignal:
     """While active, the first SIGTERM or SIGINT asks the run to stop; the second kills at once.
 
@@ -56,6 +60,11 @@ class StopSignal:
         if jax.process_count() == 1:
             return self.requested
         return multihost_utils.reached_preemption_sync_point(step)
+
+    def interrupt(self) -> None:
+        """Raises `Interrupted` if the run is to stop; never where processes must agree first."""
+        if self.requested:
+            raise Interrupted
 
     def _handle(self, number: int, frame: object) -> None:
         self.requested = True

@@ -193,6 +193,7 @@ def as_line(record: Record, folder: Path) -> str:
     """
 
     def path(image: Any) -> str:
+        image = getattr(image, "path", image)  # of a drawn scene
         if not isinstance(image, Path):
             raise record.error(
                 f"{image} is no file of its own, which JSON lines could name", "record"

@@ -243,8 +243,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
-    )
+    config = json.dumps(settings, indent=2) + "\n"
+    write_whole(folder / "tokenizer_config.json", config, durable=True)
     # The settings first: a folder with tokenizer.json is complete.
     write_whole(folder / "tokenizer.json", tokenizer.to_str(pretty=True), durable=True)

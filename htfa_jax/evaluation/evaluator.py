@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +80,21 @@ class Evaluator:
             config, tokenizer, lambda params: model.merge(params).decoder, layout
         )
 
-    def __call__(self, params: Flat, records: Dataset, max_samples: int | None = None) -> Report:
+    def __call__(
+        self,
+        params: Flat,
+        records: Dataset,
+        max_samples: int | None = None,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> Report:
         """Evaluates weights on a dataset.
 
         Args:
           params: all weights.
           records: the split.
           max_samples: only so many of it, None for all.
+          interrupt: called before each program of a batch, which may have to be compiled; what it
+            raises ends the evaluation.
         """
         totals: collections.Counter[str] = collections.Counter()
         answers: list[Prediction] = []
@@ -94,13 +102,18 @@ class Evaluator:
         num = len(records) if max_samples is None else min(max_samples, len(records))
         with progress(num, "evaluation", unit="scene") as bar:
             for loaded in self._batches(records, max_samples):
+                interrupt()
                 for error in loaded.errors:
                     log.warning("skipped: %s", error)
                 batch = self.layout.put(loaded.batch)
                 index_B = to_host(batch.index)  # over all processes
                 found = [records[i] if i >= 0 else None for i in index_B]
                 cache, sums, seen = self._look(params, batch)
-                said = [self._ask(params, cache, prompts) for prompts in self._prompts(found)]
+                said = []
+                for prompts in self._prompts(found):
+                    interrupt()
+                    said.append(self._ask(params, cache, prompts))
+                interrupt()
                 shares = jax.device_get(seen.pop("occlusion_ratio"))
                 rows = _answers(found, said, index_B, shares)
                 answers += [answer for row in rows for answer in row]

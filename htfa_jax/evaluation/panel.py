@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -79,9 +78,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def read_png(path: Path) -> np.ndarray:
-    """An image as uint8 [H, W, 3]."""
-    return np.asarray(decoded(path))
+def read_png(content: bytes) -> np.ndarray:
+    """A file's content as uint8 [H, W, 3]."""
+    return np.asarray(decoded(content))
 
 
 def _write_answers(ax, row: PanelRow) -> None:

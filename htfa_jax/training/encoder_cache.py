@@ -3,7 +3,8 @@
 `data.cache_codes` keeps the codes of each record's target, `data.cache_features` SigLIP's features
 of its original and of its reconstruction: three encoder passes that a training step then reads
 from disk. They are made on first use, in `data.cache_dir`/encoded/KEY, where KEY is a hash of all
-that they depend on. Evaluation does without them.
+that they depend on. Beside them are the hashes of their bytes, which each start compares: what is
+damaged is made again. Evaluation does without them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import json
 import logging
 import math
 import time
@@ -21,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from htfa_jax.common.files import made_once, whole_folder
-from htfa_jax.common.hashing import short_hash
+from htfa_jax.common.files import made_once, one_at_a_time, whole_folder, write_whole
+from htfa_jax.common.hashing import block_hashes, short_hash
+from htfa_jax.common.json_files import read_json
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, override
@@ -42,6 +45,8 @@ ENCODERS = {
     "target_codes": ("vq", "data.cache_codes"),
     "features": ("siglip", "data.cache_features"),
 }
+
+HASHES = "hashes.json"
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +107,7 @@ def open_or_make(
       records: the training data.
       layout: of the run.
 
-    Raises DataError if a record cannot be read, or if a file is not what was written.
+    Raises DataError if a record cannot be read, or if the cache cannot be written.
     """
     kinds, files = cached_spec(config), {}
     for name, kind in kinds.items():
@@ -111,9 +116,14 @@ def open_or_make(
         make = functools.partial(_make, path, kind, config, model, params, records, layout)
         try:
             made_once(folder, name, make)
+            if _damage(path, kind, len(records)):
+                with one_at_a_time(folder, name):
+                    # Another process may have mended it meanwhile.
+                    if problem := _damage(path, kind, len(records)):
+                        log.warning("%s: it is made again", problem)
+                        make()
         except OSError as error:
             raise DataError(f"{folder} cannot be written (data.cache_dir): {error}") from error
-        _check_file(files[name], kind, len(records))
         log.info("%s of %d records are read from %s", name, len(records), files[name])
     return EncoderCache(files, kinds) if files else None
 
@@ -162,26 +172,28 @@ def _make(
     strict = override(config, {"data.on_error": "raise"})
     batches = evaluation_batches(strict, records, None, num_shards=layout.num_shards)
     done = 0
-    with (
-        whole_folder(path.parent, DataError) as partial,
-        (partial / path.name).open("wb") as file,
-        progress(len(records), name, unit="record") as bar,
-    ):
-        file.write(_header(kind, len(records)))
-        try:
-            for loaded in batches:
-                encoded = np.asarray(encode(params, layout.put(loaded.batch)))
-                rows = encoded[: len(records) - done].astype(kind[1])
-                file.write(rows.tobytes())
-                done += len(rows)
-                bar.update(len(rows))
-        except DataError as error:
-            raise DataError(
-                f"{error}. {ENCODERS[name][1]} needs the images of every record: mend this one "
-                "or leave it out of the file"
-            ) from error
-        finally:
-            batches.close()
+    with whole_folder(path.parent, DataError) as partial:
+        with (
+            (partial / path.name).open("wb") as file,
+            progress(len(records), name, unit="record") as bar,
+        ):
+            file.write(_header(kind, len(records)))
+            try:
+                for loaded in batches:
+                    encoded = np.asarray(encode(params, layout.put(loaded.batch)))
+                    rows = encoded[: len(records) - done].astype(kind[1])
+                    file.write(rows.tobytes())
+                    done += len(rows)
+                    bar.update(len(rows))
+            except DataError as error:
+                raise DataError(
+                    f"{error}. {ENCODERS[name][1]} needs the images of every record: mend this "
+                    "one or leave it out of the file"
+                ) from error
+            finally:
+                batches.close()
+        hashes = {path.name: block_hashes(partial / path.name)}
+        write_whole(partial / HASHES, json.dumps(hashes) + "\n")
     log.info("made %s in %s", name, duration(time.time() - started))
 
 
@@ -206,17 +218,29 @@ def _header(kind: Kind, num_records: int) -> bytes:
     return buffer.getvalue()
 
 
-def _check_file(path: Path, kind: Kind, num_records: int) -> None:
+def _damage(path: Path, kind: Kind, num_records: int) -> str:
+    """What is wrong with a file; nothing if it is what was written. Raises OSError."""
     if not path.is_file():
-        raise DataError(f"{path} is missing. Delete the folder {path.parent}, and it is made again")
+        return f"{path} is missing"
     header, size = _header(kind, num_records), path.stat().st_size
     expected = len(header) + num_records * _num_bytes(kind)
     with path.open("rb") as file:
         same = file.read(len(header)) == header
     if size != expected or not same:
-        raise DataError(
+        return (
             f"{path} is damaged: expected {expected} bytes, {kind[1].name} "
-            f"{[num_records, *kind[0]]}; it has {size}"
-            + ("" if same else " and another beginning")
-            + f". Delete the folder {path.parent}, and it is made again"
+            f"{[num_records, *kind[0]]}; it has {size}" + ("" if same else " and another beginning")
         )
+    if not (path.parent / HASHES).is_file():
+        log.info("%s has no %s, and is taken as it is", path.parent, HASHES)
+        return ""
+    started = time.time()
+    try:
+        noted = read_json(path.parent / HASHES, DataError).get(path.name)
+    except DataError as error:
+        return str(error)
+    found = block_hashes(path)
+    if found != noted:
+        return f"{path} is damaged: its SHA-256 is not what {HASHES} beside it says"
+    log.info("%s: %.3g GB are what was written (%.1f s)", path, size / 1e9, time.time() - started)
+    return ""

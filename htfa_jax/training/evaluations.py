@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.logs import MetricWriter
 from htfa_jax.common.param_paths import Flat
+from htfa_jax.common.signals import Interrupted, StopSignal
 from htfa_jax.config import Config
 from htfa_jax.data.records import Split
 from htfa_jax.data.splits import open_split
@@ -40,13 +42,21 @@ class Evaluations:
         self.config, self.workdir, self.writer = config, workdir, writer
         self.evaluator = Evaluator(config, model, tokenizer, layout)
 
-    def during(self, step: int, params: Flat) -> dict[str, float] | None:
-        """Scores on the validation split by short names; None if there is none."""
+    def during(self, step: int, params: Flat, stop: StopSignal) -> dict[str, float] | None:
+        """Scores on the validation split by short names; None if there is none.
+
+        Raises `Interrupted` soon after `stop` was asked for; nothing is written then.
+        """
         if self.config.data.validation is None:
             return None
         started = time.time()
         records = open_split(self.config, "validation")
-        result = self.evaluator(params, records, self.config.eval.max_samples)
+        try:
+            limit, interrupt = self.config.eval.max_samples, stop.interrupt
+            result = self.evaluator(params, records, limit, interrupt)
+        except Interrupted:
+            log.warning("step %d is saved now and evaluated when the run goes on", step)
+            raise
         scalars = report.scalars(result.scores)
         if (best := self.config.train.best_metric) not in scalars:
             raise ConfigError(
@@ -56,9 +66,13 @@ class Evaluations:
         self.writer.write_scalars(step, {f"validation/{k}": v for k, v in scalars.items()})
         if result.panel and is_first():
             path = self.workdir / "logs" / "panels" / f"step_{step:07d}.png"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(panel_png(result.panel))
-            self.writer.write_images(step, {"panel": read_png(path)[None]})
+            content = panel_png(result.panel)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_whole(path, content)
+            except OSError as error:  # a full disk; a panel is no reason to end a run
+                log.warning("%s cannot be written: %s", path, error)
+            self.writer.write_images(step, {"panel": read_png(content)[None]})
         shown = ("loss", "accuracy/", "psnr/occluded")
         log.info(
             "validation at step %d (%s): %s",

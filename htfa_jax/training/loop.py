@@ -62,6 +62,7 @@ class Loop:
       max_bad_records: skipped records that end the run.
       guard: takes the metrics first.
       stop: asked for after every step.
+      check_held: called before every step; raises if the workdir is another run's.
       watchdog_seconds: without a step, after which all stacks are printed.
       flops_per_sample: for the rate of floating-point operations; 0 leaves it out.
     """
@@ -79,6 +80,7 @@ class Loop:
     max_bad_records: int
     guard: LossGuard
     stop: StopSignal
+    check_held: Callable[[], None] = lambda: None
     watchdog_seconds: float = 0.0
     flops_per_sample: float = 0.0
     window: list[dict[str, float]] = dataclasses.field(default_factory=list)
@@ -103,6 +105,7 @@ class Loop:
     def _steps(self, batches: Iterator[Loaded], bar: Any, watchdog: Watchdog) -> bool:
         stopped = False
         for step in range(int(self.state["step"]) + 1, self.num_steps + 1):
+            self.check_held()
             loaded = self._next(batches, bar)
             self.state, metrics = self.step_fn(self.state, self.put(loaded.batch))
             # The step before is read while this one runs.

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from clu import parameter_overview
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints, open_checkpoints, save_frozen
 from htfa_jax.checkpoints.runs import make_workdir
+from htfa_jax.checkpoints.tokenizer_files import KEY, check_tokenizer, tokenizer_hashes
 from htfa_jax.common.logs import MetricWriter, log_to_file
 from htfa_jax.common.param_paths import Flat
-from htfa_jax.common.signals import Stopped, StopSignal
-from htfa_jax.config import Config, leaves, load_config, override
+from htfa_jax.common.signals import Interrupted, Stopped, StopSignal
+from htfa_jax.config import Config, load_config, override
 from htfa_jax.config.io import fields_without_value, save_config
 from htfa_jax.data.pipeline import num_steps, samples_per_step, training_batches
 from htfa_jax.data.records import SPLITS, Dataset
 from htfa_jax.data.splits import open_split, open_tokenizer
 from htfa_jax.data.tokenizer import ChatTokenizer
+from htfa_jax.errors import Damaged
 from htfa_jax.models.factory import Model, build_model
 from htfa_jax.models.flops import training_step
 from htfa_jax.sharding.layout import Layout
@@ -39,6 +41,7 @@ from htfa_jax.training.optim import learning_rate, make_optimizer
 from htfa_jax.training.plan import out_of_memory_explained, size_table
 from htfa_jax.training.pretrained import load_pretrained
 from htfa_jax.training.restore import restore_state
+from htfa_jax.training.resuming import Start, say_changes
 from htfa_jax.training.state import TrainState, new_params, new_state
 from htfa_jax.training.step import compile_train_step, compute_dtype_params, put_update
 from htfa_jax.training.vq_stage import cached_vq, needs_vq_stage
@@ -64,14 +67,14 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
     name = "train.log" if first else f"train_process_{jax.process_index()}.log"
     make_workdir(workdir)
     with (
-        lock(workdir) if first else contextlib.nullcontext(),
+        lock(workdir) if first else contextlib.nullcontext() as held,
         log_to_file(workdir / "logs" / name) as failed,
         StopSignal() as stop,
     ):
         started = time.time()
         try:
             with out_of_memory_explained(config, workdir):
-                scores = _train(config, workdir, stop)
+                scores = _train(config, workdir, stop, held.check if held else lambda: None)
         except Stopped:
             scores = None
         except BaseException as error:
@@ -87,7 +90,9 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
         return scores
 
 
-def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | None:
+def _train(
+    config: Config, workdir: Path, stop: StopSignal, check_held: Callable[[], None]
+) -> dict[str, Any] | None:
     path, layout = workdir / "config.json", Layout(config)
     with first_goes_ahead("config"):
         before = load_config(path) if path.is_file() else None
@@ -102,7 +107,7 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
         tokenizer = open_tokenizer(config, workdir, records)
     encoder_cache.check(config, len(records))
     writer = MetricWriter(workdir / "logs", silent=not is_first())
-    with open_checkpoints(workdir, config.train) as checkpoints:
+    with open_checkpoints(workdir, config.train, check=check_held) as checkpoints:
         run = Run(
             config=config,
             workdir=workdir,
@@ -113,44 +118,21 @@ def _train(config: Config, workdir: Path, stop: StopSignal) -> dict[str, Any] | 
             checkpoints=checkpoints,
             writer=writer,
             stop=stop,
+            check_held=check_held,
         )
         start = run.start(before)
         if start is None:
             return None
         if before is not None and is_first():
-            _say_changes(before, config, new)
+            say_changes(before, config, new)
             save_config(config, path)
         scores = run.train(start)
     writer.close()
+    check_held()
     if scores is not None and is_first():
         example = next((s for s in reversed(SPLITS) if getattr(config.data, s)), SPLITS[0])
         write_example(workdir, config.data, open_split(config, example))
     return scores
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """Where the steps of a run begin.
-
-    Attributes:
-      state: training state; its step is the last one that was taken.
-      frozen: frozen weights, laid out.
-      frozen_names: of the folders that hold them, with their hashes.
-      samples: that were seen before.
-      window: metrics since the last line of means; see `Loop`.
-      num_steps: of the whole run.
-      schedule: of the learning rate.
-      optimizer: with that schedule.
-    """
-
-    state: TrainState
-    frozen: Flat
-    frozen_names: dict[str, str]
-    samples: int
-    window: list[dict[str, float]]
-    num_steps: int
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
 
 
 @dataclasses.dataclass
@@ -167,6 +149,7 @@ class Run:
       checkpoints: of the workdir.
       writer: takes metrics.
       stop: asked for after every step.
+      check_held: raises if the workdir is another run's; called before anything is written there.
     """
 
     config: Config
@@ -178,9 +161,11 @@ class Run:
     checkpoints: Checkpoints
     writer: MetricWriter
     stop: StopSignal
+    check_held: Callable[[], None]
 
     def __post_init__(self) -> None:
         self.samples_per_step = samples_per_step(self.config.train, self.layout.num_shards)
+        self.tokenizer_hashes = tokenizer_hashes(self.workdir)
         self.evaluations = Evaluations(
             self.config, self.workdir, self.model, self.tokenizer, self.layout, self.writer
         )
@@ -195,22 +180,26 @@ class Run:
           before: configuration that the workdir was made with; None if it is new.
 
         Returns None if a signal stopped the VQ stage. Raises ConfigError if the checkpoints are of
-        other pretrained or frozen weights.
+        other pretrained or frozen weights, CheckpointError if none can be read.
         """
-        config, latest = self.config, self.checkpoints.latest_step()
-        meta: dict[str, Any] | None = None
-        if latest is not None:
-            origins.refuse_others(self.workdir, before or config, config)
-            meta = self.checkpoints.restore(latest)["meta"]
-        elif before is not None:
+        while (latest := self.checkpoints.latest_step()) is not None:
+            origins.refuse_others(self.workdir, before or self.config, self.config)
+            try:
+                meta = self.checkpoints.restore(latest)["meta"]
+                check_tokenizer(self.workdir, meta)
+                return self._start(latest, meta)
+            except Damaged as error:
+                self.checkpoints.set_aside(latest, error)
+        if before is not None:
             log.warning("%s holds no complete checkpoint yet: starting at step 0", self.workdir)
-        samples = int(meta["samples"]) if meta else 0
-        steps = num_steps(
-            config.train, len(self.records), self.samples_per_step, latest or 0, samples
-        )
+        return self._start(0, {})
+
+    def _start(self, latest: int, meta: dict[str, Any]) -> Start | None:
+        config, samples = self.config, int(meta.get("samples", 0))
+        steps = num_steps(config.train, len(self.records), self.samples_per_step, latest, samples)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
-        if meta is None:
+        if not meta:
             begun = self.begin(optimizer)
             if begun is None:
                 return None
@@ -226,7 +215,8 @@ class Run:
             frozen=frozen,
             frozen_names=names,
             samples=samples,
-            window=meta.get("window", []) if meta else [],
+            window=meta.get("window", []),
+            late=meta.get("late", False) is True,
             num_steps=steps,
             schedule=schedule,
             optimizer=optimizer,
@@ -241,7 +231,7 @@ class Run:
         """
         source = self.config
         if needs_vq_stage(source):
-            folder = cached_vq(source, self.workdir / "vq", self.stop)
+            folder = cached_vq(source, self.workdir / "vq", self.stop, self.check_held)
             if folder is None:
                 return None
             source = override(source, {"pretrained.vq": str(folder)})
@@ -256,6 +246,7 @@ class Run:
         """Takes the steps, then evaluates the best checkpoint; None if a signal stopped it."""
         config, layout = self.config, self.layout
         self.first_step, self.begun = int(start.state["step"]), start
+        self.late_step = self.first_step if start.late else None
         self.steps_per_epoch = max(1, len(self.records) // self.samples_per_step)
         everything = {**start.state["params"], **start.frozen}
         if is_first():
@@ -284,10 +275,13 @@ class Run:
             max_bad_records=config.data.max_bad_records,
             guard=LossGuard(config.train, self.workdir / DUMPS, start.num_steps),
             stop=self.stop,
+            check_held=self.check_held,
             watchdog_seconds=config.train.watchdog_seconds,
             window=start.window,
             flops_per_sample=sum(training_step(config, config.data.text_buckets[0]).values()),
         )
+        if start.late:
+            self.make_up_for_evaluation(start.state)
         log.info(
             "training: steps %d to %d of %d samples, %d records",
             self.first_step + 1,
@@ -320,31 +314,45 @@ class Run:
         return due(train.save, train.save_every, step, self.steps_per_epoch)
 
     def after_step(self, step: int, state: TrainState) -> None:
-        """Evaluates and saves, whichever is due."""
+        """Evaluates and saves, whichever is due; saves at once if a signal comes meanwhile."""
         metrics = None
         if self.evaluates(step):
-            metrics = self.evaluations.during(step, self.weights(state))
+            try:
+                metrics = self.evaluations.during(step, self.weights(state), self.stop)
+            except Interrupted:
+                self.late_step = step
         # An evaluated step is kept too: it may be the best.
-        if self.saves(step) or (metrics and self.config.train.save != "no"):
+        kept = (metrics or self.late_step == step) and self.config.train.save != "no"
+        if self.saves(step) or kept:
             self.save(state, metrics)
+
+    def make_up_for_evaluation(self, state: TrainState) -> None:
+        """Evaluates the checkpoint that the run goes on from, as if no signal had come."""
+        step = int(state["step"])
+        metrics = self.evaluations.during(step, self.weights(state), self.stop)
+        if is_first() and metrics:
+            self.checkpoints.add_metrics(step, metrics)
 
     def save(self, state: TrainState, metrics: dict[str, float] | None = None) -> None:
         """Writes a checkpoint."""
-        steps = int(state["step"]) - self.first_step
+        step = int(state["step"])
         meta = {
             "frozen": self.begun.frozen_names,
-            "samples": self.begun.samples + steps * self.samples_per_step,
+            KEY: self.tokenizer_hashes,
+            "samples": self.begun.samples + (step - self.first_step) * self.samples_per_step,
             "window": self.loop.window,
+            "late": step == self.late_step,
         }
+        self.writer.flush()
         self.checkpoints.save(state, meta, metrics)
 
     def evaluate_best(self, state: TrainState) -> dict[str, Any]:
         """Scores of the best checkpoint, or of the newest without evaluations."""
-        best = self.checkpoints.best_step() or int(state["step"])
-        if best != int(state["step"]):
-            metric = self.config.train.best_metric
-            log.info("step %d is the best by validation %s", best, metric)
-            state["params"] = self.checkpoints.restore(best, params=state["params"])["params"]
+        self.check_held()
+        best, found = self.checkpoints.restore_best(int(state["step"]), params=state["params"])
+        if found:
+            log.info("step %d is the best by validation %s", best, self.config.train.best_metric)
+            state["params"] = found["params"]
         return self.evaluations.final(best, self.weights(state))
 
     def weights(self, state: TrainState) -> Flat:
@@ -367,12 +375,3 @@ def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:
         return False
     every = every or {"steps": DEFAULT_STEPS, "epoch": 1}[when]
     return step % (every * (steps_per_epoch if when == "epoch" else 1)) == 0
-
-
-def _say_changes(before: Config, config: Config, new: Sequence[str]) -> None:
-    old = dict(leaves(before))
-    for name, value in leaves(config):
-        if name in new:
-            log.warning("%s is new since this workdir was made; it is %s", name, value)
-        elif old[name] != value:
-            log.warning("%s was %s in this workdir and is now %s", name, old[name], value)

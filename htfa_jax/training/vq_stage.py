@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +178,19 @@ def evaluate(
     return {"psnr": psnr(error / max(pixels, 1)), "codes_used": float((usage > 0).sum())}
 
 
-def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> Path | None:
+def train_vq(
+    config: Config,
+    workdir: Path,
+    stop: StopSignal | None = None,
+    check_held: Callable[[], None] = lambda: None,
+) -> Path | None:
     """Trains a tokenizer, resuming what `workdir` holds.
 
     Args:
       config: of the run.
       workdir: of this stage.
       stop: asked for after every step; None never stops.
+      check_held: raises if the workdir is another run's; called before anything is written there.
 
     Returns the weight folder, `workdir/weights`; None if a signal stopped the training. Raises
     ConfigError if the workdir holds a stage of other settings or data.
@@ -214,7 +221,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
         },
     }
     writer = MetricWriter(workdir / "logs", silent=not is_first())
-    with Checkpoints(workdir, keep=1) as checkpoints:
+    with Checkpoints(workdir, keep=1, check=check_held) as checkpoints:
         state, meta = checkpoints.resume(state, key, "VQ stage")
         if meta:
             log.info("vq: resuming from step %d", state["step"])
@@ -222,6 +229,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
         state = jax.tree.map(lambda x: layout.put_parameter(x, x.dtype, layout.replicated), state)
 
         def save(state: TrainState) -> None:
+            writer.flush()
             checkpoints.save(state, {"key": key, "window": loop.window})
 
         loop = Loop(
@@ -238,6 +246,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
             max_bad_records=config.data.max_bad_records,
             guard=LossGuard(config.train),
             stop=stop,
+            check_held=check_held,
             watchdog_seconds=config.train.watchdog_seconds,
             window=meta.get("window", []),
         )
@@ -249,6 +258,7 @@ def train_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> P
             state, stopped = loop.run(state, batches)
     if stopped:
         return None
+    check_held()
     with first_goes_ahead("vq weights"):
         if is_first():
             weights = {path: to_host(x) for path, x in state["params"].items()}
@@ -280,16 +290,21 @@ def needs_vq_stage(config: Config) -> bool:
 def train_in(workdir: Path, config: Config) -> Path | None:
     """The stage by itself, as `train_vq`: what `workdir` holds is resumed."""
     with (
-        lock(workdir),
+        lock(workdir) as held,
         log_to_file(workdir / "logs" / "train.log"),
         out_of_memory_explained(config, workdir),
         StopSignal() as stop,
     ):
         save_config(config, workdir / "config.json")
-        return train_vq(config, workdir, stop)
+        return train_vq(config, workdir, stop, held.check)
 
 
-def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> Path | None:
+def cached_vq(
+    config: Config,
+    workdir: Path,
+    stop: StopSignal | None = None,
+    check_held: Callable[[], None] = lambda: None,
+) -> Path | None:
     """The tokenizer that this configuration and data lead to: trained now, or before.
 
     Of several runs at once one trains it, the others wait.
@@ -297,7 +312,7 @@ def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> 
     Args:
       config: of the run.
       workdir: of the stage, if it has to be trained.
-      stop: as `train_vq` takes it.
+      stop, check_held: as `train_vq` takes them.
 
     Returns its weight folder; None if a signal stopped the training. Raises OSError if the cache
     cannot be written.
@@ -305,11 +320,11 @@ def cached_vq(config: Config, workdir: Path, stop: StopSignal | None = None) -> 
     key, folder = cache_key(config), cached_folder(config)
     if jax.process_count() > 1:
         # Hosts may have caches of their own, of which some hold it; the workdir is shared.
-        return train_vq(config, workdir / key, stop)
+        return train_vq(config, workdir / key, stop, check_held)
 
     def make() -> None:
         log.info("no pretrained VQ: training one on the images of %s", config.data.train)
-        trained = train_vq(config, workdir / key, stop)
+        trained = train_vq(config, workdir / key, stop, check_held)
         if trained is not None:
             save_component(folder, "vq", config.vq, read_weights(trained))
 

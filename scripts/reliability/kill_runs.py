@@ -1,9 +1,12 @@
 """Kills a small run again and again, lets it end, and compares it with one that nobody disturbed.
 
     python scripts/reliability/kill_runs.py --kills 500
+    python scripts/reliability/kill_runs.py --kills 500 --everything
 
-Final weights and every logged number must be bitwise identical. Half of the kills come at any
-time after the start of the process, the others while a checkpoint is being written.
+Final weights and every logged number must be bitwise identical, and each start must resume from the
+ newest checkpoint. Half of the kills come at any time after the start of the process, the others
+while a checkpoint is being written. With --everything the run also draws scenes, trains a VQ, keeps
+codes in the cache and evaluates, and kills are aimed at each of these (`kill_aims.py`).
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -24,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kill_aims import ALL, ANYWHERE, CHECKPOINTS, FEW, LONGEST, UNFINISHED, Aim
 
 from htfa_jax.common.cli import parse
-
-CHECKPOINTS, UNFINISHED = "checkpoints", "*.orbax-checkpoint-tmp*"
 
 
 def clock_ahead(seconds: float) -> None:
@@ -123,17 +126,20 @@ class Runs:
 
 
 def outcome(workdir: Path) -> tuple[dict[str, np.ndarray], dict[int, dict[str, float]]]:
-    """Final weights of a run, and what it logged of each step, without times."""
+    """Final weights of a run, and what it logged of each step and scored, without times."""
     from htfa_jax.checkpoints.loading import load_run
     from htfa_jax.models.factory import build_model
 
     _, params, step, _ = load_run(workdir, lambda config: build_model(config).shapes)
     logged: dict[int, dict[str, float]] = {}
-    for line in (workdir / "logs/metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        logged.setdefault(row["step"], {}).update(
-            {k: v for k, v in row.items() if "/" in k and "per_second" not in k}
-        )
+    for path in (workdir / "logs/metrics.jsonl", *workdir.glob("vq/*/logs/metrics.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            logged.setdefault(row["step"], {}).update(
+                {k: v for k, v in row.items() if "/" in k and "per_second" not in k}
+            )
+    for path in workdir.glob("evaluation/*/metrics.json"):
+        logged[-1] = {path.parent.name: json.loads(path.read_text(encoding="utf-8"))}
     weights = {path: np.asarray(value) for path, value in params.items()}
     return {**weights, "step": np.asarray(step)}, logged
 
@@ -152,36 +158,79 @@ def differences(expected: tuple, found: tuple) -> list[str]:
     return names + [f"step {s}" for s in sorted(steps) if logged.get(s) != other_logged.get(s)]
 
 
-def kill_once(runs: Runs, config: Path, workdir: Path, longest: float, rng: random.Random) -> str:
-    """Starts the run and kills it: "saving", "anywhere", or "" if it came to its end before."""
-    aims, delay = rng.random() < 0.5, rng.uniform(0, longest)
-    with runs.started(config, workdir) as process:
+def kill_once(
+    runs: Runs, config: Path, workdir: Path, longest: float, aim: Aim, rng: random.Random
+) -> str:
+    """Starts the run and kills it: name of the aim, or of none; "" if it came to its end before."""
+    delay, before = rng.uniform(0, longest), newest_steps(workdir)
+    with runs.started(config, workdir, *flags_of(workdir)) as process:
         started = time.monotonic()
-        if aims:
-            before = set((workdir / CHECKPOINTS).glob(UNFINISHED))
-            while process.is_alive():
-                if set((workdir / CHECKPOINTS).glob(UNFINISHED)) - before:
-                    time.sleep(rng.uniform(0, 0.03))
-                    break
-                time.sleep(0.001)
-        else:
+        if aim is ANYWHERE:
             process.join(delay)
+        else:
+            aim.wait(process, workdir, cache_of(workdir), rng)
         ended = not process.is_alive()
         if ended and process.exitcode != 0:
             raise AssertionError(f"exit {process.exitcode}: {runs.said()[-3000:]}")
-        if time.monotonic() - started > 300:
+        if time.monotonic() - started > LONGEST:
             raise AssertionError(f"it hangs: {runs.said()[-3000:]}")
-    return "" if ended else "saving" if aims else "anywhere"
+    nothing_was_lost(workdir, before)
+    if ended:
+        return ""
+    return aim.name if aim.hits is None or aim.hits(workdir) else ANYWHERE.name
 
 
-def undisturbed(runs: Runs, config: Path, folder: Path) -> tuple[tuple, float]:
+def cache_of(workdir: Path) -> Path:
+    """A run has a cache of its own, so that all of it is made again."""
+    return workdir.with_name(workdir.name + "-cache")
+
+
+def flags_of(workdir: Path) -> list[str]:
+    """What the command line adds to the configuration."""
+    return [f"--config.data.cache_dir={cache_of(workdir)}"]
+
+
+def newest_steps(workdir: Path) -> dict[str, tuple[int, int]]:
+    """By stage: the newest complete step, and how often the log says that it goes on from one."""
+    log = workdir / "logs/train.log"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    folders = {"": workdir / CHECKPOINTS, "vq: ": next(workdir.glob(f"vq/*/{CHECKPOINTS}"), None)}
+    found = {}
+    for stage, folder in folders.items():
+        names = [p.name for p in folder.iterdir()] if folder and folder.is_dir() else []
+        steps = [int(name) for name in names if name.isdigit()]
+        found[stage] = max(steps, default=0), len(going_on(text, stage))
+    return found
+
+
+def going_on(text: str, stage: str) -> list[int]:
+    """Steps that a log says a stage goes on from."""
+    return [int(s) for s in re.findall(rf"^\S+ {stage}resuming from step (\d+)$", text, re.M)]
+
+
+def nothing_was_lost(workdir: Path, before: dict[str, tuple[int, int]]) -> None:
+    """Raises AssertionError unless a start went on from the newest step that there was."""
+    log = workdir / "logs/train.log"
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    for stage, (newest, said) in before.items():
+        begun = going_on(text, stage)[said:]
+        if any(step != newest for step in begun):
+            raise AssertionError(f"{stage}step {newest} was there, and it went on from {begun}")
+        if newest_steps(workdir)[stage][0] < newest:
+            raise AssertionError(f"{stage}step {newest} was there and is gone")
+    aside = workdir / "damaged"
+    if aside.exists():
+        raise AssertionError(f"a kill damaged a checkpoint: {sorted(aside.iterdir())}")
+
+
+def undisturbed(runs: Runs, config: Path, folder: Path, *flags: str) -> tuple[tuple, float]:
     """What comes of a run that nobody disturbs, and the seconds that it takes once compiled.
 
     Raises AssertionError if two such runs differ.
     """
-    runs.finish(config, folder / "first")
+    runs.finish(config, folder / "first", *flags_of(folder / "first"), *flags)
     compiled = time.monotonic()
-    runs.finish(config, folder / "second")
+    runs.finish(config, folder / "second", *flags_of(folder / "second"), *flags)
     seconds = time.monotonic() - compiled
     expected = outcome(folder / "first")
     if wrong := differences(expected, outcome(folder / "second")):
@@ -197,6 +246,7 @@ def survive(
     longest: float,
     kills: int,
     seed: int = 0,
+    aims: Sequence[Aim] = FEW,
 ) -> dict[str, int]:
     """Kills a run, starts it again, and compares what comes of it with an undisturbed one.
 
@@ -208,6 +258,7 @@ def survive(
       longest: seconds that one takes.
       kills: how many.
       seed: of the moments.
+      aims: what to kill it at, each as often.
 
     Returns:
       How many kills there were of each kind, how many runs came to their end, and how many times
@@ -217,15 +268,17 @@ def survive(
       AssertionError: naming what differs.
     """
     rng = random.Random(seed)
-    counts = {"saving": 0, "anywhere": 0, "ends": 0, "unfinished": 0}
+    counts = {**{aim.name: 0 for aim in aims}, "ends": 0, "unfinished": 0}
     while True:
-        done = counts["saving"] + counts["anywhere"]
+        done = sum(counts[aim.name] for aim in aims)
         how = ""
         if done < kills:
-            how = kill_once(runs, config, workdir, longest, rng)
+            how = kill_once(runs, config, workdir, longest, rng.choice(aims), rng)
             counts["unfinished"] += any((workdir / CHECKPOINTS).glob(UNFINISHED))
         else:
-            runs.finish(config, workdir)
+            before = newest_steps(workdir)
+            runs.finish(config, workdir, *flags_of(workdir))
+            nothing_was_lost(workdir, before)
         if how:
             counts[how] += 1
             print(f"kill {done + 1}: {how}, {steps_of(workdir)}", flush=True)
@@ -233,7 +286,9 @@ def survive(
         counts["ends"] += 1
         if wrong := differences(expected, outcome(workdir)):
             raise AssertionError(f"after {done} kills these differ: {wrong[:9]}")
+        print(f"end {counts['ends']}: all the same after {done} kills, {counts}", flush=True)
         shutil.rmtree(workdir)
+        shutil.rmtree(cache_of(workdir), ignore_errors=True)
         if done >= kills:
             return counts
 
@@ -250,21 +305,28 @@ class KillArgs:
 
     kills: int = 500  # how often a run is killed
     seed: int = 0  # of the moments
+    everything: bool = False  # with scenes, VQ stage, caches and evaluations, and aimed kills
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     args = parse(KillArgs, argv, __doc__)
     sys.path[:0] = [str(Path(__file__).parents[2] / "tests")]
-    from support import write_dataset, write_kill_config
+    from support import write_dataset, write_kill_config, write_whole_kill_config
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        config = write_kill_config(folder / "config.json", write_dataset(folder / "data", 7))
+        path = folder / "config.json"
+        if args.everything:
+            config = write_whole_kill_config(path)
+        else:
+            config = write_kill_config(path, write_dataset(folder / "data", 7))
         runs = Runs(folder / "runs")
         expected, longest = undisturbed(runs, config, folder)
         print(f"an undisturbed run takes {longest:.1f} s", flush=True)
-        print(survive(runs, config, folder / "run", expected, longest, args.kills, args.seed))
+        aims = ALL if args.everything else FEW
+        run = folder / "run"
+        print(survive(runs, config, run, expected, longest, args.kills, args.seed, aims))
 
 
 if __name__ == "__main__":

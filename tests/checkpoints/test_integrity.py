@@ -14,7 +14,7 @@ from htfa_jax import checkpoint
 from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.manager import Checkpoints, load_frozen
 from htfa_jax.config.io import save_config
-from htfa_jax.errors import CheckpointError, TrainingError
+from htfa_jax.errors import CheckpointError, Damaged, TrainingError
 
 LIKE = {"w": jnp.zeros(500)}
 
@@ -213,3 +213,135 @@ def test_the_command_refuses_what_it_cannot_do(workdir, flags, capsys):
         checkpoint.main([str(workdir), *flags] if flags != ["nowhere"] else flags)
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_name_with_zeros_is_set_aside_and_not_lost(workdir, alone, caplog):
+    """`0008`, which Orbax takes for 8 and then does not find."""
+    checkpoints = workdir / "checkpoints"
+    shutil.copytree(checkpoints / "6", checkpoints / "0008")
+    if alone:
+        for step in (2, 4, 6):
+            shutil.rmtree(checkpoints / str(step))
+        with pytest.raises(CheckpointError, match=r"step 0008: its name is not how .*: rename it"):
+            Checkpoints(workdir, keep=9)
+        return
+    with pytest.raises(CheckpointError, match=r"holds 0008, which is not how a step is written"):
+        Checkpoints(workdir, keep=9, read_only=True)
+    with Checkpoints(workdir, keep=9) as found:
+        assert found.latest_step() == 6
+    (aside,) = (workdir / "damaged").iterdir()
+    assert aside.name.startswith("0008-") and (aside / "hashes.json").is_file()
+    assert "rename it, if it is to be used" in caplog.text
+    assert "newest sound checkpoint" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        {"item_handlers": 5},
+        {"commit_timestamp_nsecs": "x"},
+        {"commit_timestamp_nsecs": 2**80},
+        {"init_timestamp_nsecs": -1},
+        {"performance_metrics": 3},
+        {"custom_metadata": 4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", [4, 6])
+def test_metadata_that_orbax_does_not_take_costs_one_checkpoint(workdir, step, content, caplog):
+    path = workdir / f"checkpoints/{step}/_CHECKPOINT_METADATA"
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads(path.read_text()), **content})
+    path.write_text(content)
+    with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
+        assert checkpoints.latest_step() == 10 - step
+    assert f"checkpoint {step} is damaged: " in caplog.text and "_CHECKPOINT_META" in caplog.text
+
+
+def test_files_that_cannot_be_read_and_have_no_hashes_are_told_from_other_models(workdir):
+    """With a sentence of each, none with TensorStore's traceback."""
+    folder = workdir / "checkpoints/6"
+    (folder / "hashes.json").unlink()
+    noticed = 0
+    for path in files(folder / "params"):
+        before = path.read_bytes()
+        if not before:
+            continue
+        for at in (len(before) // 3, 2 * len(before) // 3):
+            flip(path, at)
+            with Checkpoints(workdir, keep=9, read_only=True) as checkpoints:
+                try:
+                    checkpoints.restore(6, params=LIKE)
+                except CheckpointError as error:
+                    noticed += isinstance(error, Damaged)
+            path.write_bytes(before)
+    assert noticed >= 4
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        with pytest.raises(CheckpointError, match="does not hold the weights of this mo") as raised:
+            checkpoints.restore(6, params={"other": LIKE["w"]})
+        assert not isinstance(raised.value, Damaged)
+
+
+def test_a_damaged_best_is_set_aside_for_the_next_best(workdir, caplog, monkeypatch):
+    """A large file of an older checkpoint is not read when the run starts."""
+    monkeypatch.setattr(integrity, "SMALL", 0)
+    flip(max(files(workdir / "checkpoints/4/params"), key=lambda p: p.stat().st_size))
+    with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
+        assert checkpoints.best_step() == 4 and checkpoints.latest_step() == 6
+        assert checkpoints.restore_best(6, params=LIKE) == (6, {})
+        assert checkpoints.best_step() == 6
+    assert "checkpoint 4 is damaged: " in caplog.text
+    assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["4"]
+    with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
+        step, found = checkpoints.restore_best(8, params=LIKE)
+        assert step == 6
+        np.testing.assert_array_equal(found["params"]["w"], np.full(500, 6.0))
+
+
+def test_the_last_checkpoint_is_never_set_aside(workdir):
+    with Checkpoints(workdir, keep=9) as checkpoints:
+        for step in (2, 4):
+            checkpoints.set_aside(step, Damaged("x", "y"))
+        with pytest.raises(Damaged, match="x"):
+            checkpoints.set_aside(6, Damaged("x", "y"))
+    assert integrity.steps(workdir) == [6]
+
+
+def test_metrics_can_come_later(workdir):
+    """Killed before their hash is there, the checkpoint is sound all the same."""
+    save(workdir, {8: None})
+    with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
+        assert checkpoints.best_step() == 4
+        checkpoints.add_metrics(8, {"loss": 0.1, "other": 3.0})
+        assert checkpoints.best_step() == 8
+        checkpoints.add_metrics(8, {"other": 3.0})
+        checkpoints.add_metrics(9, {"loss": 0.1})
+    folder = workdir / "checkpoints/8"
+    assert integrity.damage(folder) is None
+    assert "metrics/metrics" in json.loads((folder / "hashes.json").read_text())
+    hashes = json.loads((folder / "hashes.json").read_text())
+    del hashes["metrics/metrics"]
+    (folder / "hashes.json").write_text(json.dumps(hashes))
+    assert integrity.damage(folder) is None
+    with Checkpoints(workdir, keep=9, metric="loss") as checkpoints:
+        assert checkpoints.best_step() == 8
+
+
+def test_nothing_is_written_to_a_workdir_that_is_another_runs(workdir):
+    def lost():
+        raise TrainingError("another run's")
+
+    before = {p: p.read_bytes() for p in files(workdir)}
+    state = {"step": jnp.int32(8), "params": LIKE, "opt_state": {"m": jnp.zeros(3)}}
+    with Checkpoints(workdir, keep=9, metric="loss", check=lost) as checkpoints:
+        for write in (
+            lambda: checkpoints.save(state, {}),
+            lambda: checkpoints.add_metrics(6, {"loss": 0.0}),
+            lambda: checkpoints.set_aside(6, Damaged("x", "y")),
+        ):
+            with pytest.raises(TrainingError, match="another run's"):
+                write()
+    assert {p: p.read_bytes() for p in files(workdir)} == before

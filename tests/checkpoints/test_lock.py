@@ -1,6 +1,7 @@
 """One run to a workdir."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from htfa_jax.checkpoints.lock import LOCK, lock
-from htfa_jax.errors import CheckpointError, ConfigError
+from htfa_jax.errors import CheckpointError, ConfigError, TrainingError
 
 HOLD = """
 import sys, time
@@ -105,3 +106,90 @@ def test_a_suspended_run_keeps_its_workdir(tmp_path, holder):
     with pytest.raises(ConfigError, match="in use"), lock(tmp_path, heartbeat=0.01, patience=0.05):
         pass
     holder.send_signal(signal.SIGCONT)
+
+
+def test_a_lock_that_is_held_may_be_checked_at_any_time(tmp_path):
+    with lock(tmp_path, heartbeat=0.01) as held:
+        for _ in range(20):
+            held.check()
+            time.sleep(0.005)
+    assert json.loads((tmp_path / LOCK).read_text()) == {}
+
+
+def test_a_deleted_lock_is_held_again_while_nobody_else_holds_it(tmp_path, caplog):
+    with lock(tmp_path, heartbeat=600) as held:
+        (tmp_path / LOCK).unlink()
+        held.check()
+        assert "nobody else holds it: it is held again" in caplog.text
+        with pytest.raises(ConfigError, match="is in use: process"), lock(tmp_path):
+            pass
+        content = (tmp_path / LOCK).read_bytes()
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).write_bytes(content)  # as a copy brings it back
+        held.check()
+        with pytest.raises(ConfigError, match="is in use: process"), lock(tmp_path):
+            pass
+    with lock(tmp_path):
+        pass
+
+
+def test_a_holder_whose_lock_was_taken_stops_and_leaves_the_others(tmp_path, caplog):
+    """The first to look is the thread that gives signs of life, which stops that."""
+    with lock(tmp_path, heartbeat=0.02) as first:
+        (tmp_path / LOCK).unlink()
+        (tmp_path / LOCK).write_text(json.dumps({"host": "a", "boot": "b", "pid": 7}))
+        time.sleep(0.1)
+        said = r"no longer this run's: .* process 7 on host a took it\. This run stops and"
+        for _ in range(2):
+            with pytest.raises(TrainingError, match=said):
+                first.check()
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == 7
+    assert caplog.text.count("no longer this run's") == 1
+
+
+def test_a_second_run_that_came_and_went_is_noticed(tmp_path):
+    with lock(tmp_path, heartbeat=600) as first:
+        (tmp_path / LOCK).unlink()
+        with lock(tmp_path), pytest.raises(TrainingError, match="process .* took it"):
+            first.check()
+    with lock(tmp_path, heartbeat=600) as first:
+        (tmp_path / LOCK).unlink()
+        with lock(tmp_path):
+            pass
+        with pytest.raises(TrainingError, match="another run has been there"):
+            first.check()
+
+
+def test_a_disk_without_locks_is_watched_by_what_the_file_says(tmp_path, monkeypatch):
+    """As after 35 seconds in which another host saw no sign of life."""
+    monkeypatch.setattr("htfa_jax.checkpoints.lock._take", lambda file: True)
+    with lock(tmp_path, heartbeat=600) as first:
+        content = {"host": "node17", "boot": "another", "pid": 42}
+        with (tmp_path / LOCK).open("r+b") as file:
+            file.write(json.dumps(content).encode().ljust(512))
+        with pytest.raises(TrainingError, match="process 42 on host node17 took it"):
+            first.check()
+    assert json.loads((tmp_path / LOCK).read_text()) == content
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_a_workdir_that_is_renamed_is_noticed_and_named(tmp_path, made_anew):
+    workdir = tmp_path / "a"
+    workdir.mkdir()
+    with lock(workdir, heartbeat=600) as held:
+        workdir.rename(tmp_path / "b")
+        if made_anew:
+            workdir.mkdir()
+        with pytest.raises(TrainingError, match=rf"moved to {tmp_path}/b .*--workdir {tmp_path}/b"):
+            held.check()
+    assert list(tmp_path.glob("a/*")) == [] and (tmp_path / "b" / LOCK).is_file()
+
+
+def test_a_workdir_that_is_deleted_is_noticed(tmp_path):
+    workdir = tmp_path / "a"
+    workdir.mkdir()
+    with lock(workdir, heartbeat=600) as held:
+        shutil.rmtree(workdir)
+        with pytest.raises(TrainingError, match="was moved or deleted while this run trained"):
+            held.check()
+    assert not workdir.exists()

@@ -4,7 +4,8 @@ import hashlib
 
 import pytest
 
-from htfa_jax.common.hashing import file_sha256, short_hash
+from htfa_jax.common import hashing
+from htfa_jax.common.hashing import block_hashes, file_sha256, short_hash
 
 
 @pytest.mark.parametrize(
@@ -22,3 +23,13 @@ def test_the_same_value_has_the_same_name_in_every_version(value, digits):
 def test_a_file(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+@pytest.mark.parametrize("length", [0, 1, 99, 100, 101, 250])
+def test_a_large_file_by_blocks(tmp_path, length, monkeypatch):
+    monkeypatch.setattr(hashing, "BLOCK", 100)
+    monkeypatch.setattr(hashing, "PIECE", 30)
+    content = bytes(range(250))[:length]
+    (tmp_path / "a").write_bytes(content)
+    expected = [hashlib.sha256(content[i : i + 100]).hexdigest() for i in range(0, length, 100)]
+    assert block_hashes(tmp_path / "a") == expected

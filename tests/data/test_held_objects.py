@@ -23,6 +23,7 @@ from htfa_jax.data.held_objects import (
     build_scenes,
     contact_sheet,
     make_scene,
+    scene_files,
 )
 from htfa_jax.data.held_objects import builder as builder_module
 from htfa_jax.data.held_objects.questions import answer_sentences, answer_words, conversation
@@ -290,7 +291,7 @@ def test_of_builds_at_once_one_draws_and_writes(tmp_path, monkeypatch):
         files.write_whole(path, content)
 
     monkeypatch.setattr(builder_module, "make_scene", counted)
-    monkeypatch.setattr(builder_module, "write_whole", noted)
+    monkeypatch.setattr(scene_files, "write_whole", noted)
     options = {"image_size": 32, "num_workers": 1}
     with ThreadPoolExecutor(3) as pool:
         builds = [pool.submit(build_scenes, tmp_path, "train", num, **options) for num in (4, 4, 6)]

@@ -199,19 +199,37 @@ def test_what_cannot_be_kept_is_refused():
         tiny(data__cache_codes=True, loss__code_weight=0.0)
 
 
-@pytest.mark.parametrize("damage", [lambda x: x[:-3], lambda x: x[:40] + b"!" + x[41:]])
-def test_a_damaged_file_is_refused(config, damage, tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda x: x[:-3],
+        lambda x: x[:40] + b"!" + x[41:],
+        lambda x: x[:-9] + bytes([x[-9] ^ 1]) + x[-8:],  # one bit of a code
+    ],
+)
+def test_a_damaged_file_is_made_again_with_a_word(config, damage, tmp_path, caplog):
     config = override(config, {"data.cache_features": False, "data.cache_dir": str(tmp_path)})
     path = opened(config)[0].files["target_codes"]
     whole = path.read_bytes()
+    assert opened(config)[0].files["target_codes"].stat().st_ino == path.stat().st_ino
+    assert "made again" not in caplog.text
     path.write_bytes(damage(whole))
-    with pytest.raises(DataError, match=r"target_codes\.npy is damaged: expected .* Delete the fo"):
-        opened(config)
-    path.unlink()
-    with pytest.raises(DataError, match=r"target_codes\.npy is missing\. Delete the folder"):
-        opened(config)
-    path.parent.rmdir()
     assert opened(config)[0].files["target_codes"].read_bytes() == whole
+    assert "target_codes.npy is damaged: " in caplog.text and ": it is made again" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["target_codes.npy", "hashes.json"])
+def test_a_cache_that_lacks_a_file_or_holds_nonsense(config, name, tmp_path, caplog):
+    config = override(config, {"data.cache_features": False, "data.cache_dir": str(tmp_path)})
+    path = opened(config)[0].files["target_codes"]
+    whole = path.read_bytes()
+    for content in (None, b"[[[", b"\xff{}"):
+        (path.parent / name).unlink(missing_ok=True)
+        if content is not None:
+            (path.parent / name).write_bytes(content)
+        assert opened(config)[0].files["target_codes"].read_bytes() == whole
+    # Without hashes it is one of an older version, and taken as it is.
+    assert caplog.text.count("made again") == (3 if name.endswith("npy") else 2)
 
 
 def test_a_record_that_cannot_be_read_leaves_nothing_behind(config, tmp_path):

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from kill_aims import ALL
 from reliability.kill_runs import (
     Runs,
     clock_ahead,
@@ -20,7 +21,8 @@ from reliability.kill_runs import (
     survive,
     undisturbed,
 )
-from support import write_kill_config
+from reliability.move_runs import moved
+from support import write_kill_config, write_whole_kill_config
 
 from htfa_jax.checkpoints import integrity
 
@@ -158,3 +160,22 @@ def test_a_workdir_that_cannot_be_is_said(runs, config, workdir):
         process.join(60)
         assert process.exitcode == 2
     assert f"error: --workdir {workdir} cannot be a folder" in runs.said()
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_elsewhere_bit_for_bit_and_on_other_devices(runs, config, tmp_path):
+    """In another folder, home and cache; eight devices add up in another order."""
+    elsewhere, devices = moved(
+        runs, config, tmp_path, ("all of these", "8 devices, 1 sample on each")
+    )
+    assert elsewhere.same and not elsewhere.difference
+    assert devices.difference < 1e-2, devices
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("HTFA_LONG_TESTS" not in os.environ, reason="takes ten minutes")
+def test_aimed_kills_change_nothing(runs, tmp_path):
+    config = write_whole_kill_config(tmp_path / "config.json")
+    calm = undisturbed(runs, config, tmp_path)
+    counts = survive(runs, config, tmp_path / "run", *calm, kills=20, seed=2, aims=ALL)
+    assert sum(counts[aim.name] > 0 for aim in ALL) >= 5, counts

@@ -178,7 +178,7 @@ def test_a_tokenizer_is_kept_for_what_it_was_made_from(dataset, tmp_path, monkey
     config = tiny(data__train=str(dataset), data__validation=None, data__cache_dir=str(tmp_path))
     made = []
 
-    def train(config, workdir, stop):
+    def train(config, workdir, stop, check_held):
         made.append(workdir)
         save_component(workdir / "weights", "vq", config.vq, {"x": np.zeros(2)})
         return workdir / "weights"
@@ -199,7 +199,7 @@ def test_of_two_runs_that_need_the_same_tokenizer_one_trains_it(dataset, tmp_pat
     config = tiny(data__train=str(dataset), data__cache_dir=str(tmp_path / "cache"))
     trained = []
 
-    def slowly(config, workdir, stop):
+    def slowly(config, workdir, stop, check_held):
         trained.append(workdir)
         time.sleep(0.5)
         save_component(workdir / "weights", "vq", config.vq, {"codebook": np.zeros((3, 2))})

@@ -9,6 +9,7 @@ bytes to the same names.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
@@ -29,6 +30,13 @@ from htfa_jax.common.files import one_at_a_time, write_whole
 from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.config import HeldObjectsConfig
 from htfa_jax.data.held_objects.questions import ANSWERS, conversation
+from htfa_jax.data.held_objects.scene_files import (
+    SceneRecords,
+    are_sound,
+    sealed,
+    sound_sidecar,
+    write_records,
+)
 from htfa_jax.data.held_objects.scenes import RECIPE, SPLITS, Scene, make_scene, random_streams
 from htfa_jax.data.records import EMBEDDED, Split
 from htfa_jax.data.sources.json_lines import RecordFile
@@ -73,23 +81,23 @@ def build_scenes(
     folder = Path(folder).absolute()
     prepare(folder, split, {"recipe": RECIPE, "seed": seed, "image_size": image_size})
     records = folder / f"{split}-{num}-{answers}.jsonl"
-    if records.exists() and not missing_scenes(folder / split, num):
+    if are_sound(records) and not missing_scenes(folder / split, num):
         return records
     if not all(os.access(x, os.W_OK) for x in (folder, folder / split / "meta")):
         raise DataError(f"cannot write the scenes to {folder}: no permission")
     what = f"{split} scenes of {image_size} px"
+    job = {"folder": str(folder), "split": split, "seed": seed, "image_size": image_size}
     with one_at_a_time(folder / split, what):
         # Another process may have made them, all or so many as it needs.
         if missing := missing_scenes(folder / split, num):
             workers = min(num_workers or available_processors(), len(missing))
-            job = {"folder": str(folder), "split": split, "seed": seed, "image_size": image_size}
             made = run_workers(job, missing, workers) if workers > 1 else write_scenes(job, missing)
             with contextlib.closing(made):
                 show_progress(made, len(missing), what)
         # Nor written again: another process may be reading what is there.
-        if missing or not records.exists():
-            lines = (json.dumps(record(folder, split, i, seed, answers)) + "\n" for i in range(num))
-            write_whole(records, "".join(lines).encode())
+        if missing or not are_sound(records):
+            lines = (json.dumps(record(job, i, answers)) + "\n" for i in range(num))
+            write_records(records, "".join(lines))
     return records
 
 
@@ -133,7 +141,8 @@ def write_scenes(job: dict, indices: Iterable[int]) -> Generator[int, None, None
         for key, (name, ending) in FILES.items():
             write_whole(folder / name / f"{index:06d}{ending}", contents[key])
         sidecar = folder / "meta" / f"{index:06d}.json"
-        write_whole(sidecar, json.dumps(sidecar_of(scene)).encode())
+        by_folder = {FILES[key][0]: content for key, content in contents.items()}
+        write_whole(sidecar, sealed(sidecar_of(scene), by_folder).encode())
         yield index
 
 
@@ -233,12 +242,13 @@ def show_progress(made: Iterable[int], total: int, what: str) -> None:
             logger.info("%s: %d/%d, %.1f/s, %.0f s left", what, count, total, rate, left)
 
 
-def record(folder: Path, split: str, index: int, seed: int, answers: str) -> dict:
+def record(job: dict, index: int, answers: str) -> dict:
     """One line of the JSON-lines file; paths are relative to it."""
-    name = f"{index:06d}"
-    known = read_json(folder / split / "meta" / f"{name}.json", DataError)
+    name, split = f"{index:06d}", job["split"]
+    draw = functools.partial(write_scenes, job)
+    known = sound_sidecar(Path(job["folder"], split), index, draw)
     meta = known["meta"]
-    rng = random_streams(seed, split, index, 7)[6]
+    rng = random_streams(job["seed"], split, index, 7)[6]
     turns = conversation(rng, meta["category"], meta["color"], meta["occlusion"], answers)
     paths = {key: f"{split}/{place}/{name}{ending}" for key, (place, ending) in FILES.items()}
     boxes = {key: known[key] for key in ("bbox_orig", "bbox_recon")}
@@ -248,14 +258,15 @@ def record(folder: Path, split: str, index: int, seed: int, answers: str) -> dic
 def drawn_scenes(
     held: HeldObjectsConfig, image_size: int, split: Split, cache_dir: Path
 ) -> RecordFile:
-    """The embedded dataset's records of a split, drawn where they are missing."""
-    return RecordFile(
-        build_scenes(
-            cache_dir / EMBEDDED / f"{image_size}px-seed{held.seed}",
-            split,
-            getattr(held, f"num_{split}"),
-            image_size=image_size,
-            seed=held.seed,
-            answers=held.answers,
-        )
+    """The embedded dataset's records of a split, drawn where they are missing or damaged."""
+    folder = (cache_dir / EMBEDDED / f"{image_size}px-seed{held.seed}").absolute()
+    records = build_scenes(
+        folder,
+        split,
+        getattr(held, f"num_{split}"),
+        image_size=image_size,
+        seed=held.seed,
+        answers=held.answers,
     )
+    job = {"folder": str(folder), "split": split, "seed": held.seed, "image_size": image_size}
+    return SceneRecords(records, functools.partial(write_scenes, job))
