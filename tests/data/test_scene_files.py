@@ -42,7 +42,7 @@ def flipped(content):
 
 
 @pytest.mark.parametrize("folder", ["orig", "target", "recon", "mask", "hand", "meta"])
-@pytest.mark.parametrize("harm", [flipped, lambda x: b"", lambda x: None])
+@pytest.mark.parametrize("harm", [flipped, lambda x: b"", lambda x: b"{}", lambda x: None])
 def test_a_damaged_file_is_drawn_again_when_it_is_read(cache, original, folder, harm, caplog):
     records = drawn_scenes(HELD, 32, "train", cache)
     name = pick(original, f"/{folder}/000001")

@@ -17,6 +17,7 @@ from htfa_jax.config import load_config
 from htfa_jax.config.io import fields_without_value
 from htfa_jax.data.convert import convert
 from htfa_jax.data.held_objects import build_scenes, contact_sheet
+from htfa_jax.data.held_objects.scene_files import read_sidecar
 from htfa_jax.data.sources import array_records
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.tokenizer import ChatTokenizer
@@ -109,10 +110,7 @@ def of_scenes(folder, content):
 
 
 def of_scene(folder, content):
-    records = build_scenes(folder, "test", 1, **SCENES)
-    written(folder / "test/meta/000000.json", content)
-    records.unlink()
-    build_scenes(folder, "test", 1, **SCENES)
+    read_sidecar(written(folder / "000000.json", content))
 
 
 def of_sheet(folder, content):

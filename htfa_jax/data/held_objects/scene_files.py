@@ -6,7 +6,6 @@ it when it is read, which takes 0.4 ms a record where decoding takes 10: a start
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from htfa_jax.common.files import write_whole
-from htfa_jax.common.hashing import file_sha256, short_hash
+from htfa_jax.common.hashing import bytes_sha256, file_sha256, short_hash
 from htfa_jax.common.json_files import read_json
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.storage import StoredImage
@@ -24,6 +23,7 @@ from htfa_jax.errors import DataError
 log = logging.getLogger(__name__)
 
 HASHES, SEAL = "sha256", "seal"
+NEEDED = {"bbox_orig", "bbox_recon", "meta"}
 # Draws scenes of these numbers, and yields each when its files are there; can be sent to workers.
 Draw = Callable[[Iterable[int]], Iterable[int]]
 
@@ -35,7 +35,7 @@ def sealed(sidecar: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
       sidecar: what a record needs to know.
       images: contents of the files by their folder.
     """
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+    hashes = {name: bytes_sha256(content) for name, content in images.items()}
     whole = {**sidecar, HASHES: hashes}
     return json.dumps({**whole, SEAL: short_hash(whole)})
 
@@ -43,6 +43,8 @@ def sealed(sidecar: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
 def read_sidecar(path: Path) -> dict[str, Any]:
     """What a sidecar says. Raises DataError if it is not what was written."""
     content = read_json(path, DataError)
+    if missing := NEEDED - content.keys():
+        raise DataError(f"{path} is damaged: it lacks {', '.join(sorted(missing))}")
     seal = content.pop(SEAL, None)
     # Those of older versions have none.
     if seal is not None and short_hash(content) != seal:
@@ -94,7 +96,7 @@ class SceneImage(StoredImage):
             content = self.path.read_bytes()
             hashes = read_sidecar(kind.parent / "meta" / f"{self.path.stem}.json").get(HASHES, {})
             expected = hashes.get(kind.name)
-            if expected is None or hashlib.sha256(content).hexdigest() == expected:
+            if expected is None or bytes_sha256(content) == expected:
                 return content
             problem = f"{self.path} is damaged: its hash differs"
         except (FileNotFoundError, DataError) as error:
