@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,7 @@ def embedded(config):
 
     def build(*args, **options):
         asked.append((args, options))
-        return config.data.train
+        return Path(config.data.train)
 
     config = override(config, {f"data.{s}": "held_objects" for s in ("validation", "test")})
     real, builder.build_scenes = builder.build_scenes, build
@@ -309,7 +310,7 @@ def run(config):
         def __init__(self, *args):
             pass
 
-        def __call__(self, params, records, max_samples=None):
+        def __call__(self, params, records, max_samples=None, interrupt=None):
             evaluated.append(max_samples)
             value = next(losses)
             scores = {

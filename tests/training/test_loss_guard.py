@@ -75,7 +75,7 @@ def test_a_batch_comes_back_from_its_dump_as_it_was(tmp_path):
     batch = random_batch(tiny(), size=2)
     batch.features = np.arange(8).reshape(2, 2, 2, 1).astype(ml_dtypes.bfloat16)
     batch.loss_mask[0, 0] = np.nan
-    loss_guard.dump(tmp_path / "a", Loaded(batch, ["x", "y"], []), BAD, {"step": 3})
+    loss_guard.dump(tmp_path / "a", Loaded(batch, ["x", "y"], []), BAD, {"step": 3, "num_steps": 9})
     found, facts = loss_guard.load_dump(tmp_path / "a")
     assert facts["step"] == 3 and facts["ids"] == ["x", "y"] and facts["processes"] == 1
     for name, value in vars(batch).items():
@@ -87,7 +87,7 @@ def test_a_batch_comes_back_from_its_dump_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("harm", ["facts", "arrays", "pickle", "nothing"])
 def test_a_dump_that_cannot_be_read_is_refused(tmp_path, harm):
-    loss_guard.dump(tmp_path, loaded(tiny()), BAD, {"step": 3})
+    loss_guard.dump(tmp_path, loaded(tiny()), BAD, {"step": 3, "num_steps": 9})
     if harm == "facts":
         (tmp_path / "0_facts.json").write_text("{")
     elif harm == "arrays":
