@@ -102,6 +102,7 @@ class Begun(Exception):
     """The command has read its options, and would begin its work."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_work(module, workspace, monkeypatch):
     """They name options and files that are there; data commands run, others up to their work."""

@@ -75,6 +75,7 @@ def test_log_lines_go_to_the_file_and_the_terminal(tmp_path, capsys):
     assert (tmp_path / "logs/train.log").read_text().endswith("one 1\n")
 
 
+@pytest.mark.slow
 def test_tensorboard_events_do_not_need_pytorch(tmp_path):
     """Which is installed here, and takes seconds to import."""
     code = """if True:

@@ -139,6 +139,7 @@ def test_two_steps_at_test_size(name, tiny_steps):
     assert moved == {path.split(".")[0] for path in before}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABSENT)
 def test_what_is_off_has_no_parameters_and_costs_nothing(name, tiny_steps):
     standard, preset = (tiny_steps(n) for n in ("standard", name))

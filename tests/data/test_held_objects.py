@@ -63,6 +63,7 @@ def test_scene_depends_on_seed_split_and_index_alone(scenes):
         assert not np.array_equal(other.target, again.target)
 
 
+@pytest.mark.slow
 def test_composition_does_not_depend_on_image_size(scenes):
     large = make_scene(7, "train", 4, 2 * SIZE)
     assert large.category == scenes[4].category

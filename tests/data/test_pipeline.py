@@ -163,6 +163,7 @@ def test_batches_are_read_ahead(source):
         batches.close()
 
 
+@pytest.mark.slow
 def test_a_image_that_disappears_under_way_is_told_from_a_worker(tmp_path, source):
     records = RecordFile(write_dataset(tmp_path, 7))
     batches = training_batches(tiny(data__num_workers=1), records, source[1], 0, 2)

@@ -62,6 +62,7 @@ def same(found, expected):
         np.testing.assert_equal(found, expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(VALUES, st.integers(0, pickle.HIGHEST_PROTOCOL), st.booleans())
 def test_what_pickle_writes_is_read(value, protocol, old):

@@ -63,6 +63,7 @@ def test_the_embedded_dataset_is_the_same_through_tfds(built, home):
         jax.tree.map(np.testing.assert_array_equal, a.batch, b.batch)
 
 
+@pytest.mark.slow
 def test_splits_by_name_and_by_default(built):
     for name, split, num in (
         ("held_objects/tiny", "validation", 2),

@@ -111,6 +111,7 @@ def test_answers_are_the_engines_own(client, engine, record, files):
     assert plain.json()["answers"] != answer.json()["answers"]
 
 
+@pytest.mark.slow
 def test_a_stream_brings_the_answer_in_pieces(client, engine, record, files):
     answer = client.post("/v1/stream", files=files, data={"query": "What is it?"})
     assert answer.headers["content-type"].startswith("text/event-stream")

@@ -54,6 +54,7 @@ def test_rows_that_fill_a_batch_count_for_nothing(evaluated):
     assert [a.answer for a in in_parts.answers] == [a.answer for a in whole.answers]
 
 
+@pytest.mark.slow
 def test_every_question_is_answered_once(evaluated):
     records, _, whole = evaluated
     expected = [

@@ -188,6 +188,7 @@ def test_the_tokens_of_an_answer_over_both_branches():
     assert len(maps(long)) == 16 and "first 7 of 10 tokens" in long._suptitle.get_text()
 
 
+@pytest.mark.slow
 def test_every_figure_that_there_is_something_for():
     result, truth = one_result(), np.zeros((60, 80, 3), np.uint8)
     drawn = figures(result, result, truth=truth)

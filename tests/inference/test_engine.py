@@ -72,6 +72,7 @@ def test_several_questions_give_several_results(engine, records):
     assert [r.answer for r in mixed[1]] == [r.answer for r in several]
 
 
+@pytest.mark.slow
 def test_a_bad_question_spoils_only_its_own_pair(engine, records):
     pairs = [pair(records[i]) for i in range(3)]
     results = engine.batch_infer(pairs, ["x", " ", "y"])
@@ -272,6 +273,7 @@ def test_runs_that_lack_a_part(dataset, records, tmp_path):
         blind.complete(*pair(records[0]))
 
 
+@pytest.mark.slow
 def test_too_long_a_conversation_is_refused(dataset, records, tmp_path):
     limited = write_run(tmp_path / "run", dataset, decoder__max_positions=140)
     engine = HTFAInference(limited)
@@ -312,6 +314,7 @@ def test_int8_without_its_package_says_what_to_install(run_folder, monkeypatch):
         HTFAInference(run_folder, quantize="int8")
 
 
+@pytest.mark.slow
 def test_it_starts_without_transformers_and_torch():
     """Importing transformers alone takes seconds."""
     program = (

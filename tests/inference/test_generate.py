@@ -171,6 +171,7 @@ def expected_vectors(module, logits):
     return np.float32(total / weights.sum(axis=-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_one_pass_takes_the_expected_codes_or_draws_them(model, decode):
     _, structure, weights = model
     _, _, run = decode

@@ -71,6 +71,7 @@ def test_every_layer_agrees_with_transformers(pair):
     close(module(image), expected.last_hidden_state)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_transformers(pair):
     structure, weights, theirs = pair
     image = images(1)

@@ -234,6 +234,7 @@ def test_the_readme_names_every_folder():
             assert name == "htfa_jax" or name in named, f"README names no {name}/"
 
 
+@pytest.mark.slow
 def test_the_drawing_is_of_the_model():
     from docs import draw_architecture
     from htfa_jax.config import load_config, override

@@ -86,6 +86,7 @@ def test_sources_and_repository_make_the_same_wheel(wheel, tmp_path):
     assert other.name == wheel.name and files_of(other) == files_of(wheel)
 
 
+@pytest.mark.slow
 def test_presets_and_small_weights_are_found_outside_of_the_repository(installed, tmp_path):
     program = """
 import htfa_jax

@@ -73,6 +73,7 @@ def test_a_side_that_dies_is_an_error_with_its_exit_code():
         benchmark.Side("torch", dies)
 
 
+@pytest.mark.slow
 def test_ours_needs_neither_pytorch_nor_the_data_pipeline():
     program = (
         "import sys, benchmark; assert not {'jax', 'torch'} & set(sys.modules);"

@@ -60,6 +60,7 @@ def test_what_does_not_fit_is_said(tmp_path):
         pack.missing(["one", "two>=2"], there(tmp_path, "two==1.0"), "3.12")
 
 
+@pytest.mark.slow
 def test_a_packed_folder_works_elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "missing", lambda *_: ["one==1.0"])
     out = tmp_path / "packed"

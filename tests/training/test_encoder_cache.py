@@ -199,6 +199,7 @@ def test_what_cannot_be_kept_is_refused():
         tiny(data__cache_codes=True, loss__code_weight=0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [
@@ -218,6 +219,7 @@ def test_a_damaged_file_is_made_again_with_a_word(config, damage, tmp_path, capl
     assert "target_codes.npy is damaged: " in caplog.text and ": it is made again" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["target_codes.npy", "hashes.json"])
 def test_a_cache_that_lacks_a_file_or_holds_nonsense(config, name, tmp_path, caplog):
     config = override(config, {"data.cache_features": False, "data.cache_dir": str(tmp_path)})

@@ -145,6 +145,7 @@ def test_a_disk_that_fills_up_in_a_save_ends_the_run_and_loses_nothing(
     assert differences(expected, outcome(workdir)) == []
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_workdir(runs, config, tmp_path):
     with runs.started(config, tmp_path / "a") as first:
         wait_for((tmp_path / "a/logs/train.log").exists)

@@ -86,6 +86,7 @@ def test_a_scaled_loss_gives_the_step_of_the_loss_itself(scaled):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_overflow_leaves_the_weights_and_halves_the_scale(scaled):
     step, state, frozen, batch = scaled
     after, metrics = step(with_scale(state, 3e38), frozen, batch)

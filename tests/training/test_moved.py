@@ -64,11 +64,13 @@ def go_on(machine, config, *more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_goes_on_although_its_weights_are_gone(moved):
     go_on(moved, moved / "run/config.json")
     assert 2 in steps(moved / "run")
 
 
+@pytest.mark.slow
 def test_the_same_weights_at_another_place_are_the_same(moved):
     place = moved / "siglip-0123456789abcdef"
     shutil.move(place, moved / "mine")
@@ -89,6 +91,7 @@ def test_other_weights_are_refused_whatever_they_are_called(moved, capsys):
     assert steps(moved / "run") == [1]
 
 
+@pytest.mark.slow
 def test_a_run_of_an_earlier_version_knows_converted_weights_by_their_name(moved, capsys):
     known = moved / "run" / ORIGINS
     assert set(json.loads(known.read_text())) == {"pretrained.siglip"}
@@ -102,6 +105,7 @@ def test_a_run_of_an_earlier_version_knows_converted_weights_by_their_name(moved
     assert 2 in steps(moved / "run")
 
 
+@pytest.mark.slow
 def test_places_come_from_the_command_and_none_from_the_run(moved, dataset, tmp_path, capsys):
     """The data of the command is read, whatever the run's own configuration says."""
     path = moved / "run/config.json"

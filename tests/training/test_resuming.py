@@ -101,6 +101,7 @@ def contents(folder):
     return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_signal_in_an_evaluation_saves_at_once_and_changes_nothing(
     config, calm, tmp_path, monkeypatch, at
@@ -129,6 +130,7 @@ def test_a_signal_in_an_evaluation_saves_at_once_and_changes_nothing(
     assert found == {s.step: s.metrics for s in integrity.listing(calm)} and all(found.values())
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_a_damaged_best_finishes_with_the_next_best(
     config, finished, monkeypatch
 ):
@@ -146,6 +148,7 @@ def test_a_finished_run_with_a_damaged_best_finishes_with_the_next_best(
     assert aside.name.startswith("2-") and "checkpoint 2 is damaged" in log_of(finished)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_read_and_has_no_hashes_is_set_aside(config, finished):
     folder = finished / "checkpoints/4"
     (folder / "hashes.json").unlink()
@@ -175,6 +178,7 @@ def test_another_tokenizer_is_refused_by_training_and_by_readers(config, finishe
             start()
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_was_deleted_is_made_again(config, calm, finished):
     shutil.rmtree(finished / "tokenizer")
     train(config, finished)
@@ -182,6 +186,7 @@ def test_a_tokenizer_that_was_deleted_is_made_again(config, calm, finished):
         assert (finished / "tokenizer" / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "save"])
 def test_a_run_whose_lock_another_has_taken_stops_before_it_writes(
     config, tmp_path, monkeypatch, stage
@@ -220,6 +225,7 @@ def test_a_run_whose_lock_another_has_taken_stops_before_it_writes(
     assert "no longer this run's" in log_of(workdir)
 
 
+@pytest.mark.slow
 def test_a_run_whose_lock_was_deleted_goes_on(config, calm, tmp_path, monkeypatch):
     workdir = tmp_path / "a"
     before_batch(monkeypatch, 3, lambda: (workdir / LOCK).unlink())
@@ -228,6 +234,7 @@ def test_a_run_whose_lock_was_deleted_goes_on(config, calm, tmp_path, monkeypatc
     assert json.loads((workdir / LOCK).read_text()) == {}
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_renamed_under_way_stops_the_run_and_makes_no_second_one(
     config, calm, tmp_path, monkeypatch
 ):

@@ -295,6 +295,7 @@ def test_a_changed_configuration_is_said_and_written(begun):
     assert load_config(workdir).train.max_steps == 2
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_version_is_resumed_or_refused_with_the_field(begun):
     config, workdir = begun
     path = workdir / "config.json"

@@ -327,6 +327,7 @@ def test_janus_and_llamagen_agree_with_the_published_architecture(janus, tmp_pat
         np.testing.assert_array_equal(array, expected[path], path)
 
 
+@pytest.mark.slow
 def test_transformers_janus_alone_and_inside(tmp_path):
     options = chameleon_options() | {"num_patches": GRID, "projection_dim": 16}
     options["image_token_embed_dim"] = options.pop("resolution")
@@ -359,6 +360,7 @@ def test_taming_agrees_with_the_published_architecture(taming, vqgan, tmp_path):
     agree(converted(vqgan, spec, tmp_path / "vq"), taming, CHAMELEON)
 
 
+@pytest.mark.slow
 def test_transformers_chameleon_has_no_decoder(taming, tmp_path):
     theirs = chameleon_vqvae(taming)
     whole = ChameleonForConditionalGeneration(
@@ -386,6 +388,7 @@ def test_transformers_chameleon_has_no_decoder(taming, tmp_path):
         np.testing.assert_array_equal(array, expected[path], path)
 
 
+@pytest.mark.slow
 def test_a_second_checkpoint_gives_the_decoder(taming, vqgan, tmp_path):
     # As published: half the precision, with a prefix.
     half = {
