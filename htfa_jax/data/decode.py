@@ -1,4 +1,7 @@
-"""Images and masks out of files: refused before they are decoded, or as 8 bits, upright."""
+"""Images out of files: refused before they are decoded, or as 8 bits, upright.
+
+Masks are read in `masks`.
+"""
 
 from __future__ import annotations
 
@@ -39,28 +42,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Raises DataError that says what is wrong with it, and whatever else Pillow raises.
     """
-    with _opened(source) as image:
-        return _rgb(_eight_bits(_upright(image)))
-
-
-def load_mask(source: ImageSource) -> Image.Image:
-    """Opens and decodes a mask as 8-bit grey, upright; above 127 is true.
-
-    Values 0 and 1 are taken for 0 and 255. Raises DataError if nothing would be true in it
-    although it is not black, and as `load_image` does.
-    """
-    with _opened(source) as image:
-        mask = _eight_bits(_upright(image))
-        mask = (_rgb(mask) if mask.has_transparency_data else mask).convert("L")
-    largest = mask.getextrema()[1]
-    if largest == 1:
-        return mask.point(lambda value: 255 * value)
-    if 1 < largest <= 127:
-        raise DataError(
-            f"is no mask: its largest value is {largest}; a mask is white (255, or 1) on black",
-            "mask",
-        )
-    return mask
+    with opened(source) as image:
+        return _rgb(_eight_bits(upright(image)))
 
 
 def decode_field(
@@ -85,8 +68,8 @@ def decoded(
     """An image, whatever the file of somebody else holds.
 
     Args:
-      source: as `load_image` and `load_mask` take it.
-      loader: one of them.
+      source: as `load_image` takes it.
+      loader: `load_image` or `masks.load_mask`.
       fail: makes the error of a reason, which names the file, and of its kind.
     """
     is_file = isinstance(source, Path | StoredImage)
@@ -122,7 +105,7 @@ def decode_original(record: Record) -> Image.Image:
     return image
 
 
-def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image]:
+def opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image]:
     """An image whose size is known and is not too much, not decoded yet."""
     if isinstance(source, Image.Image):
         # The caller's own stays as it is.
@@ -158,8 +141,8 @@ def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Imag
     if isinstance(source, bytes) and too_many_scans(source):
         raise DataError(f"is a JPEG of more than {MAX_SCANS} scans: save it anew", "scans")
     try:
-        opened = source if isinstance(source, Path) else io.BytesIO(source)
-        image = Image.open(opened, formats=FORMATS)
+        file = source if isinstance(source, Path) else io.BytesIO(source)
+        image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:  # at more than MAX_PIXELS of Pillow's own
         raise _too_large("far") from None
     if image.width * image.height > MAX_PIXELS:
@@ -196,7 +179,8 @@ def _too_large(size: str) -> DataError:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image, decoded and turned as its EXIF tag says."""
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image

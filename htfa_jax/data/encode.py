@@ -8,7 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, Box, Placement, placement_of
 from htfa_jax.data.records import Record
 

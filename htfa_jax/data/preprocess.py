@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record
 
 Box = tuple[float, float, float, float]

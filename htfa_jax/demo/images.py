@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from htfa_jax.data.decode import FORMATS, decode_field, load_image, load_mask
+from htfa_jax.data.decode import FORMATS, decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.errors import DataError

@@ -14,7 +14,8 @@ from PIL import Image
 from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Array, Batch
-from htfa_jax.data.decode import decode_field, decode_original, load_mask
+from htfa_jax.data.decode import decode_field, decode_original
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import Placement, load_images, placement_of
 from htfa_jax.data.records import ROLES, Record, checked_box, parse_record
 from htfa_jax.data.storage import image_root

@@ -17,8 +17,9 @@ from PIL import Image
 from htfa_jax import infer
 from htfa_jax.common.json_files import parse_json
 from htfa_jax.data import obman, safe_pickle
-from htfa_jax.data.decode import FORMATS, decoded, load_image, load_mask
+from htfa_jax.data.decode import FORMATS, decoded, load_image
 from htfa_jax.data.held_objects.sheet import contact_sheet
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import parse_record
 from htfa_jax.data.sources import array_records
 from htfa_jax.data.sources.json_lines import RecordFile
