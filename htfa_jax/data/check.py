@@ -34,6 +34,7 @@ from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import ConfigFlags, parse_args
 from htfa_jax.data.examine import Examiner, RecordProblem, Seen, examine
+from htfa_jax.data.image_values import is_inside
 from htfa_jax.data.preprocess import IMAGES, MASKS
 from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
@@ -201,8 +202,12 @@ def as_line(record: Record, folder: Path) -> str:
         whole = Path(os.path.abspath(image))
         return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
 
+    own = {
+        **record.raw,
+        "object_mask": record.raw.get("object_mask", record.raw.get("occlusion_mask")),
+    }
     images = {
-        name: path(image)
+        name: own[name] if is_inside(own.get(name)) else path(image)
         for name in (*IMAGES, *MASKS)
         if (image := getattr(record, name)) is not None
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from htfa_jax.data import file_kinds
 from htfa_jax.data.records import ImageFile, Record
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
@@ -25,6 +26,7 @@ MAX_BYTES = 256 * 2**20  # of a file
 MAX_PIXELS = 64 * 2**20  # of an image: 200 MB once it is decoded
 # Each costs time, an empty one too; those of a progressive JPEG are about ten.
 MAX_SCANS = 100
+PNG, TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 # Then markers: those that no segment follows, except the end, need not be found.
 JPEG, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", b"\xda", b"\xd9"
 MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
@@ -80,11 +82,12 @@ def decoded(
         raise fail(f"{name} {error}", error.kind) from error
     except FileNotFoundError:
         raise fail(
-            f"no file at {name}: put it there, or correct the path", "missing image"
+            f"no file at {name}: put it there, or correct the path{file_kinds.beside(source)}",
+            "missing image",
         ) from None
     except UnidentifiedImageError:
         raise fail(
-            f"{name} is no image that can be read: save it as one of " + ", ".join(FORMATS),
+            f"{name} {file_kinds.of(source)}: save it as one of " + ", ".join(FORMATS),
             "unknown image format",
         ) from None
     except MemoryError:
@@ -136,18 +139,30 @@ def opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image
             f"has {size / 2**20:.0f} MiB, more than {MAX_BYTES >> 20}: make it smaller",
             "too large an image",
         )
-    if isinstance(source, Path) and _begins_as_jpeg(source):
+    if isinstance(source, Path) and _begins(source).startswith((JPEG, PNG)):
         source = source.read_bytes()
     if isinstance(source, bytes) and too_many_scans(source):
         raise DataError(f"is a JPEG of more than {MAX_SCANS} scans: save it anew", "scans")
     try:
-        file = source if isinstance(source, Path) else io.BytesIO(source)
+        return _within_limits(source if isinstance(source, Path) else io.BytesIO(source))
+    except ValueError as error:
+        # Of texts and profiles that are longer than Pillow wants to read.
+        shorter = without_texts(source) if isinstance(source, bytes) else b""
+        if not shorter or len(shorter) == size or "text" not in str(error).lower():
+            raise
+        return _within_limits(io.BytesIO(shorter))
+
+
+def _within_limits(file: Path | io.BytesIO) -> Image.Image:
+    try:
         image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:  # at more than MAX_PIXELS of Pillow's own
         raise _too_large("far") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise _too_large(f"{image.width}x{image.height} pixels,")
+    if image.format == "PNG":
+        image.load()  # texts may stand behind the pixels
     return image
 
 
@@ -167,9 +182,35 @@ def too_many_scans(content: bytes) -> bool:
     return scans > MAX_SCANS
 
 
-def _begins_as_jpeg(path: Path) -> bool:
+def upright_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of an image as its EXIF tag turns it, without decoding it.
+
+    Raises what `load_image` does of what is no image.
+    """
+    with opened(source) as image:
+        w, h = image.size
+        return (h, w) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (w, h)
+
+
+def without_texts(content: bytes) -> bytes:
+    """A PNG without texts and profiles, which nothing here reads; other files as they are.
+
+    Programs that draw images write megabytes of what they were asked, compressed to little.
+    """
+    if not content.startswith(PNG):
+        return content
+    kept, at = [PNG], len(PNG)
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in TEXTS:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _begins(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(len(JPEG)) == JPEG
+        return file.read(len(PNG))
 
 
 def _too_large(size: str) -> DataError:

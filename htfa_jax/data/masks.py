@@ -152,9 +152,11 @@ def _of_alpha(image: Image.Image, lossy: bool) -> np.ndarray | None:
 
 
 def _of_colours(image: Image.Image, lossy: bool) -> np.ndarray:
+    channels = [np.asarray(channel) for channel in image.split()]
+    lowest, highest = (pick(pick(*channels[:2]), channels[2]) for pick in (np.minimum, np.maximum))
+    spread = int((highest - lowest).max())
     pixels = np.asarray(image)
-    spread = int((pixels.max(axis=2).astype(int) - pixels.min(axis=2)).max())
-    if spread == 0 or (spread <= GREY and len(np.unique(pixels[..., 0])) > 2):
+    if spread == 0 or (spread <= GREY and len(_levels(channels[0])[0]) > 2):
         return _of_grey(np.asarray(image.convert("L")), lossy)
     grey = _of_one_colour(pixels)
     if grey is not None and grey.max() == 255:
