@@ -47,12 +47,14 @@ def shown(value: Any) -> str:
     """A value as messages show it, however long it is."""
     if isinstance(value, str | bytes) and len(value) > LONGEST:
         return f"{value[:LONGEST]!r}... ({len(value)} long)"
-    if isinstance(value, Mapping):
-        return f"an object with {names_of(value)}"
     if isinstance(value, list | tuple) and len(value) > 20:
         return f"a list of {len(value)}"
     text = repr(value)
-    return text if len(text) <= 2 * LONGEST else text[: 2 * LONGEST] + "..."
+    if len(text) <= 2 * LONGEST:
+        return text
+    if isinstance(value, Mapping):
+        return f"an object with {names_of(value)}"
+    return text[: 2 * LONGEST] + "..."
 
 
 def names_of(raw: Mapping[str, Any]) -> str:
