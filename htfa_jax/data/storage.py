@@ -23,6 +23,7 @@ from htfa_jax.errors import DataError
 
 # What a URL may begin with. fsspec knows more: some read archives, render templates or open shells.
 SCHEMES = ("file", "gs", "gcs", "s3", "s3a", "https", "hf", "memory")
+LONGEST = 4096  # characters of a path; Linux takes no more
 # A drive, or another machine's folder.
 WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 # What must be installed to read a scheme: an extra of this package.
@@ -105,6 +106,8 @@ class ImageRoot:
         """The image of that path. Raises ValueError that says why it may not be read."""
         if "\0" in name:
             raise ValueError("is no path: it has a zero byte")
+        if len(name) > LONGEST:
+            raise ValueError(f"is no path: it has {len(name)} characters")
         if WINDOWS.match(name):
             raise ValueError(
                 f"is a path of Windows: copy the images to {self.folder} and write it relative "

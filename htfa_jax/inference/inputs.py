@@ -230,6 +230,13 @@ def read_jobs(
     for field in sorted(unread):
         if meant := meant_by(field):
             log.warning("%s: the field %s is not read; did you mean %s?", path, field, meant)
+    named = {job.id for job in jobs if isinstance(job.record, Record)}
+    jobs = [
+        dataclasses.replace(job, id=f"line {job.number + 1}")
+        if isinstance(job.record, DataError) and job.id == str(job.number) and job.id in named
+        else job
+        for job in jobs
+    ]
     first: dict[str, int] = {}
     for job in jobs:
         if first.setdefault(job.id, job.number) != job.number:

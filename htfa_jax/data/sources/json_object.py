@@ -35,6 +35,11 @@ def records_in(value: Mapping[str, Any]) -> list[Any] | None:
 
     Raises ValueError if it is another thing that people have for a dataset.
     """
+    if {"images", "annotations", "categories"} <= value.keys():
+        raise ValueError(
+            "is in COCO's form, whose images and annotations are lists of their own: write one "
+            "record for each object"
+        )
     if any(name in value for name in ("image_orig", "image", "images", "messages", "file_name")):
         return None
     if value and all(isinstance(v, Mapping) and all(k in v for k in META) for v in value.values()):
@@ -49,11 +54,6 @@ def records_in(value: Mapping[str, Any]) -> list[Any] | None:
         for name, each in value.items()
         if isinstance(each, list) and each and all(isinstance(v, Mapping) for v in each)
     }
-    if {"images", "annotations", "categories"} <= value.keys():
-        raise ValueError(
-            "is in COCO's form, whose images and annotations are lists of their own: write one "
-            "record for each object"
-        )
     known = {name: each for name, each in lists.items() if name not in (*FIELDS, *OTHERS)}
     if len(known) > 1:
         raise ValueError(

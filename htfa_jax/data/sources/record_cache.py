@@ -90,7 +90,7 @@ def is_random_access(name: str) -> bool:
 
     Raises DataError if it cannot be read.
     """
-    if is_url(name):
+    if is_url(name) or tables.is_table(name):
         return False
     try:
         with _opened(name) as (file, _):
@@ -103,7 +103,7 @@ def is_random_access(name: str) -> bool:
         raise DataError(f"no dataset at {name}: expected a .json or .jsonl file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{name} {error}") from error
-    return lines and not tables.is_table(name)
+    return lines
 
 
 def _is_lines(beginning: bytes, more: Callable[[], bytes]) -> bool:
