@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from htfa_jax.data import file_kinds
+from htfa_jax.data.image_values import DrawnMask
 from htfa_jax.data.records import ImageFile, Record
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
@@ -124,7 +125,7 @@ def opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image
             )
         return contextlib.nullcontext(Image.fromarray(source))
     if isinstance(source, StoredImage):
-        source = source.read_bytes()
+        source = content_of(source)
     if isinstance(source, Path):
         found = source.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -180,6 +181,16 @@ def too_many_scans(content: bytes) -> bool:
         scans += kind == START_OF_SCAN
         at += int.from_bytes(content[at : at + 2], "big")  # the segment behind it
     return scans > MAX_SCANS
+
+
+def content_of(image: Path | StoredImage) -> bytes:
+    """What an image's file holds; masks that are drawn have the size of their original.
+
+    Raises OSError, and of a mask what `load_image` raises of its original.
+    """
+    if isinstance(image, DrawnMask):
+        return image.drawn(upright_size(image.original))
+    return image.read_bytes()
 
 
 def upright_size(source: ImageSource) -> tuple[int, int]:

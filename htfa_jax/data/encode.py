@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.decode import content_of, decode_field, load_image
 from htfa_jax.data.image_values import is_inside
 from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, Box, Placement, placement_of
@@ -56,7 +56,7 @@ def read_files(
 def _content(record: Record, field: str) -> bytes:
     image = getattr(record, field)
     try:
-        content = image.read_bytes()
+        content = content_of(image)
     except FileNotFoundError:
         raise record.error(f"{field}: no file at {image}") from None
     except OSError as error:

@@ -35,12 +35,18 @@ class DrawnMask(StoredImage):
     original: Any = field(repr=False)
 
     def read_bytes(self) -> bytes:
-        from htfa_jax.data.decode import upright_size
+        """The mask of run lengths. Polygons have no size of their own: `drawn` takes it."""
+        size = self.value.get("size") if isinstance(self.value, Mapping) else None
+        if size is None:
+            raise OSError("polygons are drawn in the size of their original")
+        return self.drawn((size[1], size[0]))
 
+    def drawn(self, size: tuple[int, int]) -> bytes:
+        """The mask as a PNG; polygons in an image of that width and height."""
         if isinstance(self.value, Mapping):
             image = Image.fromarray(run_lengths(self.value))
         else:
-            image = Image.new("1", upright_size(self.original))
+            image = Image.new("1", size)
             pen = ImageDraw.Draw(image)
             for polygon in self.value:
                 pen.polygon(list(map(float, polygon)), fill=1)

@@ -111,8 +111,8 @@ def test_a_record_of_each_form(folder, form):
 
 
 def test_a_message_lists_forms_and_fields(folder):
-    with pytest.raises(DataError, match="image_orig is missing: .*images.* has picture, convers"):
-        only(folder, {"picture": "orig.png", **OWN})
+    with pytest.raises(DataError, match="image_orig is missing: .*images.* has photo, convers"):
+        only(folder, {"photo": "orig.png", **OWN})
     with pytest.raises(DataError, match="conversations is missing: .*messages.* has image_orig"):
         only(folder, {"image_orig": "orig.png"})
     with pytest.raises(DataError, match=r"messages\[0\].content\[0\] must be a text or an image"):
