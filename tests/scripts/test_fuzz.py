@@ -12,8 +12,9 @@ from htfa_jax.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 READERS = """
-    record|records, JSON lines|records, JSON array|records, packed|manifest of shards|image|pickle
-    |ObMan|infer --input|predictions|contact sheet|curves|box|config.json|overrides|chat template
+    record|records, JSON lines|records, JSON array|record of another form|records, JSON object
+    |records, CSV|records, packed|manifest of shards|image|pickle|ObMan
+    |infer --input|predictions|contact sheet|curves|box|config.json|overrides|chat template
     |tokenizer_config.json|tokenizer.json|labels|tokenizer to convert|weights to convert
     |weight folder|checkpoint|checkpoint's meta|metrics.json
 """
