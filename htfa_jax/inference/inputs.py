@@ -18,11 +18,12 @@ from htfa_jax.config import Config
 from htfa_jax.data.batch import Array, Batch
 from htfa_jax.data.decode import decode_field, decode_original
 from htfa_jax.data.forms import meant_by, questions, shown, unread_fields
+from htfa_jax.data.image_values import image_of
 from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import Placement, load_images, placement_of
 from htfa_jax.data.records import ImageFile, Record, checked_box, parse_record, without_markers
 from htfa_jax.data.sources import record_cache
-from htfa_jax.data.storage import ImageRoot, PackedImage, image_root
+from htfa_jax.data.storage import ImageRoot, PackedImage, StoredImage, image_root
 from htfa_jax.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ def as_record(pair: PairLike, where: str) -> Record:
 
     Args:
       pair: (original, reconstruction or None), a mapping with names of `FIELDS`, or a record;
-        images are paths, PIL images or uint8 arrays.
+        images are paths, PIL images, uint8 arrays, or what `image_of` takes.
       where: for messages.
     """
     if isinstance(pair, Record):
@@ -82,17 +83,32 @@ def as_record(pair: PairLike, where: str) -> Record:
 
     def image(field: str) -> Any:
         value = pair.get(field)
-        if isinstance(value, str):
+        if isinstance(value, str) and not value.lower().startswith(("data:", "http:", "https:")):
             return Path(value).expanduser()
-        if value is None or isinstance(value, Path | Image.Image | np.ndarray):
+        if value is None or isinstance(value, Path | StoredImage | Image.Image | np.ndarray):
             return value
-        raise fail(f"{field} must be a path, a PIL image or an array, it is {type(value).__name__}")
+        if not isinstance(value, str | Mapping | bytes) and not field.endswith("mask"):
+            raise fail(
+                f"{field} must be a path, a PIL image or an array, it is {type(value).__name__}"
+            )
+        original = pair.get("image_orig")
+        original = Path(original).expanduser() if isinstance(original, str) else original
+        try:
+            return image_of(value, field, _local_file, original)
+        except ValueError as error:
+            raise fail(f"{field} {error}") from error
 
     if pair.get("image_orig") is None:
         raise fail("image_orig is missing")
     fields: dict[str, Any] = {field: image(field) for field in FIELDS[:4]}
     fields |= {field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]}
     return Record(where=where, id=name, image_target=None, turns=(), **fields)
+
+
+def _local_file(name: str) -> Path:
+    if "://" in name:
+        raise ValueError("is an address of the web, from which images are not fetched: save it")
+    return Path(name).expanduser()
 
 
 def load_pair(record: Record, config: Config) -> LoadedPair:

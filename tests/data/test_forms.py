@@ -20,7 +20,7 @@ from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Turn
 from htfa_jax.data.sources.open import open_source
 from htfa_jax.errors import DataError
-from htfa_jax.inference.inputs import read_jobs
+from htfa_jax.inference.inputs import as_record, read_jobs
 
 TALK = (Turn("user", "What is it?"), Turn("assistant", "bottle"))
 OWN = {"conversations": [{"from": "human", "value": "What is it?"},
@@ -412,3 +412,18 @@ def test_a_png_with_long_texts_is_read(folder, kind):
         np.asarray(decode_field(record, "image_orig", load_image)), pixels
     )
     assert upright_size(content) == (64, 48)
+
+
+def test_a_program_may_give_them_too(folder):
+    polygon = [20, 10, 43, 10, 43, 37, 20, 37]
+    record = as_record({"image_orig": uri(png()), "image_recon": png("blue"),
+                        "object_mask": [polygon]}, "here")  # fmt: skip
+    for field in ("image_orig", "image_recon"):
+        assert decode_field(record, field, load_image).size == (64, 48)
+    record = as_record({"image_orig": str(folder / "orig.png"), "object_mask": polygon}, "here")
+    found = np.asarray(decode_field(record, "object_mask", load_mask)) > 127
+    np.testing.assert_array_equal(found, INSIDE)
+    for value in (uri(bytes(9000))[:-40] + "!", "https://example.org/" + "a" * 9000 + ".png", 5):
+        with pytest.raises(DataError, match="image_orig") as caught:
+            as_record({"image_orig": value}, "here")
+        assert len(str(caught.value)) < 300
