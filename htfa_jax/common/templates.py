@@ -15,6 +15,14 @@ def check_template(template: str) -> None:
         raise ValueError("it names no field")
 
 
+def names_in(template: str) -> set[str]:
+    """The fields that a template names; none of a text that is no template."""
+    try:
+        return {name for _, name in _pieces(template) if name is not None}
+    except ValueError:
+        return set()
+
+
 def fill(template: str, words: Mapping[str, str | int | float]) -> str:
     """The template with a word in each field's place.
 

@@ -6,13 +6,17 @@ take: a loop in a loop may go on for hours.
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import nodes
 from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from htfa_jax.errors import HTFAError
@@ -50,6 +54,33 @@ def _bits(value: Any) -> int:
     return value.bit_length() if isinstance(value, int) else 0
 
 
+class _Generation(Extension):
+    """`{% generation %}`, with which transformers counts an answer's tokens; it writes nothing."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        """The statements between the tags."""
+        line = next(parser.stream).lineno
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(inside, lineno=line)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)  # fmt: skip
+
+
+def _today(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
 class ChatTemplate:
     """A template with the names that transformers gives it.
 
@@ -69,26 +100,38 @@ class ChatTemplate:
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
-        environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+        environment = _Environment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+        )
         del environment.globals["lipsum"]  # texts as long as one likes
         environment.globals["raise_exception"] = raise_exception
-        environment.filters["tojson"] = lambda value, **options: json.dumps(
-            value, ensure_ascii=False, **options
-        )
+        environment.filters["tojson"] = _tojson
+        # Those that can do without have a date of their own: a prompt should not change by night.
+        if "strftime_now" in text and not re.search(r"strftime_now is (not )?defined", text):
+            environment.globals["strftime_now"] = _today
         try:
             self._template = environment.from_string(text)
         except Exception as problem:  # Jinja computes constants while it compiles
             raise error(f"the chat template of {where} is wrong: {_said(problem)}") from problem
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], prompt: bool, special: Mapping[str, str]
+        self, messages: Sequence[Mapping[str, Any]], prompt: bool, special: Mapping[str, str]
     ) -> str:
-        """The text of some turns; `prompt` opens an assistant turn behind them."""
-        most = MAX_WRITTEN + TIMES * sum(len(message["content"]) for message in messages)
+        """The text of some turns; `prompt` opens an assistant turn behind them.
+
+        Args:
+          messages: `role` and `content` of each: a text, or a list of one part with `text`.
+          prompt: as said.
+          special: the tokenizer's own tokens by their names.
+        """
+        contents = (m["content"] for m in messages)
+        length_of_all = sum(len(c if isinstance(c, str) else c[0]["text"]) for c in contents)
+        most = MAX_WRITTEN + TIMES * length_of_all
+        given = {"messages": messages, "add_generation_prompt": prompt}
         pieces, length = [], 0
         try:
             for piece in self._template.generate(
-                **{**special, "messages": messages, "add_generation_prompt": prompt}
+                **{**special, **given, "tools": None, "documents": None}
             ):
                 pieces.append(piece)
                 length += len(piece)

@@ -34,6 +34,8 @@ from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import ConfigFlags, parse_args
 from htfa_jax.data.examine import Examiner, RecordProblem, Seen, examine
+from htfa_jax.data.hints import hint_lines
+from htfa_jax.data.image_values import is_inside
 from htfa_jax.data.preprocess import IMAGES, MASKS
 from htfa_jax.data.records import Record
 from htfa_jax.errors import ConfigError
@@ -79,6 +81,7 @@ class Findings:
                 self.twice.append((name, first, index))
         for name in ("sizes", "fields", "lengths"):
             getattr(total, name).update(getattr(seen, name))
+        total.hints.add(seen.hints)
         total.answers += seen.answers
         total.cut += seen.cut
         for kind, labels in seen.labels.items():
@@ -122,6 +125,7 @@ class Findings:
             },
             "image_sizes": {f"{w}x{h}": n for (w, h), n in total.sizes.most_common()},
             "fields": dict(total.fields),
+            **total.hints.report(),
             "tokens": {
                 "max_text_length": self.config.data.max_text_length,
                 "median": float(np.median(tokens)) if len(tokens) else None,
@@ -162,7 +166,13 @@ def findings_table(report: dict[str, Any]) -> str:
         )
         lines.append(f"ids that come again: {twice}, such as {', '.join(shown)}; training does "
                      "not mind, an evaluation cannot tell them apart")  # fmt: skip
-    if not report["problems"]:
+    hints = hint_lines(report)
+    if hints:
+        lines += [
+            "this stops no run, but may be meant otherwise:",
+            *(f"  {hint}" for hint in hints),
+        ]
+    elif not report["problems"]:
         lines.append("nothing wrong")
     tokens, answers = report["tokens"], report["answers"]
     sizes = list(report["image_sizes"].items())
@@ -171,6 +181,12 @@ def findings_table(report: dict[str, Any]) -> str:
         "",
         "images: " + ", ".join(f"{n} of {size}" for size, n in sizes[:8]) + more,
         "records with " + ", ".join(f"{f}: {n}" for f, n in report["fields"].items()),
+        *(
+            f"{field}: {facts['count']}, share of the image that is true: least "
+            f"{facts['share']['least']:.1%}, median {facts['share']['median']:.1%}, most "
+            f"{facts['share']['most']:.1%}; empty: {facts['empty']}"
+            for field, facts in report["masks"].items()
+        ),
         f"tokens: median {tokens['median']}, longest {tokens['longest']}; up to "
         + ", ".join(f"{edge}: {n}" for edge, n in tokens["up_to"].items()),
         f"answers: {answers['count']}, of which data.max_text_length="
@@ -201,8 +217,13 @@ def as_line(record: Record, folder: Path) -> str:
         whole = Path(os.path.abspath(image))
         return str(whole.relative_to(folder) if whole.is_relative_to(folder) else whole)
 
+    raw = record.raw
+    own = {
+        **raw,
+        "object_mask": raw.get("object_mask", raw.get("occlusion_mask")),
+    }
     images = {
-        name: path(image)
+        name: own[name] if is_inside(own.get(name)) else path(image)
         for name in (*IMAGES, *MASKS)
         if (image := getattr(record, name)) is not None
     }

@@ -1,4 +1,7 @@
-"""Images and masks out of files: refused before they are decoded, or as 8 bits, upright."""
+"""Images out of files: refused before they are decoded, or as 8 bits, upright.
+
+Masks are read in `masks`.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from htfa_jax.data import file_kinds
+from htfa_jax.data.image_values import DrawnMask
 from htfa_jax.data.records import ImageFile, Record
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
@@ -22,6 +27,7 @@ MAX_BYTES = 256 * 2**20  # of a file
 MAX_PIXELS = 64 * 2**20  # of an image: 200 MB once it is decoded
 # Each costs time, an empty one too; those of a progressive JPEG are about ten.
 MAX_SCANS = 100
+PNG, TEXTS = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
 # Then markers: those that no segment follows, except the end, need not be found.
 JPEG, START_OF_SCAN, END_OF_IMAGE = b"\xff\xd8", b"\xda", b"\xd9"
 MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
@@ -39,28 +45,8 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Raises DataError that says what is wrong with it, and whatever else Pillow raises.
     """
-    with _opened(source) as image:
-        return _rgb(_eight_bits(_upright(image)))
-
-
-def load_mask(source: ImageSource) -> Image.Image:
-    """Opens and decodes a mask as 8-bit grey, upright; above 127 is true.
-
-    Values 0 and 1 are taken for 0 and 255. Raises DataError if nothing would be true in it
-    although it is not black, and as `load_image` does.
-    """
-    with _opened(source) as image:
-        mask = _eight_bits(_upright(image))
-        mask = (_rgb(mask) if mask.has_transparency_data else mask).convert("L")
-    largest = mask.getextrema()[1]
-    if largest == 1:
-        return mask.point(lambda value: 255 * value)
-    if 1 < largest <= 127:
-        raise DataError(
-            f"is no mask: its largest value is {largest}; a mask is white (255, or 1) on black",
-            "mask",
-        )
-    return mask
+    with opened(source) as image:
+        return _rgb(_eight_bits(upright(image)))
 
 
 def decode_field(
@@ -85,8 +71,8 @@ def decoded(
     """An image, whatever the file of somebody else holds.
 
     Args:
-      source: as `load_image` and `load_mask` take it.
-      loader: one of them.
+      source: as `load_image` takes it.
+      loader: `load_image` or `masks.load_mask`.
       fail: makes the error of a reason, which names the file, and of its kind.
     """
     is_file = isinstance(source, Path | StoredImage)
@@ -97,11 +83,12 @@ def decoded(
         raise fail(f"{name} {error}", error.kind) from error
     except FileNotFoundError:
         raise fail(
-            f"no file at {name}: put it there, or correct the path", "missing image"
+            f"no file at {name}: put it there, or correct the path{file_kinds.beside(source)}",
+            "missing image",
         ) from None
     except UnidentifiedImageError:
         raise fail(
-            f"{name} is no image that can be read: save it as one of " + ", ".join(FORMATS),
+            f"{name} {file_kinds.of(source)}: save it as one of " + ", ".join(FORMATS),
             "unknown image format",
         ) from None
     except MemoryError:
@@ -122,7 +109,7 @@ def decode_original(record: Record) -> Image.Image:
     return image
 
 
-def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image]:
+def opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Image]:
     """An image whose size is known and is not too much, not decoded yet."""
     if isinstance(source, Image.Image):
         # The caller's own stays as it is.
@@ -138,7 +125,7 @@ def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Imag
             )
         return contextlib.nullcontext(Image.fromarray(source))
     if isinstance(source, StoredImage):
-        source = source.read_bytes()
+        source = content_of(source)
     if isinstance(source, Path):
         found = source.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -153,18 +140,30 @@ def _opened(source: ImageSource) -> contextlib.AbstractContextManager[Image.Imag
             f"has {size / 2**20:.0f} MiB, more than {MAX_BYTES >> 20}: make it smaller",
             "too large an image",
         )
-    if isinstance(source, Path) and _begins_as_jpeg(source):
+    if isinstance(source, Path) and _begins(source).startswith((JPEG, PNG)):
         source = source.read_bytes()
     if isinstance(source, bytes) and too_many_scans(source):
         raise DataError(f"is a JPEG of more than {MAX_SCANS} scans: save it anew", "scans")
     try:
-        opened = source if isinstance(source, Path) else io.BytesIO(source)
-        image = Image.open(opened, formats=FORMATS)
+        return _within_limits(source if isinstance(source, Path) else io.BytesIO(source))
+    except ValueError as error:
+        # Of texts and profiles that are longer than Pillow wants to read.
+        shorter = without_texts(source) if isinstance(source, bytes) else b""
+        if not shorter or len(shorter) == size or "text" not in str(error).lower():
+            raise
+        return _within_limits(io.BytesIO(shorter))
+
+
+def _within_limits(file: Path | io.BytesIO) -> Image.Image:
+    try:
+        image = Image.open(file, formats=FORMATS)
     except Image.DecompressionBombError:  # at more than MAX_PIXELS of Pillow's own
         raise _too_large("far") from None
     if image.width * image.height > MAX_PIXELS:
         image.close()
         raise _too_large(f"{image.width}x{image.height} pixels,")
+    if image.format == "PNG":
+        image.load()  # texts may stand behind the pixels
     return image
 
 
@@ -184,9 +183,45 @@ def too_many_scans(content: bytes) -> bool:
     return scans > MAX_SCANS
 
 
-def _begins_as_jpeg(path: Path) -> bool:
+def content_of(image: Path | StoredImage) -> bytes:
+    """What an image's file holds; masks that are drawn have the size of their original.
+
+    Raises OSError, and of a mask what `load_image` raises of its original.
+    """
+    if isinstance(image, DrawnMask):
+        return image.drawn(upright_size(image.original))
+    return image.read_bytes()
+
+
+def upright_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of an image as its EXIF tag turns it, without decoding it.
+
+    Raises what `load_image` does of what is no image.
+    """
+    with opened(source) as image:
+        w, h = image.size
+        return (h, w) if image.getexif().get(ExifTags.Base.Orientation, 1) > 4 else (w, h)
+
+
+def without_texts(content: bytes) -> bytes:
+    """A PNG without texts and profiles, which nothing here reads; other files as they are.
+
+    Programs that draw images write megabytes of what they were asked, compressed to little.
+    """
+    if not content.startswith(PNG):
+        return content
+    kept, at = [PNG], len(PNG)
+    while at + 12 <= len(content):
+        end = at + 12 + int.from_bytes(content[at : at + 4], "big")
+        if content[at + 4 : at + 8] not in TEXTS:
+            kept.append(content[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _begins(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(len(JPEG)) == JPEG
+        return file.read(len(PNG))
 
 
 def _too_large(size: str) -> DataError:
@@ -196,7 +231,8 @@ def _too_large(size: str) -> DataError:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image, decoded and turned as its EXIF tag says."""
     image.load()
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         return image

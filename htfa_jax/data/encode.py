@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image
 
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import content_of, decode_field, load_image
+from htfa_jax.data.image_values import is_inside
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, Box, Placement, placement_of
 from htfa_jax.data.records import Record
 
@@ -35,8 +37,8 @@ def read_files(
         if image is None:
             continue
         key = next(k for k in NAMES.get(field, (field,)) if raw.get(k) is not None)
-        if not isinstance(raw[key], str):
-            raw[key] = str(image)  # packed already: by the name it has there
+        if not isinstance(raw[key], str) or is_inside(raw[key]):
+            raw[key] = str(image)  # no file of its own: by the name it has there
         if image_size is None:
             images[raw[key]] = _content(record, field)
             continue
@@ -54,7 +56,7 @@ def read_files(
 def _content(record: Record, field: str) -> bytes:
     image = getattr(record, field)
     try:
-        content = image.read_bytes()
+        content = content_of(image)
     except FileNotFoundError:
         raise record.error(f"{field}: no file at {image}") from None
     except OSError as error:

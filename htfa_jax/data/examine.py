@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from htfa_jax.config import Config
 from htfa_jax.data.augment import Change
 from htfa_jax.data.decode import decode_original
+from htfa_jax.data.hints import Hints
 from htfa_jax.data.preprocess import BOXES, IMAGES, MASKS, load_images
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.tokenizer import ChatTokenizer, whole_answers
@@ -53,6 +54,7 @@ class Seen:
       cut: how many of them `data.max_text_length` leaves out.
       labels: how often each answer is given, by kind of question.
       lines: the good records as text, if asked for.
+      hints: what is odd though it stops nothing.
     """
 
     records: int = 0
@@ -65,6 +67,7 @@ class Seen:
     cut: int = 0
     labels: dict[str, collections.Counter] = dataclasses.field(default_factory=dict)
     lines: list[str] = dataclasses.field(default_factory=list)
+    hints: Hints = dataclasses.field(default_factory=Hints)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,7 @@ class Examiner:
         if record is None:
             return
         seen.ids.append((record.id, index))
+        seen.hints.look_at_fields(record, self.config.data.recon_template)
         attempt("image", lambda: self._images(record, seen))
         attempt("text", lambda: self._text(record, seen))
         if self.write is not None and len(seen.problems) == before:
@@ -118,9 +122,11 @@ class Examiner:
             seen.fields[field] += getattr(record, field) is not None
         original = decode_original(record)
         seen.sizes[original.size] += 1
-        crop = Change().window if self.config.augment.crop else None
         decoded = dataclasses.replace(record, image_orig=original)
-        load_images(decoded, self.config.image_size, self.config.data.resize, crop)
+        size, resize = self.config.image_size, self.config.data.resize
+        seen.hints.look_at_images(decoded, load_images(decoded, size, resize))
+        if self.config.augment.crop:
+            load_images(decoded, size, resize, Change().window)
 
     def _text(self, record: Record, seen: Seen) -> None:
         for question, answer in zip(record.turns, record.turns[1:], strict=False):

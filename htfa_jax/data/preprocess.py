@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record
 
 Box = tuple[float, float, float, float]
@@ -108,9 +109,10 @@ def load_images(
         box = getattr(record, field)
         if box is not None and name in sizes and not is_inside(box, sizes[name]):
             w, h = sizes[name]
+            hint = "; these look like parts of its sides (0 to 1)" if max(box) <= 1 else ""
             raise record.error(
                 f"{field}={list(box)} does not lie in its image of {w}x{h}: expected x, y, "
-                "width, height in pixels of the upright image",
+                f"width, height in pixels of the upright image{hint}",
                 "box outside",
             )
     if crop is not None:

@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 from PIL import Image
 
-from htfa_jax.common.templates import fill
 from htfa_jax.config.renamed import KINDS, current
+from htfa_jax.data.forms import FORMS, in_own_form, names_of, shown
+from htfa_jax.data.image_values import image_of
 from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
 
-Fail = Callable[[str], DataError]
 EMBEDDED = "held_objects"
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -133,36 +133,36 @@ def parse_record(
     def fail(reason: str) -> DataError:
         return DataError(f"{where} (id {name}): {reason}")
 
-    def image(*fields: str) -> ImageFile | None:
+    def image(*fields: str, of: ImageFile | None = None) -> ImageFile | None:
         for f in fields:
             value = raw.get(f)
             if value is None:
                 continue
-            if isinstance(value, StoredImage):
-                return value
-            if not isinstance(value, str) or not value:
-                raise fail(f"{f} must be a path, it is {value!r}")
             try:
-                return place(value)
+                return image_of(value, f, place, of)
             except ValueError as error:
-                raise fail(f"{f}={value!r} {error}") from error
+                said = f"{f}={shown(value)}" if isinstance(value, str) and value else f
+                raise fail(f"{said} {error}") from error
         return None
 
+    found = raw
     raw = in_own_form(raw, recon_template, fail)
     image_orig = image("image_orig")
     if image_orig is None:
-        raise fail("image_orig is missing (or image, in other projects' forms)")
+        raise fail(f"image_orig is missing: {FORMS}; this one has {names_of(found)}")
+    if with_turns and raw.get("conversations") is None:
+        raise fail(f"conversations is missing: {FORMS}; this one has {names_of(found)}")
     meta = {} if raw.get("meta") is None else raw["meta"]
     if not isinstance(meta, Mapping):
-        raise fail(f"meta must be an object, it is {meta!r}")
+        raise fail(f"meta must be an object, it is {shown(meta)}")
     return Record(
         where=where,
         id=name,
         image_orig=image_orig,
         image_recon=image("image_recon"),
         image_target=image("image_target"),
-        object_mask=image("object_mask", "occlusion_mask"),
-        occluder_mask=image("occluder_mask"),
+        object_mask=image("object_mask", "occlusion_mask", of=image_orig),
+        occluder_mask=image("occluder_mask", of=image_orig),
         bbox_orig=checked_box(raw.get("bbox_orig"), "bbox_orig", fail),
         bbox_recon=checked_box(raw.get("bbox_recon"), "bbox_recon", fail),
         turns=_turns(raw.get("conversations"), fail) if with_turns else (),
@@ -181,7 +181,7 @@ def checked_box(
         isinstance(v, int | float | np.number) and not isinstance(v, bool) for v in value
     )
     if not numbers or len(value) != 4:
-        raise fail(f"{name} must be [x, y, w, h] in pixels, it is {value!r}")
+        raise fail(f"{name} must be [x, y, w, h] in pixels, it is {shown(value)}")
     if not all(abs(v) < LARGEST for v in value):
         raise fail(f"{name}={list(value)} must be finite numbers: x, y, w, h in pixels")
     if value[2] <= 0 or value[3] <= 0:
@@ -199,11 +199,11 @@ def _turns(conversations: Any, fail: Any) -> tuple[Turn, ...]:
             raise fail(f"conversations[{i}] must be an object with from and value")
         role, text, kind = turn.get("from"), turn.get("value"), turn.get("kind")
         if not isinstance(role, str) or role not in ROLES:
-            raise fail(f"conversations[{i}].from={role!r}, expected one of {', '.join(ROLES)}")
+            raise fail(f"conversations[{i}].from={shown(role)}, expected one of {', '.join(ROLES)}")
         if not isinstance(text, str):
-            raise fail(f"conversations[{i}].value must be text, it is {text!r}")
+            raise fail(f"conversations[{i}].value must be text, it is {shown(text)}")
         if kind is not None and not isinstance(kind, str):
-            raise fail(f"conversations[{i}].kind must be text, it is {kind!r}")
+            raise fail(f"conversations[{i}].kind must be text, it is {shown(kind)}")
         if len(text) > MAX_CHARACTERS:
             raise fail(
                 f"conversations[{i}].value has {len(text)} characters, more than {MAX_CHARACTERS}: "
@@ -240,48 +240,3 @@ def without_markers(text: str) -> str:
         if rest or not markers:
             lines.append(rest)
     return "\n".join(lines).strip()
-
-
-def in_own_form(raw: Mapping[str, Any], recon_template: str | None, fail: Fail) -> Mapping:
-    """The record with `image_orig` and `image_recon` in place of `image`; the rest as it is.
-
-    Args:
-      raw: decoded JSON.
-      recon_template: path of a missing reconstruction, with fields of the record in braces.
-      fail: makes the error of a reason.
-    """
-    own = dict(raw)
-    if "image" in raw and "image_orig" not in raw:
-        del own["image"]
-        images = raw["image"] if isinstance(raw["image"], list) else [raw["image"]]
-        if not 1 <= len(images) <= 2:
-            raise fail(
-                f"image has {len(images)} images, expected one or two: the original and its "
-                "reconstruction"
-            )
-        if len(images) == 2 and "image_recon" in raw:
-            raise fail("image has a second image and image_recon is there too: leave one out")
-        own |= dict(zip(("image_orig", "image_recon"), images, strict=False))
-    if recon_template is not None and "image_recon" not in own:
-        own["image_recon"] = _filled(recon_template, raw, fail)
-    return own
-
-
-def _filled(template: str, raw: Mapping[str, Any], fail: Fail) -> str:
-    """The template with the record's own fields, then those of its `meta`."""
-    meta = raw.get("meta")
-    known = {**(meta if isinstance(meta, Mapping) else {}), **raw}
-    words = {
-        name: value
-        for name, value in known.items()
-        if isinstance(value, str | int | float) and not isinstance(value, bool)
-    }
-    try:
-        return fill(template, words)
-    except KeyError as error:
-        raise fail(
-            f"data.recon_template={template!r} needs the field {error.args[0]}, which the record "
-            f"does not have as text or a number; it has {', '.join(words) or 'none'}"
-        ) from None
-    except ValueError as error:
-        raise fail(f"data.recon_template={template!r} is no template: {error}") from error

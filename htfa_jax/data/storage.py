@@ -10,6 +10,7 @@ import abc
 import contextlib
 import os
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from htfa_jax.common.names import checked_name, inside
+from htfa_jax.data.file_kinds import as_written
 from htfa_jax.errors import DataError
 
 # What a URL may begin with. fsspec knows more: some read archives, render templates or open shells.
 SCHEMES = ("file", "gs", "gcs", "s3", "s3a", "https", "hf", "memory")
+LONGEST = 4096  # characters of a path; Linux takes no more
+# A drive, or another machine's folder.
+WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 # What must be installed to read a scheme: an extra of this package.
 EXTRAS = {"gs": "gs", "gcs": "gs", "s3": "s3", "s3a": "s3"}
 
@@ -101,6 +106,20 @@ class ImageRoot:
         """The image of that path. Raises ValueError that says why it may not be read."""
         if "\0" in name:
             raise ValueError("is no path: it has a zero byte")
+        if len(name) > LONGEST:
+            raise ValueError(f"is no path: it has {len(name)} characters")
+        if WINDOWS.match(name):
+            raise ValueError(
+                f"is a path of Windows: copy the images to {self.folder} and write it relative "
+                "to that folder, with / between names"
+            )
+        if name.startswith(("http://", "https://")) and not is_url(self.folder):
+            raise ValueError(
+                "is an address of the web, from which images are not fetched one by one: copy it "
+                f"to {self.folder} and write its path there"
+            )
+        if "\\" in name and not is_url(name):
+            name = name.replace("\\", "/")  # as Windows writes folders
         absolute = is_url(name) or name.startswith("/")
         if absolute and not self.given:
             raise ValueError(
@@ -113,8 +132,9 @@ class ImageRoot:
             raise ValueError(f"leads out of {where}")
         if is_url(self.folder):
             return RemoteImage(f"{self._root}/{checked_name(within, where)}")
+        within = as_written(self._local, checked_name(within, where))
         if self.given:
-            return self._local / checked_name(within, where)
+            return self._local / within
         return inside(self._local, within, f"{where} ({self.option} names another)")
 
     def _inside(self, name: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ import tokenizers
 from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import read_json
 from htfa_jax.data.chat_template import ChatTemplate, template_text
+from htfa_jax.data.control_tokens import ControlTokens
 from htfa_jax.data.records import Record, Turn
 from htfa_jax.data.tokenizer_file import calling_tokenizers, open_tokenizer
 from htfa_jax.errors import DataError
@@ -25,6 +26,8 @@ CHAT_TEMPLATE = (
     r"{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
+# Stands for each character of an answer where it is looked for in a template's text.
+MARK = "\U0010fffd"
 
 
 @dataclass(frozen=True)
@@ -82,10 +85,15 @@ class ChatTokenizer:
             if name.endswith("_token")
             and isinstance(text := value.get("content") if isinstance(value, dict) else value, str)
         }
-        self._template = ChatTemplate(
-            template_text(self.folder, settings, DataError), self.folder, DataError
+        template = template_text(self.folder, settings, DataError)
+        self._template = ChatTemplate(template, self.folder, DataError)
+        self._control = ControlTokens(
+            self._tokenizer, template, self._special.values(), self.folder
         )
         self.pad_id = self._id_of("pad_token", self._id_of("eos_token", 0))
+        self._in_parts = False
+        self._in_parts = self._takes_parts()
+        self._closing, self._lead = self._around_an_answer()
         self.stop_ids = self._stop_ids()
 
     def __reduce__(self):
@@ -96,25 +104,28 @@ class ChatTokenizer:
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
         """The template's text of some turns; `prompt` opens an assistant turn behind them."""
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        messages = [
+            {
+                "role": turn.role,
+                "content": [{"type": "text", "text": turn.text}] if self._in_parts else turn.text,
+            }
+            for turn in turns
+        ]
         return self._template.render(messages, prompt, self._special)
 
     def encode(self, turns: Sequence[Turn]) -> Encoded:
-        """Tokens of a whole conversation; every assistant turn is learned."""
+        """Tokens of a whole conversation; every assistant turn is learned.
+
+        What is said stays text: only the template's own control tokens are any.
+        """
+        turns, guarded = self._guarded(turns)
         text = self.render(turns)
-        spans = []
-        for i, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            start = len(self.render(turns[:i], prompt=True))
-            end = self._end_of_turn(text, start + len(turn.text))
-            if text[start : start + len(turn.text)] != turn.text:
-                raise DataError(
-                    f"the chat template of {self.folder} does not put an assistant turn right "
-                    "behind its generation prompt, so that its tokens cannot be told apart"
-                )
-            spans.append((start, end))
-        encoding = self._encoding(text)
+        spans = [self._span(text, turns, i) for i, t in enumerate(turns) if t.role == "assistant"]
+        if spans and turns[-1].role == "assistant" and not self._is_closed(text, spans[-1][1]):
+            # A template that leaves the last turn open teaches to stop nowhere.
+            text += self._closing.strip()
+            spans[-1] = spans[-1][0], len(text)
+        encoding = self._encoding(text, guarded)
         offsets = np.array(encoding.offsets).reshape(-1, 2)
         learned, ends = np.zeros(len(offsets), bool), []
         for start, end in spans:
@@ -127,11 +138,21 @@ class ChatTokenizer:
 
     def encode_prompt(self, turns: Sequence[Turn]) -> np.ndarray:
         """Tokens of some turns and of the opening of the assistant's answer, int32 [length]."""
-        return np.array(self._encoding(self.render(turns, prompt=True)).ids, np.int32)
+        turns, guarded = self._guarded(turns)
+        text = self.render(turns, prompt=True) + self._lead
+        return np.array(self._encoding(text, guarded).ids, np.int32)
 
-    def _encoding(self, text: str) -> tokenizers.Encoding:
+    def _guarded(self, turns: Sequence[Turn]) -> tuple[Sequence[Turn], bool]:
+        """The turns, hidden if the tokenizer would find control tokens in what they say."""
+        if not any(self._control.in_text(turn.text) for turn in turns):
+            return turns, False
+        return [replace(turn, text=self._control.hide(turn.text)) for turn in turns], True
+
+    def _encoding(self, text: str, guarded: bool) -> tokenizers.Encoding:
         with calling_tokenizers(f"the tokenizer in {self.folder} fails", DataError):
             try:
+                if guarded:
+                    return self._control.encode(text)
                 return self._tokenizer.encode(text, add_special_tokens=False)
             except TypeError as error:
                 raise DataError(
@@ -170,27 +191,96 @@ class ChatTokenizer:
         with calling_tokenizers(f"{self.folder} has the token {token[:80]!r}", DataError):
             return self._tokenizer.token_to_id(token)
 
+    def _span(self, text: str, turns: Sequence[Turn], i: int) -> tuple[int, int]:
+        """What of a conversation's text is learned for an answer: with the end of its turn."""
+        said, length = turns[i].text, len(turns[i].text)
+        prompt = self.render(turns[:i], prompt=True)
+        start = at = len(prompt)
+        if text[at : at + length] != said:
+            at = self._place(text, turns, i)
+            # Blanks in front are part of it: a word with its blank is one token.
+            if not text.startswith(prompt) or at < start or text[start:at].strip():
+                start = at
+        return start, self._end_of_turn(text, at + length)
+
+    def _place(self, text: str, turns: Sequence[Turn], i: int) -> int:
+        """Where an answer stands in the conversation's text."""
+        said = turns[i].text
+        marks = MARK * len(said)
+        marked = self.render([*turns[:i], replace(turns[i], text=marks), *turns[i + 1 :]])
+        at = marked.find(marks)
+        if at < 0 or marked[:at] + said + marked[at + len(said) :] != text:
+            raise DataError(
+                f"the chat template of {self.folder} does not put an assistant turn right "
+                "behind its generation prompt, so that its tokens cannot be told apart"
+            )
+        return at
+
     def _end_of_turn(self, text: str, end: int) -> int:
         """`end`, moved behind the special token that closes a turn."""
         closing = [t for t in self._closing_tokens if text.startswith(t, end)]
+        if not closing and self._closing and text.startswith(self._closing, end):
+            return end + len(self._closing)
         return end + max(map(len, closing), default=0)
+
+    def _is_closed(self, text: str, end: int) -> bool:
+        return not self._closing or text[:end].endswith(self._closing.strip())
 
     @functools.cached_property
     def _closing_tokens(self) -> list[str]:
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        return [token.content for token in added if token.special]
+        return list(self._control.ids)
+
+    def _takes_parts(self) -> bool:
+        """Whether the template leaves out what is said unless it comes in parts."""
+        probe = [Turn("user", MARK)]
+        try:
+            if MARK in self.render(probe):
+                return False
+            self._in_parts = True
+            return MARK in self.render(probe)
+        except DataError:  # of turns that it cannot do without, perhaps
+            return False
+        finally:
+            self._in_parts = False
+
+    def _around_an_answer(self) -> tuple[str, str]:
+        """What closes an answer, blanks in front included, and what a template opens it with.
+
+        The latter is beside the generation prompt: an empty thought, for example.
+        """
+        eos = self._special.get("eos_token", "")
+        eos = eos if eos in self._control.ids else ""
+        turns = [Turn("user", "x"), Turn("assistant", MARK)]
+        try:
+            text, prompt = self.render(turns), self.render(turns[:1], prompt=True)
+        except DataError:
+            return eos, ""
+        before, found, behind = text.partition(MARK)
+        if not found:
+            return eos, ""
+        lead = before.removeprefix(prompt) if before.startswith(prompt) else ""
+        closing = self._first_control(behind)
+        if not closing:  # a template that leaves the last turn open may close others
+            try:
+                text = self.render([*turns, Turn("user", "x")])
+            except DataError:
+                text = ""
+            direct = text.partition(MARK)[2]
+            closing = next((t for t in self._closing_tokens if direct.startswith(t)), "") or eos
+        return closing, lead if lead.strip() else ""
+
+    def _first_control(self, text: str) -> str:
+        """The control token that a text begins with, with the blanks before it; "" without one."""
+        plain = text.lstrip()
+        found = [token for token in self._closing_tokens if plain.startswith(token)]
+        if not found:
+            return ""
+        return text[: len(text) - len(plain)] + max(found, key=len)
 
     def _stop_ids(self) -> frozenset[int]:
         """End of text, and whatever closes an assistant turn in the template."""
-        answer = Turn("assistant", "x")
-        turns = [Turn("user", "x"), answer]
-        text = self.render(turns)
-        end = len(self.render(turns[:1], prompt=True)) + len(answer.text)
-        closing = text[end : self._end_of_turn(text, end)]
-        ids: set[int | None] = {self._id_of("eos_token", -1)}
-        if closing:
-            ids.add(self._number_of(closing))
-        return frozenset(i for i in ids if i is not None and i >= 0)
+        ids = {self._id_of("eos_token", -1), self._control.ids.get(self._closing.strip(), -1)}
+        return frozenset(i for i in ids if i >= 0)
 
 
 def encode_record(record: Record, tokenizer: ChatTokenizer, limit: int) -> Encoded:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from htfa_jax.data.decode import FORMATS, decode_field, load_image, load_mask
+from htfa_jax.data.decode import FORMATS, decode_field, load_image, without_texts
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.errors import DataError
@@ -56,6 +57,11 @@ def _check_size(field: str, image: PackedImage, megapixels: int) -> None:
             fits = opened.width * opened.height <= megapixels * 1e6
     except Image.DecompressionBombError:
         fits = False
+    except ValueError:  # of a PNG's long texts, which the reader leaves out
+        if (shorter := without_texts(image.content)) == image.content:
+            return
+        _check_size(field, PackedImage(image.name, shorter), megapixels)
+        return
     except Exception:  # it is no image: the reader says so
         return
     if not fits:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import functools
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,17 @@ from PIL import Image
 from htfa_jax.common.json_files import json_lines, parse_json
 from htfa_jax.config import Config
 from htfa_jax.data.batch import Array, Batch
-from htfa_jax.data.decode import decode_field, decode_original, load_mask
+from htfa_jax.data.decode import decode_field, decode_original
+from htfa_jax.data.forms import meant_by, questions, shown, unread_fields
+from htfa_jax.data.image_values import image_of
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import Placement, load_images, placement_of
-from htfa_jax.data.records import ROLES, Record, checked_box, parse_record
-from htfa_jax.data.storage import image_root
+from htfa_jax.data.records import ImageFile, Record, checked_box, parse_record, without_markers
+from htfa_jax.data.sources import record_cache
+from htfa_jax.data.storage import ImageRoot, PackedImage, StoredImage, image_root
 from htfa_jax.errors import DataError
+
+log = logging.getLogger(__name__)
 
 # What a pair may have; names and meaning as in a dataset's records.
 FIELDS = (
@@ -54,7 +62,7 @@ def as_record(pair: PairLike, where: str) -> Record:
 
     Args:
       pair: (original, reconstruction or None), a mapping with names of `FIELDS`, or a record;
-        images are paths, PIL images or uint8 arrays.
+        images are paths, PIL images, uint8 arrays, or what `image_of` takes.
       where: for messages.
     """
     if isinstance(pair, Record):
@@ -75,17 +83,32 @@ def as_record(pair: PairLike, where: str) -> Record:
 
     def image(field: str) -> Any:
         value = pair.get(field)
-        if isinstance(value, str):
+        if isinstance(value, str) and not value.lower().startswith(("data:", "http:", "https:")):
             return Path(value).expanduser()
-        if value is None or isinstance(value, Path | Image.Image | np.ndarray):
+        if value is None or isinstance(value, Path | StoredImage | Image.Image | np.ndarray):
             return value
-        raise fail(f"{field} must be a path, a PIL image or an array, it is {type(value).__name__}")
+        if not isinstance(value, str | Mapping | bytes) and not field.endswith("mask"):
+            raise fail(
+                f"{field} must be a path, a PIL image or an array, it is {type(value).__name__}"
+            )
+        original = pair.get("image_orig")
+        original = Path(original).expanduser() if isinstance(original, str) else original
+        try:
+            return image_of(value, field, _local_file, original)
+        except ValueError as error:
+            raise fail(f"{field} {error}") from error
 
     if pair.get("image_orig") is None:
         raise fail("image_orig is missing")
     fields: dict[str, Any] = {field: image(field) for field in FIELDS[:4]}
     fields |= {field: checked_box(pair.get(field), field, fail) for field in FIELDS[4:]}
     return Record(where=where, id=name, image_target=None, turns=(), **fields)
+
+
+def _local_file(name: str) -> Path:
+    if "://" in name:
+        raise ValueError("is an address of the web, from which images are not fetched: save it")
+    return Path(name).expanduser()
 
 
 def load_pair(record: Record, config: Config) -> LoadedPair:
@@ -187,31 +210,49 @@ class PredictionJob:
 def read_jobs(
     path: Path, queries: tuple[str, ...], images: Path | None = None
 ) -> list[PredictionJob]:
-    """The lines of a file of pairs.
+    """The pairs of a file.
 
-    A line has the fields of a dataset's record. Its questions are `query` (a text or a list),
-    else the user turns of its `conversations`, else those of the command line. Its images lie in
-    the file's folder, or in `images` if that is given.
+    Args:
+      path: in any form that a dataset may have: JSON lines, an array, a table, ...
+      queries: those of the command line.
+      images: where the images lie, if not in the file's folder.
 
-    A line that is no pair spoils only its own result. Raises DataError if there is no file, if it
-    begins with a byte order mark, as UTF-16 does, or if an id comes twice.
+    A pair has the fields of a dataset's record. Its questions are `query` (a text or a list), else
+    the user turns of its `conversations` or `messages`, else `queries`.
+
+    A pair that is none spoils only its own result. Raises DataError if there is no file, if it
+    is not UTF-8, or if an id comes twice.
     """
     if not path.is_file():
         raise DataError(f"--input: no file at {path}; expected JSON lines, one pair in each")
     place = image_root(images, str(path), "--image_root")
     jobs: list[PredictionJob] = []
-    for line_number, line in json_lines(path, DataError):
-        number = line_number - 1
-        where, name = f"{path}, line {line_number}", str(number)
+    unread: set[str] = set()
+    for number, where, line, packed in _lines(path):
+        name = str(number)
         try:
+            if isinstance(line, DataError):
+                raise line
             raw = parse_json(line, where, DataError, object, allow_nan=True)
             if isinstance(raw, Mapping):
                 name = str(raw.get("id", number))
-            record = parse_record(raw, where, place, with_turns=False)
+                unread.update(unread_fields(raw))
+            record = parse_record(raw, where, functools.partial(_placed, place, packed),
+                                  with_turns=False)  # fmt: skip
             job = PredictionJob(number, name, record, _queries(raw, record) or queries or None)
         except DataError as error:
             job = PredictionJob(number, name, error, None)
         jobs.append(job)
+    for field in sorted(unread):
+        if meant := meant_by(field):
+            log.warning("%s: the field %s is not read; did you mean %s?", path, field, meant)
+    named = {job.id for job in jobs if isinstance(job.record, Record)}
+    jobs = [
+        dataclasses.replace(job, id=f"line {job.number + 1}")
+        if isinstance(job.record, DataError) and job.id == str(job.number) and job.id in named
+        else job
+        for job in jobs
+    ]
     first: dict[str, int] = {}
     for job in jobs:
         if first.setdefault(job.id, job.number) != job.number:
@@ -222,20 +263,41 @@ def read_jobs(
     return jobs
 
 
+def _lines(
+    path: Path,
+) -> Iterator[tuple[int, str, bytes | DataError, Mapping[str, bytes]]]:
+    """Number, name for messages, text, and images of each pair of a file.
+
+    Raises DataError if nothing of it can be read; what is wrong later stands in a text's place.
+    """
+    if record_cache.is_random_access(str(path)):
+        for line_number, line in json_lines(path, DataError):
+            yield line_number - 1, f"{path}, line {line_number}", line, {}
+        return
+    number = 0
+    try:
+        for text, images in record_cache.records_of(str(path)):
+            yield number, f"{path}, record {number}", text, images
+            number += 1
+    except (OSError, ValueError, DataError) as problem:
+        error = DataError(f"{path}: {problem}")
+        if not number:
+            raise error from problem
+        yield number, "", error, {}
+
+
+def _placed(place: ImageRoot, packed: Mapping[str, bytes], name: str) -> ImageFile:
+    content = packed.get(name)
+    return place(name) if content is None else PackedImage(name, content)
+
+
 def _queries(raw: Mapping[str, Any], record: Record) -> tuple[str, ...]:
     query = raw.get("query")
     if isinstance(query, str):
         query = [query]
     if query is None:
-        turns = raw.get("conversations") or []
-        if not isinstance(turns, list):
-            raise record.error(f"conversations must be a list of turns, it is {turns!r}")
-        for i, turn in enumerate(turns):
-            if not isinstance(turn, Mapping) or not isinstance(turn.get("from"), str | None):
-                raise record.error(
-                    f"conversations[{i}] must be an object with from and value, it is {turn!r}"
-                )
-        query = [t.get("value") for t in turns if ROLES.get(t.get("from")) == "user"]
+        query = [without_markers(q) if isinstance(q, str) else q
+                 for q in questions(raw, record.error)]  # fmt: skip
     if not isinstance(query, list) or not all(isinstance(q, str) and q.strip() for q in query):
-        raise record.error(f"query must be a text or a list of texts, it is {query!r}")
+        raise record.error(f"query must be a text or a list of texts, it is {shown(query)}")
     return tuple(q.replace("<image>", "").strip() for q in query)

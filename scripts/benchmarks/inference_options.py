@@ -18,7 +18,8 @@ from PIL import Image
 
 from htfa_jax import Completion, HTFAInference
 from htfa_jax.common.cli import parse
-from htfa_jax.data.decode import load_image, load_mask
+from htfa_jax.data.decode import load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record
 from htfa_jax.data.splits import open_split
 from htfa_jax.evaluation.evaluator import questions

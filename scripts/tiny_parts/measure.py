@@ -30,7 +30,8 @@ from htfa_jax.checkpoints.weights import read_weights
 from htfa_jax.common import param_paths
 from htfa_jax.common.cli import command, parse, use_compilation_cache
 from htfa_jax.config import Config, load_config, override
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer

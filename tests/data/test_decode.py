@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from htfa_jax.data import decode
-from htfa_jax.data.decode import load_image, load_mask
+from htfa_jax.data.decode import load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.preprocess import load_images
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import DataError

@@ -49,7 +49,10 @@ def talk(*turns):
         ({"bbox_recon": [1, 2, 0, 3]}, r"bbox_recon=\[1, 2, 0, 3\] has no area"),
         ({"bbox_recon": [1, 2, 5, -3]}, "bbox_recon=.* has no area"),
         ({"bbox_orig": "1234"}, "bbox_orig must be"),
-        ({"conversations": ...}, "conversations must be a list"),
+        (
+            {"conversations": ...},
+            "conversations is missing: a record has .* this one has id, image",
+        ),
         ({"conversations": []}, "conversations must be a list"),
         (talk(("human", "hi")), "conversations has no assistant turn"),
         (talk(("robot", "hi"), ("gpt", "x")), r"conversations\[0\].from='robot', expected one of"),

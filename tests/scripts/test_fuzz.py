@@ -12,8 +12,9 @@ from htfa_jax.errors import DataError
 
 ROOT = Path(__file__).parents[2]
 READERS = """
-    record|records, JSON lines|records, JSON array|records, packed|manifest of shards|image|pickle
-    |ObMan|infer --input|predictions|contact sheet|curves|box|config.json|overrides|chat template
+    record|records, JSON lines|records, JSON array|record of another form|records, JSON object
+    |records, CSV|records, packed|manifest of shards|image|pickle|ObMan
+    |infer --input|predictions|contact sheet|curves|box|config.json|overrides|chat template
     |tokenizer_config.json|tokenizer.json|labels|tokenizer to convert|weights to convert
     |weight folder|checkpoint|checkpoint's meta|metrics.json
 """
@@ -24,13 +25,15 @@ FED = """
     htfa_jax/checkpoints/integrity.py htfa_jax/checkpoints/meta.py htfa_jax/checkpoints/weights.py
     htfa_jax/config/io.py htfa_jax/data/held_objects/sheet.py htfa_jax/data/sources/json_lines.py
     htfa_jax/data/sources/array_records.py htfa_jax/data/tokenizer.py
-    htfa_jax/data/tokenizer_file.py htfa_jax/demo/http.py htfa_jax/evaluation/curves.py
+    htfa_jax/data/tokenizer_file.py htfa_jax/data/sources/json_object.py
+    htfa_jax/data/sources/tables.py htfa_jax/demo/http.py htfa_jax/evaluation/curves.py
     htfa_jax/evaluation/report_html.py htfa_jax/infer.py htfa_jax/inference/export.py
     htfa_jax/inference/inputs.py weights_convert/source.py weights_convert/tokenizer.py
 """.split()
 OTHERS = {
     "htfa_jax/checkpoints/lock.py": "damage is no error: the lock is free",
     "htfa_jax/common/json_files.py": "the reader itself",
+    "htfa_jax/data/control_tokens.py": "what the tokenizers library wrote",
     "htfa_jax/data/convert.py": "its own file of a conversion that was stopped",
     "htfa_jax/data/held_objects/builder.py": "its own cache",
     "htfa_jax/data/held_objects/scene_files.py": "its own cache",

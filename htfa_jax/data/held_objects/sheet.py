@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from htfa_jax.common.json_files import read_json_lines
-from htfa_jax.data.decode import decode_field, load_image, load_mask
+from htfa_jax.data.decode import decode_field, load_image
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import Record, parse_record
 from htfa_jax.data.storage import image_root
 from htfa_jax.errors import DataError

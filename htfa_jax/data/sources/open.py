@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from htfa_jax.config import DataConfig
+from htfa_jax.data.forms import meant_by, unread_fields
 from htfa_jax.data.records import Dataset
-from htfa_jax.data.sources import array_records, record_cache
+from htfa_jax.data.sources import array_records, record_cache, tables
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.storage import ImageRoot, StoredImage, image_root, is_url, remote
 from htfa_jax.errors import DataError
+
+log = logging.getLogger(__name__)
 
 TFDS = "tfds:"
 # Records that are looked at for a reconstruction where the template says it is.
@@ -20,9 +24,10 @@ def open_source(name: str, data: DataConfig, split: str = "train") -> Dataset:
     """The records of a source.
 
     Args:
-      name: a JSON array or JSON lines, plain or compressed by gzip or zstd; ArrayRecord shards: a
-        folder, a pattern, a file; a URL of any of these (`gs://`, `s3://`, ...); or
-        `tfds:NAME[/config][:split]`.
+      name: a JSON array, JSON lines or records under a key, plain or compressed by gzip or zstd;
+        CSV, Parquet or Arrow; a folder of images with metadata.jsonl, or of such tables;
+        ArrayRecord shards: a folder, a pattern, a file; a URL of JSON or of shards (`gs://`,
+        `s3://`, ...); or `tfds:NAME[/config][:split]`.
       data: how its records are read.
       split: of a TFDS dataset that names none.
 
@@ -31,7 +36,21 @@ def open_source(name: str, data: DataConfig, split: str = "train") -> Dataset:
     records = _open(name, data, split)
     if data.recon_template is not None:
         _check_template(records, data.recon_template)
+    warn_of_unread(records, data.recon_template)
     return records
+
+
+def warn_of_unread(records: Dataset, template: str | None = None) -> None:
+    """Says which fields of the first records are not read, but may be meant for one that is."""
+    unread: set[str] = set()
+    for i in range(min(len(records), TEMPLATE_TRIES)):
+        try:
+            unread.update(unread_fields(records[i].raw, template))
+        except DataError:
+            continue  # told when it is its turn
+    for name in sorted(unread):
+        if meant := meant_by(name):
+            log.warning("%s: the field %s is not read; did you mean %s?", records, name, meant)
 
 
 def _open(name: str, data: DataConfig, split: str) -> Dataset:
@@ -40,6 +59,14 @@ def _open(name: str, data: DataConfig, split: str) -> Dataset:
 
         return TfdsRecords(name.removeprefix(TFDS), split, data.image_root, data.recon_template)
     cache_dir, template = Path(data.cache_dir).expanduser(), data.recon_template
+    files = None if is_url(name) else tables.files_of_folder(Path(name).expanduser(), split)
+    if files is not None and len(files) == 1 and files[0].suffix == ".jsonl":
+        name, files = str(files[0]), None
+    if files is not None:
+        root = image_root(data.image_root, str(files[0]))
+        copies = [record_cache.copy_of_texts(str(file), cache_dir) for file in files]
+        facts = [record_cache.identity_of(str(file)) for file in files]
+        return array_records.ShardedRecords(copies, root, template, name=name, identity=facts)
     place = image_root(data.image_root, name)
     if is_url(name) and array_records.SUFFIX in name.rpartition("/")[2]:
         urls = _remote_files(name)

@@ -20,11 +20,11 @@ from htfa_jax.common.files import made_once, whole_path
 from htfa_jax.common.hashing import short_hash
 from htfa_jax.common.json_files import check_beginning
 from htfa_jax.common.logs import progress
-from htfa_jax.data.sources import array_records, json_text
+from htfa_jax.data.sources import array_records, json_object, json_text, tables
 from htfa_jax.data.storage import is_url, remote
 from htfa_jax.errors import DataError
 
-FORMAT = 1  # of what is written here
+FORMAT = 2  # of what is written here
 PIECE = 2**20
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ def copy_of_texts(name: str, cache_dir: Path) -> Path:
     def write(partial: Path) -> None:
         writer, number, started = array_records.open_writer(partial), 0, time.time()
         try:
-            with contextlib.closing(_texts(name)) as texts:
-                for number, text in enumerate(texts, 1):  # noqa: B007
-                    writer.write(array_records.pack(text))
+            with contextlib.closing(records_of(name)) as records:
+                for number, (text, images) in enumerate(records, 1):  # noqa: B007
+                    writer.write(array_records.pack(text, images))
         except (OSError, ValueError, zlib.error) as error:
             raise DataError(f"{name}: {error}") from error
         finally:
@@ -90,17 +90,38 @@ def is_random_access(name: str) -> bool:
 
     Raises DataError if it cannot be read.
     """
-    if is_url(name):
+    if is_url(name) or tables.is_table(name):
         return False
     try:
         with _opened(name) as (file, _):
             beginning = file.read(4096)
             check_beginning(beginning)
+            lines = _decompressor(beginning) is None and _is_lines(
+                beginning, lambda: file.read(PIECE)
+            )
     except FileNotFoundError:
         raise DataError(f"no dataset at {name}: expected a .json or .jsonl file") from None
     except (OSError, ValueError) as error:
         raise DataError(f"{name} {error}") from error
-    return _decompressor(beginning) is None and beginning.lstrip()[:1] != b"["
+    return lines
+
+
+def _is_lines(beginning: bytes, more: Callable[[], bytes]) -> bool:
+    """Whether a file that begins so holds JSON lines.
+
+    Args:
+      beginning: of its content.
+      more: gives what follows, piece by piece; asked until there is a second line.
+    """
+    if beginning.lstrip()[:1] != b"{":
+        return beginning.lstrip()[:1] != b"["
+    line, newline, rest = beginning.lstrip().partition(b"\n")
+    while not newline and (piece := more()):
+        part, newline, rest = piece.partition(b"\n")
+        line += part
+    while not rest.strip() and (piece := more()):
+        rest = piece
+    return json_object.begins_as_lines(line, not rest.strip())
 
 
 def _made_once(
@@ -121,17 +142,42 @@ def _made_once(
     return path
 
 
+def records_of(name: str) -> Iterator[tuple[bytes, dict[str, bytes]]]:
+    """The texts of a file's records, and the images that it holds itself.
+
+    Raises OSError, and ValueError or DataError that say what is wrong with it.
+    """
+    if tables.is_table(name):
+        yield from tables.rows(Path(name).expanduser())
+    else:
+        with contextlib.closing(_texts(name)) as texts:
+            for text in texts:
+                yield text, {}
+
+
 def _texts(name: str) -> Iterator[bytes]:
-    """The records' texts of a file, whatever its form; blank lines left out."""
+    """The records' texts of a JSON file, whatever its form; blank lines left out."""
     with _opened(name) as (file, size):
         pieces = _decompressed(_pieces(file, size, name))
         beginning = next(pieces, b"")
         if not beginning:
             raise ValueError("it is empty: it has no bytes")
         check_beginning(beginning)
-        is_array = beginning.lstrip()[:1] == b"["
-        pieces = _chain(beginning, pieces)
-        if is_array:
+        seen = [beginning]
+
+        def more() -> bytes:
+            seen.append(next(pieces, b""))
+            return seen[-1]
+
+        first = beginning.lstrip()[:1]
+        if first == b"{" and not _is_lines(beginning, more):
+            seen.extend(pieces)
+            found = json_object.texts(b"".join(seen))
+            if found is not None:
+                yield from found
+                return
+        pieces = _chain(seen, pieces)
+        if first == b"[":
             for text in json_text.array_elements(pieces):
                 yield text.encode()
         else:
@@ -174,7 +220,7 @@ def _decompressed(pieces: Iterator[bytes]) -> Iterator[bytes]:
     Raises ValueError if it is damaged or cut off.
     """
     beginning = next(pieces, b"")
-    pieces = _chain(beginning, pieces)
+    pieces = _chain([beginning], pieces)
     make = _decompressor(beginning)
     if make is None:
         yield from pieces
@@ -207,6 +253,6 @@ def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
+def _chain(first: list[bytes], rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield from first
     yield from rest

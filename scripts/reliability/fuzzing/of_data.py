@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,10 +19,11 @@ from PIL import Image
 from htfa_jax import infer
 from htfa_jax.common.json_files import parse_json
 from htfa_jax.data import obman, safe_pickle
-from htfa_jax.data.decode import FORMATS, decoded, load_image, load_mask
+from htfa_jax.data.decode import FORMATS, decoded, load_image
 from htfa_jax.data.held_objects.sheet import contact_sheet
+from htfa_jax.data.masks import load_mask
 from htfa_jax.data.records import parse_record
-from htfa_jax.data.sources import array_records
+from htfa_jax.data.sources import array_records, json_object, tables
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.sources.json_text import array_elements
 from htfa_jax.data.storage import ImageRoot
@@ -42,6 +45,24 @@ RECORD = {
     ],
     "meta": {"occlusion": 0.4, "color": "red", "category": "jar"},
 }
+OTHERS = (
+    {"image": ["a.png", "b.png"], "conversations": RECORD["conversations"]},
+    {
+        "images": [{"path": "a.png", "bytes": None}, {"bytes": "iVBORw0KGgo="}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What?"}]},
+            {"role": "assistant", "content": "red"},
+        ],
+    },
+    {
+        "file_name": "data:image/png;base64,iVBORw0KGgo=",
+        "question": "What?",
+        "chosen": "red",
+        "object_mask": {"size": [2, 3], "counts": [1, 5]},
+        "occluder_mask": [[1, 2, 3, 4, 5, 6]],
+    },
+    {"image_orig": "a\\b.png", "object_mask": {"size": [4, 5], "counts": "52520"}, **RECORD},
+)
 PAIR = {**RECORD, "query": ["What?"]}
 PREDICTION = {
     "id": "a",
@@ -119,6 +140,33 @@ def readers(folder: Path) -> dict[str, Reader]:
         except ValueError as error:
             raise DataError(str(error)) from error
 
+    def whole(content: bytes) -> None:
+        try:
+            for text in json_object.texts(content) or ():
+                raw = parse_json(text, "here", DataError, object, allow_nan=True)
+                parse_record(raw, "here", ImageRoot("root"))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+
+    def table(path: Path) -> None:
+        try:
+            for text, _ in tables.rows(path):
+                raw = parse_json(text, "here", DataError, object, allow_nan=True)
+                parse_record(raw, "here", ImageRoot("root"))
+        except ValueError as error:
+            raise DataError(str(error)) from error
+
+    def csv_text(rng: Random) -> bytes:
+        row = altered(rng, {k: RECORD[k] for k in ("id", "image_orig", "conversations")})
+        cells = row if isinstance(row, dict) else {"image_orig": "a.png"}
+        file = io.StringIO()
+        writer = csv.writer(file)
+        writer.writerow(cells)
+        writer.writerow([v if isinstance(v, str) else json.dumps(v, default=str)
+                         for v in cells.values()])  # fmt: skip
+        content = file.getvalue().encode("utf-8", "replace")
+        return flipped(rng, content) if rng.randrange(2) else content
+
     def shard(packed: Any) -> None:
         path = folder / "a.array_record"
         writer = array_records.open_writer(path)
@@ -186,6 +234,12 @@ def readers(folder: Path) -> dict[str, Reader]:
             lambda rng: json_lines(rng, RECORD), lines(folder / "a.jsonl", records)
         ),
         "records, JSON array": Reader(lambda rng: json_bytes(rng, [RECORD, RECORD]), array),
+        "record of another form": Reader(
+            lambda rng: altered(rng, rng.choice(OTHERS)),
+            lambda raw: parse_record(raw, "here", ImageRoot("root"), with_turns=True),
+        ),
+        "records, JSON object": Reader(lambda rng: json_bytes(rng, {"data": [RECORD]}), whole),
+        "records, CSV": Reader(csv_text, lines(folder / "a.csv", table)),
         "records, packed": Reader(packed, shard),
         "manifest of shards": Reader(
             lambda rng: json_bytes(rng, {"shards": [{"name": "a", "bytes": 3}]}), manifest
