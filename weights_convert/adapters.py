@@ -1,0 +1,46 @@
+"""Adapters (LoRA and its kin) in or beside a checkpoint: what they change must be merged first."""
+
+from __future__ import annotations
+
+import re
+
+from htfa_jax.errors import CheckpointError
+from weights_convert.source import Source
+
+# Names of PEFT's, InternVL's, diffusers' and kohya's adapter tensors.
+_TENSOR = re.compile(
+    r"(^|[._])lora([._]|$)|\.base_layer\.|\.modules_to_save\.|ia3_l|hada_w|\.lokr_|\.oft_[rs]|"
+    r"vera_lambda|\.boft_|\.randlora_|prompt_embeddings|prompt_encoder\.",
+    re.IGNORECASE,
+)
+_FILE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|.*lora.*\.safetensors")
+
+
+def refuse_adapters(source: Source) -> None:
+    """Raises CheckpointError for a checkpoint with adapters that are not merged into its weights.
+
+    Without them the weights would be those of before the training that the adapters hold.
+    """
+    tensors = [key for key in source.keys if _TENSOR.search(key)]
+    files = [] if source.is_file else [n for n in source.files.names if _FILE.fullmatch(n)]
+    if not tensors and not files:
+        return
+    merge = (
+        "merge it into the weights first (PEFT: PeftModel.from_pretrained(base, adapter)"
+        ".merge_and_unload(), then save_pretrained; InternVL: tools/merge_lora.py) and convert "
+        "the merged checkpoint"
+    )
+    if tensors and len(tensors) == len(source.keys):
+        raise CheckpointError(
+            f"{source.name} is a LoRA adapter alone ({tensors[0]}, ...), without the model that it "
+            f"changes: {merge}"
+        )
+    if tensors:
+        raise CheckpointError(
+            f"{source.name} holds a LoRA adapter beside its weights ({len(tensors)} tensors such as "
+            f"{tensors[0]}): {merge}"
+        )
+    raise CheckpointError(
+        f"{source.name} holds a LoRA adapter beside its weights ({', '.join(files)}), which would "
+        f"be left out: {merge}. If the weights are meant without it, move these files away"
+    )
