@@ -37,8 +37,8 @@ def refuse_adapters(source: Source) -> None:
         )
     if tensors:
         raise CheckpointError(
-            f"{source.name} holds a LoRA adapter beside its weights ({len(tensors)} tensors such as "
-            f"{tensors[0]}): {merge}"
+            f"{source.name} holds a LoRA adapter beside its weights ({len(tensors)} tensors, "
+            f"{tensors[0]} is one): {merge}"
         )
     raise CheckpointError(
         f"{source.name} holds a LoRA adapter beside its weights ({', '.join(files)}), which would "

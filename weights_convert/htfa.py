@@ -23,10 +23,10 @@ from htfa_jax.errors import CheckpointError
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
-from weights_convert.convert import ConversionSpec, Rule, linear, same
-from weights_convert.siglip import count_layers
 from weights_convert.adapters import refuse_adapters
+from weights_convert.convert import ConversionSpec, Rule, linear, same
 from weights_convert.files import PICKLES
+from weights_convert.siglip import count_layers
 from weights_convert.source import Source
 
 log = logging.getLogger("htfa_jax.weights_convert")

@@ -21,7 +21,6 @@ from weights_convert.language_model import read
 from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
 
-
 log = logging.getLogger("htfa_jax.weights_convert")
 
 # Names of the embedding, behind the body, and of the head, behind the prefix.

@@ -253,7 +253,7 @@ def pickle_file(path: Path) -> dict[str, Handle]:
 
 
 def _refused(error: Exception) -> str:
-    """Why PyTorch read no tensors. Its own advice is to run what the file says, which ours is not."""
+    """Why PyTorch read no tensors; not its advice, which is to run what the file says."""
     said = str(error)
     if "eights only load failed" in said or "weights_only" in said:
         found = re.search(r"GLOBAL:? `?([\w.]+)", said)

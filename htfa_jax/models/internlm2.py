@@ -1,7 +1,8 @@
 """InternLM2 decoder: RMSNorm, grouped-query attention, rotary positions, SwiGLU.
 
-Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the
-checkpoint layout differs; Qwen2 adds biases to queries, keys and values. This is the form that trains; `decoding` has the one that decodes.
+Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the checkpoint
+layout differs. Qwen2 adds biases to queries, keys and values. This is the form that trains;
+`decoding` has the one that decodes.
 """
 
 import dataclasses

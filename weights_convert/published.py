@@ -1,0 +1,234 @@
+"""Published checkpoints in transformers' own classes, built from their own config.json.
+
+What `verify` compares with. Nothing here asks the converter: class, numbers and defaults are what
+transformers makes of config.json, so that what the converter misreads becomes a difference. None of
+the checkpoint's own code is run. transformers has no class for InternLM2's and Janus's own names;
+each function says what the reference is instead.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from htfa_jax.errors import CheckpointError
+from weights_convert import internlm2
+from weights_convert.language_model import kind_of
+from weights_convert.reference import tensor
+from weights_convert.source import Source
+
+# Configuration of InternLM2 as published with it, where it differs from transformers' Llama.
+_INTERNLM2 = {"model_type": "llama", "attention_bias": False, "mlp_bias": False}
+
+
+def decoder(source: Source, num_layers: int) -> tuple[torch.nn.Module, str]:
+    """The language model of a checkpoint, and what it is.
+
+    Args:
+      source: the checkpoint.
+      num_layers: only so many layers.
+
+    Raises CheckpointError if transformers does not take it.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    place = internlm2.find(source)
+    config, what = _text_config(source, place.naming)
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]
+    state = {}
+    for key in source.keys:
+        layer = re.match(re.escape(place.body) + r"layers\.(\d+)\.", key)
+        if "inv_freq" in key or (layer and int(layer[1]) >= num_layers):
+            continue
+        if key.startswith(place.body) and key != place.head:
+            state["model." + key.removeprefix(place.body)] = tensor(source.read(key))
+    if place.head in source:
+        state["lm_head.weight"] = tensor(source.read(place.head))
+    if place.naming == "InternLM2":
+        groups = config.num_key_value_heads
+        state = llama_names(state, groups, config.hidden_size // config.num_attention_heads)
+    try:
+        cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return _loaded(cls, config, state, source), what
+    except KeyError:
+        raise CheckpointError(
+            f"transformers has no language model for {type(config).__name__} of {source.name}"
+        ) from None
+
+
+def llama_names(state: Mapping[str, Tensor], groups: int, head_dim: int) -> dict[str, Tensor]:
+    """InternLM2's tensors under Llama's names.
+
+    Args:
+      state: behind "model.", the head as "lm_head.weight".
+      groups: heads of keys and values.
+      head_dim: size of each head.
+    """
+    names = {
+        "tok_embeddings": "embed_tokens",
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.wo": "self_attn.o_proj",
+        "feed_forward.w1": "mlp.gate_proj",
+        "feed_forward.w2": "mlp.down_proj",
+        "feed_forward.w3": "mlp.up_proj",
+    }
+    out = {}
+    for key, value in state.items():
+        name = key
+        for theirs, llama in names.items():
+            name = name.replace(theirs, llama)
+        if "wqkv" not in key:
+            out[name] = value
+            continue
+        # One group per key head: its queries, then its key, then its value.
+        split = [g.split([len(g) - 2 * head_dim, head_dim, head_dim]) for g in value.chunk(groups)]
+        for i, part in enumerate("qkv"):
+            target = name.replace("attention.wqkv", f"self_attn.{part}_proj")
+            out[target] = torch.cat([s[i] for s in split])
+    return out
+
+
+def _text_config(source: Source, naming: str) -> tuple[Any, str]:
+    """transformers' configuration of the language model, and what the reference is."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    whole = dict(source.config)
+    if naming == "InternLM2":
+        told = {**source.section("llm_config", "text_config", "language_config")}
+        told = {k: v for k, v in told.items() if k not in ("architectures", "bias", "auto_map")}
+        config = CONFIG_MAPPING["llama"].from_dict({**told, **_INTERNLM2})
+        return config, (
+            "reference: transformers' Llama by the numbers of config.json (transformers has no "
+            "InternLM2, and the checkpoint's own code is not run)"
+        )
+    kind = whole.get("model_type")
+    if kind in CONFIG_MAPPING and not str(kind).startswith("llava") or "text_config" in whole:
+        config = CONFIG_MAPPING[str(kind)].from_dict(whole).get_text_config(decoder=True)
+        if whole.get("tie_word_embeddings"):
+            config.tie_word_embeddings = True
+    else:
+        told = {**source.section("llm_config", "text_config", "language_config")}
+        named = kind_of(source)[0]
+        if named not in CONFIG_MAPPING:
+            raise CheckpointError(f"transformers knows no model_type {named!r} of {source.name}")
+        config = CONFIG_MAPPING[named].from_dict({**told, "model_type": named})
+    return config, f"reference: transformers' {type(config).__name__.removesuffix('Config')}"
+
+
+def siglip(source: Source, prefix: str, naming: str) -> tuple[torch.nn.Module, str]:
+    """The vision tower of a checkpoint at its own image size, and what it is.
+
+    Args:
+      source: the checkpoint.
+      prefix: of the tower's tensors.
+      naming: "transformers" or "timm".
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    state = {
+        key.removeprefix(prefix): tensor(source.read(key))
+        for key in source.keys
+        if key.startswith(prefix) and "position_ids" not in key
+    }
+    if naming == "timm":
+        return _janus_tower(source, state)
+    whole = dict(source.config)
+    kind = str(whole.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        part = source.section("vision_config")
+        config = CONFIG_MAPPING[str(part.get("model_type"))].from_dict(part)
+    else:
+        config = CONFIG_MAPPING[kind].from_dict(whole)
+        config = getattr(config, "vision_config", config)
+    named = type(config).__name__.removesuffix("Config") + "Model"
+    cls: Any = getattr(transformers, named, None) or _janus_class(named)
+    if named == "SiglipVisionModel":
+        config.vision_use_head = False
+    state = {k: v for k, v in state.items() if not k.startswith("head.")}
+    if named.startswith("Janus"):
+        old, new = ".self_attn.out_proj.", ".self_attn.projection_layer."
+        state = {k.replace(old, new): v for k, v in state.items()}
+    return _loaded(cls, config, state, source), f"reference: transformers' {named}"
+
+
+def _janus_class(named: str) -> Any:
+    from transformers.models.janus import modeling_janus
+
+    return getattr(modeling_janus, named)
+
+
+def _janus_tower(source: Source, state: Mapping[str, Tensor]) -> tuple[torch.nn.Module, str]:
+    """Janus's own tower in transformers' SiglipVisionModel with the exact GELU of Janus's code."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    name = source.section("vision_config").get("params", {}).get("model_name", "")
+    timm = {
+        r"patch_embed\.proj\.(.*)": r"embeddings.patch_embedding.\1",
+        r"pos_embed": "embeddings.position_embedding.weight",
+        r"blocks\.(\d+)\.norm([12])\.(.*)": r"encoder.layers.\1.layer_norm\2.\3",
+        r"blocks\.(\d+)\.attn\.proj\.(.*)": r"encoder.layers.\1.self_attn.out_proj.\2",
+        r"blocks\.(\d+)\.mlp\.(.*)": r"encoder.layers.\1.mlp.\2",
+        r"norm\.(.*)": r"post_layernorm.\1",
+    }
+    out = {}
+    for key, value in state.items():
+        if fused := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
+            for part, third in zip("qkv", value.chunk(3), strict=True):
+                out[f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"] = third
+        for pattern, theirs in timm.items():
+            if re.fullmatch(pattern, key):
+                out[re.sub(pattern, theirs, key)] = (
+                    value.squeeze(0) if key == "pos_embed" else value
+                )
+    positions, width = out["embeddings.position_embedding.weight"].shape
+    patch = out["embeddings.patch_embedding.weight"].shape[-1]
+    config = SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=len(out["encoder.layers.0.mlp.fc1.bias"]),
+        num_hidden_layers=sum(key.endswith(".layer_norm1.bias") for key in out),
+        num_attention_heads=width // (72 if "so400m" in name else 64),
+        patch_size=patch,
+        image_size=patch * int(positions**0.5),
+        hidden_act="gelu",
+        vision_use_head=False,
+    )
+    return _loaded(SiglipVisionModel, config, out, source), (
+        f"reference: transformers' SiglipVisionModel as Janus's code builds {name}: exact GELU "
+        "(transformers does not read these names)"
+    )
+
+
+def _loaded(cls: Any, config: Any, state: dict[str, Tensor], source: Source) -> torch.nn.Module:
+    """A model as `from_pretrained` makes it, which also decides what is tied."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    config._attn_implementation = "eager"
+    # Some releases of transformers put "vision_model." before an encoder's names, some do not.
+    with torch.device("meta"):
+        names = set(cls(config).state_dict())
+    if not set(state) & names:
+        state = {f"vision_model.{name}": value for name, value in state.items()}
+    try:
+        model, told = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"transformers' {cls.__name__} does not take {source.name}: {error}"
+        ) from error
+    wrong = [*told["missing_keys"], *told["unexpected_keys"], *map(str, told["mismatched_keys"])]
+    if wrong:
+        raise CheckpointError(
+            f"transformers' {cls.__name__} by config.json of {source.name} has other tensors: "
+            + ", ".join(sorted(wrong)[:10])
+        )
+    return model.eval()
