@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from htfa_jax.errors import CheckpointError
+from weights_convert.convert import Tensors
 from weights_convert.source import Source
 
 # Names of PEFT's, InternVL's, diffusers' and kohya's adapter tensors.
@@ -16,31 +17,33 @@ _TENSOR = re.compile(
 _FILE = re.compile(r"adapter_config\.json|adapter_model\.(safetensors|bin)|.*lora.*\.safetensors")
 
 
-def refuse_adapters(source: Source) -> None:
+def refuse_adapters(source: Tensors) -> None:
     """Raises CheckpointError for a checkpoint with adapters that are not merged into its weights.
 
     Without them the weights would be those of before the training that the adapters hold.
     """
     tensors = [key for key in source.keys if _TENSOR.search(key)]
-    files = [] if source.is_file else [n for n in source.files.names if _FILE.fullmatch(n)]
+    folder = source.files.names if isinstance(source, Source) and not source.is_file else []
+    files = [name for name in folder if _FILE.fullmatch(name)]
     if not tensors and not files:
         return
+    name = getattr(source, "name", "the checkpoint")
     merge = (
         "merge it into the weights first (PEFT: PeftModel.from_pretrained(base, adapter)"
         ".merge_and_unload(), then save_pretrained; InternVL: tools/merge_lora.py) and convert "
         "the merged checkpoint"
     )
-    if tensors and len(tensors) == len(source.keys):
+    if tensors and len(tensors) == len(list(source.keys)):
         raise CheckpointError(
-            f"{source.name} is a LoRA adapter alone ({tensors[0]}, ...), without the model that it "
+            f"{name} is a LoRA adapter alone ({tensors[0]}, ...), without the model that it "
             f"changes: {merge}"
         )
     if tensors:
         raise CheckpointError(
-            f"{source.name} holds a LoRA adapter beside its weights ({len(tensors)} tensors, "
+            f"{name} holds a LoRA adapter beside its weights ({len(tensors)} tensors, "
             f"{tensors[0]} is one): {merge}"
         )
     raise CheckpointError(
-        f"{source.name} holds a LoRA adapter beside its weights ({', '.join(files)}), which would "
+        f"{name} holds a LoRA adapter beside its weights ({', '.join(files)}), which would "
         f"be left out: {merge}. If the weights are meant without it, move these files away"
     )
