@@ -103,6 +103,12 @@ def _text_config(source: Source, naming: str) -> tuple[Any, str]:
     if naming == "InternLM2":
         told = {**source.section("llm_config", "text_config", "language_config")}
         told = {k: v for k, v in told.items() if k not in ("architectures", "bias", "auto_map")}
+        if "num_key_value_heads" not in told and "num_attention_heads" in told:
+            wqkv = next(
+                key for key in source.keys if key.endswith("layers.0.attention.wqkv.weight")
+            )
+            rows, width = source.shape(wqkv, 2)
+            told["num_key_value_heads"] = (rows - width) * told["num_attention_heads"] // 2 // width
         config = CONFIG_MAPPING["llama"].from_dict({**told, **_INTERNLM2})
         return config, (
             "reference: transformers' Llama by the numbers of config.json (transformers has no "

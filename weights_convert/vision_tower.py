@@ -99,11 +99,10 @@ def read_transformers(source: Source, found: Mapping[str, int]) -> VisionTower:
         else or which contradicts the tensors.
     """
     section = _section(source)
-    kind = section.get("model_type") if section is not source.config else None
-    whole = str(source.config.get("model_type"))
-    if section is source.config and whole in DEFAULTS:
-        kind = whole
-    kind = str(kind or PARTS.get(whole) or _of_architectures(source.config))
+    kind, whole = section.get("model_type"), str(source.config.get("model_type"))
+    if section is source.config or kind is None:
+        kind = PARTS.get(whole, kind)
+    kind = str(kind or _of_architectures(source.config))
     if kind.startswith("siglip2"):
         raise CheckpointError(f"{source.name} is {NAFLEX}")
     if kind not in DEFAULTS:

@@ -78,7 +78,7 @@ class TransposedLinear(nnx.Module):
         out_BTF = transposed_dot(x_BTD, kernel_FD, out_dtype, norm=norm)
         if not hasattr(self, "bias"):
             return out_BTF
-        return out_BTF + self.bias.get_value().astype(out_BTF.dtype)
+        return out_BTF + self.bias.get_value().astype(out_BTF.dtype)[None, None]
 
 
 class DecodingAttention(nnx.Module):
