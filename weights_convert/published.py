@@ -17,7 +17,7 @@ from torch import Tensor
 
 from htfa_jax.errors import CheckpointError
 from weights_convert import internlm2
-from weights_convert.language_model import kind_of
+from weights_convert.language_model import SECTIONS, kind_of
 from weights_convert.reference import tensor
 from weights_convert.source import Source
 
@@ -37,7 +37,7 @@ def decoder(source: Source, num_layers: int) -> tuple[torch.nn.Module, str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     place = internlm2.find(source)
-    config, what = _text_config(source, place.naming)
+    config, what = _text_config(source, place)
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]
@@ -95,37 +95,64 @@ def llama_names(state: Mapping[str, Tensor], groups: int, head_dim: int) -> dict
     return out
 
 
-def _text_config(source: Source, naming: str) -> tuple[Any, str]:
+def _text_config(source: Source, place: internlm2.Place) -> tuple[Any, str]:
     """transformers' configuration of the language model, and what the reference is."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    whole = dict(source.config)
-    if naming == "InternLM2":
-        told = {**source.section("llm_config", "text_config", "language_config")}
-        told = {k: v for k, v in told.items() if k not in ("architectures", "bias", "auto_map")}
-        if "num_key_value_heads" not in told and "num_attention_heads" in told:
-            wqkv = next(
-                key for key in source.keys if key.endswith("layers.0.attention.wqkv.weight")
-            )
-            rows, width = source.shape(wqkv, 2)
-            told["num_key_value_heads"] = (rows - width) * told["num_attention_heads"] // 2 // width
-        config = CONFIG_MAPPING["llama"].from_dict({**told, **_INTERNLM2})
+    part, whole = source.section(*SECTIONS), source.config
+    # Without these, a tensor of another shape would say the same.
+    shapes = _shapes(source, place)
+    if place.naming == "InternLM2":
+        told = {k: v for k, v in part.items() if k not in ("architectures", "bias", "auto_map")}
+        config = _config(source, "llama", {**shapes, **told, **_INTERNLM2})
         return config, (
             "reference: transformers' Llama by the numbers of config.json (transformers has no "
             "InternLM2, and the checkpoint's own code is not run)"
         )
-    kind = whole.get("model_type")
-    if kind in CONFIG_MAPPING and not str(kind).startswith("llava") or "text_config" in whole:
-        config = CONFIG_MAPPING[str(kind)].from_dict(whole).get_text_config(decoder=True)
+    if part is not whole and _is_known(whole.get("model_type")):
+        config = _config(source, str(whole["model_type"]), whole).get_text_config(decoder=True)
         if whole.get("tie_word_embeddings"):
             config.tie_word_embeddings = True
     else:
-        told = {**source.section("llm_config", "text_config", "language_config")}
-        named = kind_of(source)[0]
-        if named not in CONFIG_MAPPING:
-            raise CheckpointError(f"transformers knows no model_type {named!r} of {source.name}")
-        config = CONFIG_MAPPING[named].from_dict({**told, "model_type": named})
+        kind = kind_of(source)[0]
+        config = _config(source, kind, {**shapes, **part, "model_type": kind})
     return config, f"reference: transformers' {type(config).__name__.removesuffix('Config')}"
+
+
+def _shapes(source: Source, place: internlm2.Place) -> dict[str, int]:
+    """Sizes that only tensors tell where config.json leaves them out."""
+    named = {
+        "InternLM2": ("tok_embeddings", "feed_forward.w1", "attention.wqkv"),
+        "Llama": ("embed_tokens", "mlp.gate_proj", "self_attn.k_proj"),
+    }[place.naming]
+    layer = f"{place.body}layers.0."
+    words, width = source.shape(f"{place.body}{named[0]}.weight", 2)
+    found = {"vocab_size": words, "hidden_size": width}
+    found["intermediate_size"] = source.shape(f"{layer}{named[1]}.weight", 2)[0]
+    heads = source.section(*SECTIONS).get("num_attention_heads")
+    if isinstance(heads, int) and heads > 0:
+        rows = source.shape(f"{layer}{named[2]}.weight", 2)[0]
+        wide = (rows - width) // 2 if place.naming == "InternLM2" else rows
+        found["num_key_value_heads"] = wide * heads // width
+    return found
+
+
+def _is_known(kind: Any) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return kind in CONFIG_MAPPING
+
+
+def _config(source: Source, kind: str, told: Mapping[str, Any]) -> Any:
+    """transformers' configuration of a kind. Raises CheckpointError if it takes no such values."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if not _is_known(kind):
+        raise CheckpointError(f"transformers knows no model_type {kind!r} of {source.name}")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(told))
+    except Exception as error:  # its checks raise errors of their own kinds
+        raise CheckpointError(
+            f"transformers does not take config.json of {source.name}: {error}"
+        ) from error
 
 
 def siglip(source: Source, prefix: str, naming: str) -> tuple[torch.nn.Module, str]:
@@ -137,7 +164,6 @@ def siglip(source: Source, prefix: str, naming: str) -> tuple[torch.nn.Module, s
       naming: "transformers" or "timm".
     """
     import transformers
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     state = {
         key.removeprefix(prefix): tensor(source.read(key))
@@ -146,14 +172,13 @@ def siglip(source: Source, prefix: str, naming: str) -> tuple[torch.nn.Module, s
     }
     if naming == "timm":
         return _janus_tower(source, state)
-    whole = dict(source.config)
-    kind = str(whole.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        part = source.section("vision_config")
-        config = CONFIG_MAPPING[str(part.get("model_type"))].from_dict(part)
-    else:
-        config = CONFIG_MAPPING[kind].from_dict(whole)
+    whole = source.config
+    if _is_known(whole.get("model_type")):
+        config = _config(source, str(whole["model_type"]), whole)
         config = getattr(config, "vision_config", config)
+    else:
+        part = source.section("vision_config")
+        config = _config(source, str(part.get("model_type")), part)
     named = type(config).__name__.removesuffix("Config") + "Model"
     cls: Any = getattr(transformers, named, None) or _janus_class(named)
     if named == "SiglipVisionModel":

@@ -98,6 +98,7 @@ def test_the_table_of_defaults_is_that_of_the_classes():
         assert ours == {name: getattr(theirs, name) for name in ours}, kind
 
 
+@pytest.mark.slow
 def test_another_head_than_the_embedding_is_kept_whatever_config_json_says(llama, tmp_path, caplog):
     model, tensors, config = llama
     folder = written(tmp_path / "a", tensors, config | {"tie_word_embeddings": True})
@@ -249,6 +250,7 @@ def test_internlm2_with_biases_is_refused_and_its_defaults_are_its_own(llama, tm
         spec_of(written(tmp_path / "b", named, config | {"bias": True}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", [False, True])
 def test_qwen2_with_its_biases(qwen2, tmp_path, decoding):
     model, tensors, config = qwen2
@@ -277,6 +279,7 @@ def test_qwen2_inside_internvl_and_back_under_its_own_names(qwen2, tmp_path):
         np.testing.assert_array_equal(back[key], value, err_msg=key)
 
 
+@pytest.mark.slow
 def test_names_of_a_module_as_transformers_has_them_now(llama, tmp_path):
     """`model.language_model.layers`, the head apart; and a body alone with its head tied."""
     model, tensors, config = llama

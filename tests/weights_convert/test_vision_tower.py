@@ -82,6 +82,7 @@ def test_the_table_of_defaults_is_that_of_the_classes():
         assert ours == {name: getattr(cls(), name) for name in ours}
 
 
+@pytest.mark.slow
 def test_both_gelus_compute_what_their_checkpoints_do(towers, tmp_path):
     assert not near(expected(towers["gelu"][0]), expected(towers["gelu_pytorch_tanh"][0]))
     for act, (model, tensors, config) in towers.items():
