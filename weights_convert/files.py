@@ -6,6 +6,7 @@ instead of a file, the state of an optimizer. Each is a sentence here that says 
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from pathlib import Path
@@ -61,10 +62,10 @@ class HubFiles:
     def __init__(self, repository: str, revision: str | None, sizes: bool = False):
         from huggingface_hub import HfApi
 
-        # Only asked for where they are shown: not every mirror of the hub answers it.
-        more = {"files_metadata": True} if sizes else {}
+        # Sizes are only asked for where they are shown: not every mirror of the hub says them.
+        ask = functools.partial(HfApi().model_info, repository, revision=revision)
         try:
-            info = HfApi().model_info(repository, revision=revision, **more)
+            info = ask(files_metadata=True) if sizes else ask()
         except Exception as error:  # each release raises the errors of another HTTP library
             raise hub.refusal(repository, error) from error
         self.repository, self.revision = repository, info.sha

@@ -164,8 +164,7 @@ def read(source: Source, width: int, num_layers: int, mlp_dim: int, words: int) 
 
     def number(name: str, positive: type = int) -> Any:
         value = told[name]
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not fits or (positive is int and value != int(value)):
+        if not is_positive(value) or (positive is int and value != int(value)):
             raise refuse(name, value, f"expected a positive {positive.__name__}")
         return positive(value)
 
@@ -213,7 +212,7 @@ def kind_of(source: Source) -> tuple[str, dict[str, Any]]:
     elif named and str(kind).startswith("llava"):
         kind = named  # LLaVA's own checkpoints have no part for it
     kind = kind or named
-    if kind is None:
+    if not isinstance(kind, str):
         raise CheckpointError(
             f"{source.name}: config.json says no model_type, and many architectures have tensors "
             "of these names: put the checkpoint's own config.json there"
@@ -230,6 +229,11 @@ def kind_of(source: Source) -> tuple[str, dict[str, Any]]:
             f"{kind} {why}. These are converted: {', '.join(DEFAULTS)}"
         )
     return kind, section
+
+
+def is_positive(value: Any) -> bool:
+    """Whether a value of config.json is a positive number, and not an absurd one."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e15
 
 
 def _of_architectures(names: Any) -> str | None:
@@ -254,7 +258,7 @@ def _check(
         return value == 1 and not isinstance(value, bool)
 
     def is_full(value: Any) -> bool:
-        return isinstance(value, list) and set(value) <= {"full_attention"}
+        return isinstance(value, list) and all(v == "full_attention" for v in value)
 
     def reaches(value: Any) -> bool:
         return isinstance(value, int) and value >= longest
@@ -264,7 +268,7 @@ def _check(
         "head_dim": (lambda v: v == head_dim, f"this decoder's is width / heads, {head_dim}"),
         "layer_types": (is_full, "this decoder attends to all earlier tokens in every layer"),
         "no_rope_layers": (
-            lambda v: isinstance(v, list) and set(v) <= {1},
+            lambda v: isinstance(v, list) and all(one == 1 for one in v),
             "this decoder rotates in every layer",
         ),
         "partial_rotary_factor": (is_one, "this decoder rotates whole heads"),
@@ -329,11 +333,11 @@ def _rope(
         raise refuse(field, rope, "this decoder rotates whole heads")
     # As in transformers, what stands in the object goes first.
     theta, factor = rope.get("rope_theta") or told["rope_theta"], rope.get("factor", 1.0)
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or not theta > 0:
+    if not is_positive(theta):
         raise refuse("rope_theta", theta, "expected a positive number")
     if kind != "linear":
         factor = 1.0
-    elif not isinstance(factor, int | float) or isinstance(factor, bool) or not factor > 0:
+    elif not is_positive(factor):
         raise refuse(field, rope, "expected a positive number as its factor")
     trained = rope.get("original_max_position_embeddings")
     if kind == "dynamic" and isinstance(trained, int) and 0 < trained < longest:

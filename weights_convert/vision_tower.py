@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from htfa_jax.errors import CheckpointError
+from weights_convert.language_model import is_positive
 from weights_convert.source import Source
 
 TANH, EXACT = "gelu_pytorch_tanh", "gelu"
@@ -126,12 +127,12 @@ def read_transformers(source: Source, found: Mapping[str, int]) -> VisionTower:
     heads, eps = told["num_attention_heads"], told["layer_norm_eps"]
     if told["hidden_act"] not in (TANH, EXACT):
         raise _refusal(source, "hidden_act", told["hidden_act"], f"expected {TANH} or {EXACT}")
-    if not _is_number(heads) or heads != int(heads) or found["hidden_size"] % int(heads):
+    if not is_positive(heads) or heads != int(heads) or found["hidden_size"] % int(heads):
         raise CheckpointError(
             f"{source.name}: num_attention_heads {heads!r} (of config.json, or the default of "
             f"{kind}) does not divide the width {found['hidden_size']}"
         )
-    if not _is_number(eps):
+    if not is_positive(eps):
         raise _refusal(source, "layer_norm_eps", eps, "expected a positive number")
     return VisionTower(kind, int(heads), told["hidden_act"], float(eps))
 
@@ -180,10 +181,6 @@ def _of_architectures(config: Mapping[str, Any]) -> str | None:
     named = config.get("architectures")
     known = {"SiglipVisionModel": "siglip_vision_model", "SiglipModel": "siglip_vision_model"}
     return known.get(str(named[0])) if isinstance(named, list) and len(named) == 1 else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _refusal(source: Source, name: str, value: Any, why: str) -> CheckpointError:

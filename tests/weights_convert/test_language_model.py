@@ -25,7 +25,7 @@ from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.models.layers import make_rngs
 from weights_convert import internlm2
 from weights_convert.folder import write_folder
-from weights_convert.language_model import DEFAULTS
+from weights_convert.language_model import DEFAULTS, read
 from weights_convert.source import Source
 from weights_convert.verify import verify
 
@@ -312,6 +312,31 @@ def test_verify_asks_config_json_and_not_the_converter(llama, tmp_path, monkeypa
     monkeypatch.setattr(internlm2, "_sizes", misread)
     with pytest.raises(CheckpointError, match="does not compute what"):
         verify(tmp_path / "out", Source(folder))
+
+
+ODD = [None, True, -1, 0, 1e400, float("nan"), 10**400, "x", [], [[]], {}, {"a": {}}, "llama"]
+
+
+def test_odd_values_end_in_sentences(llama, tmp_path):
+    _, tensors, config = llama
+    whole = {"model_type": "llava", "text_config": config}
+    folder = written(tmp_path, tensors, config)
+    changed = [config | {name: value} for name in config for value in ODD]
+    changed += [
+        {**config, "rope_parameters": {"rope_type": k, n: v}}
+        for k in ("linear", "dynamic", {})
+        for n in ("factor", "rope_theta")
+        for v in ODD
+    ]
+    changed += [whole | {name: value} for name in whole for value in ODD]
+    refused = 0
+    for said in changed:
+        (folder / "config.json").write_text(json.dumps(said))
+        try:
+            read(Source(folder), 48, 2, 56, 130)
+        except CheckpointError:
+            refused += 1
+    assert refused > len(changed) / 4
 
 
 def test_metas_own_names_are_named(tmp_path):

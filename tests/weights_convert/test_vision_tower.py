@@ -1,5 +1,6 @@
 """Vision towers are what their config.json says: which GELU, how many heads; others are refused."""
 
+import contextlib
 import json
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from weights_convert.folder import write_folder
 from weights_convert.source import Source
 from weights_convert.to_hf import siglip_config
 from weights_convert.verify import verify
-from weights_convert.vision_tower import DEFAULTS
+from weights_convert.vision_tower import DEFAULTS, read_janus, read_transformers
 
 SIDE = 32
 SIZES = {
@@ -147,6 +148,24 @@ def test_what_would_compute_something_else_is_named(towers, tmp_path, changes, m
     folder = written(tmp_path, tensors, config | changes)
     with pytest.raises(CheckpointError, match=message):
         siglip.conversion_spec(Source(folder), SIDE)
+
+
+def test_odd_values_end_in_sentences(towers, tmp_path):
+    _, tensors, config = towers["gelu"]
+    odd = [None, True, -1, 0, 1e400, float("nan"), "x", [], [[]], {}, {"a": {}}]
+    names, (timm, own) = [*config, "vision_config"], janus(tensors)
+    for said, given in ((config, tensors), (own, timm), (own["vision_config"]["params"], timm)):
+        folder = written(tmp_path, given, {})
+        for name in [*names, *said]:
+            for value in odd:
+                inner = {**said, name: value}
+                inner = {"vision_config": {"params": inner}} if "select_layer" in said else inner
+                (folder / "config.json").write_text(json.dumps(inner))
+                source = Source(folder)
+                with contextlib.suppress(CheckpointError):
+                    read_transformers(source, {"hidden_size": 128})
+                with contextlib.suppress(CheckpointError):
+                    read_janus(source, 128)
 
 
 def test_left_out_heads_are_the_twelve_of_the_class(towers, tmp_path):
