@@ -94,6 +94,16 @@ def test_both_gelus_compute_what_their_checkpoints_do(towers, tmp_path):
         assert "transformers' SiglipVisionModel" in verify(out, Source(folder))
 
 
+def test_an_image_that_patches_do_not_fill(tmp_path):
+    """As 384 pixels and patches of 14, which the best known SigLIP has."""
+    config = SiglipVisionConfig(**SIZES | {"image_size": SIDE + 5}, vision_use_head=False)
+    random(SiglipVisionModel(config)).save_pretrained(tmp_path / "a")
+    source = Source(tmp_path / "a")
+    spec = siglip.conversion_spec(source, 40)
+    write_folder(source, spec, tmp_path / "out")
+    assert verify(tmp_path / "out", source)
+
+
 def janus(tensors):
     config = {
         "model_type": "multi_modality",
