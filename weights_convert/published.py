@@ -18,7 +18,7 @@ from torch import Tensor
 from htfa_jax.errors import CheckpointError
 from weights_convert import internlm2
 from weights_convert.language_model import SECTIONS, kind_of
-from weights_convert.reference import tensor
+from weights_convert.reference import llama_names, siglip_names, tensor
 from weights_convert.source import Source
 
 # Configuration of InternLM2 as published with it, where it differs from transformers' Llama.
@@ -60,39 +60,6 @@ def decoder(source: Source, num_layers: int) -> tuple[torch.nn.Module, str]:
         raise CheckpointError(
             f"transformers has no language model for {type(config).__name__} of {source.name}"
         ) from None
-
-
-def llama_names(state: Mapping[str, Tensor], groups: int, head_dim: int) -> dict[str, Tensor]:
-    """InternLM2's tensors under Llama's names.
-
-    Args:
-      state: behind "model.", the head as "lm_head.weight".
-      groups: heads of keys and values.
-      head_dim: size of each head.
-    """
-    names = {
-        "tok_embeddings": "embed_tokens",
-        "attention_norm": "input_layernorm",
-        "ffn_norm": "post_attention_layernorm",
-        "attention.wo": "self_attn.o_proj",
-        "feed_forward.w1": "mlp.gate_proj",
-        "feed_forward.w2": "mlp.down_proj",
-        "feed_forward.w3": "mlp.up_proj",
-    }
-    out = {}
-    for key, value in state.items():
-        name = key
-        for theirs, llama in names.items():
-            name = name.replace(theirs, llama)
-        if "wqkv" not in key:
-            out[name] = value
-            continue
-        # One group per key head: its queries, then its key, then its value.
-        split = [g.split([len(g) - 2 * head_dim, head_dim, head_dim]) for g in value.chunk(groups)]
-        for i, part in enumerate("qkv"):
-            target = name.replace("attention.wqkv", f"self_attn.{part}_proj")
-            out[target] = torch.cat([s[i] for s in split])
-    return out
 
 
 def _text_config(source: Source, place: internlm2.Place) -> tuple[Any, str]:
@@ -201,25 +168,11 @@ def _janus_tower(source: Source, state: Mapping[str, Tensor]) -> tuple[torch.nn.
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     name = source.section("vision_config").get("params", {}).get("model_name", "")
-    timm = {
-        r"patch_embed\.proj\.(.*)": r"embeddings.patch_embedding.\1",
-        r"pos_embed": "embeddings.position_embedding.weight",
-        r"blocks\.(\d+)\.norm([12])\.(.*)": r"encoder.layers.\1.layer_norm\2.\3",
-        r"blocks\.(\d+)\.attn\.proj\.(.*)": r"encoder.layers.\1.self_attn.out_proj.\2",
-        r"blocks\.(\d+)\.mlp\.(.*)": r"encoder.layers.\1.mlp.\2",
-        r"norm\.(.*)": r"post_layernorm.\1",
-    }
-    out = {}
-    for key, value in state.items():
-        if fused := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
-            for part, third in zip("qkv", value.chunk(3), strict=True):
-                out[f"encoder.layers.{fused[1]}.self_attn.{part}_proj.{fused[2]}"] = third
-        for pattern, theirs in timm.items():
-            if re.fullmatch(pattern, key):
-                out[re.sub(pattern, theirs, key)] = (
-                    value.squeeze(0) if key == "pos_embed" else value
-                )
-    positions, width = out["embeddings.position_embedding.weight"].shape
+    used = {k: v for k, v in state.items() if not k.startswith(("head", "attn_pool", "fc_norm"))}
+    out = siglip_names(used)
+    table = "embeddings.position_embedding.weight"
+    out[table] = out[table].squeeze(0)
+    positions, width = out[table].shape
     patch = out["embeddings.patch_embedding.weight"].shape[-1]
     config = SiglipVisionConfig(
         hidden_size=width,
