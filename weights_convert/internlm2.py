@@ -28,6 +28,8 @@ NAMES = {
     "InternLM2": ("tok_embeddings.weight", "output.weight"),
     "Llama": ("embed_tokens.weight", "lm_head.weight"),
 }
+# What LLaVA's own checkpoints keep in the body beside the decoder.
+INSIDE = r"(mm_projector|vision_tower|vision_resampler|image_newline)(\..*)?"
 
 
 def pad_vocab(x: np.ndarray) -> np.ndarray:
@@ -131,6 +133,7 @@ def conversion_spec(source: Source, num_layers: int | None = None) -> Conversion
         sizes = dataclasses.replace(sizes, num_layers=num_layers)
     body, head = re.escape(place.body), re.escape(place.head)
     ignored = {rf"{body}.*rotary_emb\.inv_freq": "computed from rope_theta"}
+    ignored[body + INSIDE] = OTHER_COMPONENTS
     if sizes.num_layers < total:
         above = "|".join(map(str, range(sizes.num_layers, total)))
         ignored[rf"{body}layers\.({above})\..*"] = "a layer above --num_layers"

@@ -59,6 +59,8 @@ PARTS = {
     "llava": "llama",
     "llava_next": "llama",
     "vipllava": "llama",
+    "video_llava": "llama",
+    "llava_onevision": "qwen2",
     "internvl": "qwen2",
 }
 

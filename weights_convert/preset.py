@@ -149,20 +149,24 @@ def fetch_preset(
     _say(to_do, out)
     if not dry_run:
         for fetch in to_do:
+            # Before it is made, so that a call that goes on takes the same commit.
+            taken = {"repository": fetch.published.repository, "revision": fetch.revision}
+            _record(out, record, fetch, taken | {"compared": False})
             _make(fetch, config, out, compare)
-            done = {
-                "repository": fetch.published.repository,
-                "revision": fetch.revision,
-                "compared": compare,
-            }
-            record[fetch.published.component] = done
-            write_json(out / RECORD, record)
+            _record(out, record, fetch, taken | {"compared": compare})
     folders = {p.component: out / p.family for p in wanted}
     flags = " \\\n    ".join(f"--config.pretrained.{c}={path}" for c, path in folders.items())
     return (
         f"train with it:\npython -m htfa_jax.train --config {name} \\\n    {flags} \\\n"
         "    --config.data.train=train.jsonl"
     )
+
+
+def _record(out: Path, record: dict[str, Any], fetch: Fetch, entry: Mapping[str, Any]) -> None:
+    """Writes down what was taken for a component."""
+    record[fetch.published.component] = dict(entry)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECORD, record)
 
 
 def plan_fetch(published: Published, config: Config, revision: str | None) -> Fetch:

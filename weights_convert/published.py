@@ -44,7 +44,8 @@ def decoder(source: Source, num_layers: int) -> tuple[torch.nn.Module, str]:
     state = {}
     for key in source.keys:
         layer = re.match(re.escape(place.body) + r"layers\.(\d+)\.", key)
-        if "inv_freq" in key or (layer and int(layer[1]) >= num_layers):
+        apart = re.fullmatch(re.escape(place.body) + internlm2.INSIDE, key)
+        if apart or "inv_freq" in key or (layer and int(layer[1]) >= num_layers):
             continue
         if key.startswith(place.body) and key != place.head:
             state["model." + key.removeprefix(place.body)] = tensor(source.read(key))

@@ -295,6 +295,17 @@ def test_names_of_a_module_as_transformers_has_them_now(llama, tmp_path):
     assert agrees(folder, tmp_path / "out", model)
 
 
+def test_llavas_own_checkpoints_keep_the_tower_in_the_body(llama, tmp_path):
+    model, tensors, config = llama
+    more = {"model.mm_projector.0.weight": np.zeros((2, 2), np.float32)}
+    more["model.vision_tower.vision_tower.x"] = np.zeros(2, np.float32)
+    config = config | {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"]}
+    config |= {"mm_hidden_size": 64, "mm_vision_select_layer": -2, "use_mm_proj": True}
+    folder = written(tmp_path / "a", tensors | more, config)
+    assert agrees(folder, tmp_path / "out", model)
+    assert "transformers' Llama" in verify(tmp_path / "out", Source(folder))
+
+
 def test_verify_asks_config_json_and_not_the_converter(llama, tmp_path, monkeypatch):
     """A converter that overlooked an epsilon is found out."""
     _, tensors, config = llama
