@@ -1,5 +1,6 @@
 """Converts published PyTorch weights to this package's form, and back.
 
+    python -m weights_convert preset standard weights
     python -m weights_convert info google/siglip-so400m-patch14-384
     python -m weights_convert siglip google/siglip-so400m-patch14-384 weights/siglip
     python -m weights_convert vq deepseek-ai/Janus-1.3B weights/vq
@@ -56,7 +57,7 @@ class VQ(Conversion):
 
 @dataclasses.dataclass(frozen=True)
 class InternLM2(Conversion):
-    """Converts an InternLM2 (or Llama) decoder and its tokenizer."""
+    """Converts an InternLM2, Llama, Mistral or Qwen2 decoder and its tokenizer."""
 
     command = "internlm2"
     num_layers: int | None = None  # only the first so many layers (default: all)
@@ -67,6 +68,20 @@ class HTFA(Conversion):
     """Converts what carries over from a checkpoint of the PyTorch original."""
 
     command = "htfa"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Fetches, converts and verifies the published weights of a preset."""
+
+    command: ClassVar[str] = "preset"
+    # Preset, such as standard.
+    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+    # Folder for the weight folders.
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    revision: tuple[str, ...] = ()  # COMPONENT=COMMIT, such as vq=0123abc
+    dry_run: bool = False  # only say what would be downloaded and written
+    compare: bool = True  # run each conversion and its source on the same inputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +116,7 @@ class ToHF:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
 
-COMMANDS = (SigLIP, VQ, InternLM2, HTFA, Info, Verify, ToHF)
+COMMANDS = (Preset, SigLIP, VQ, InternLM2, HTFA, Info, Verify, ToHF)
 
 
 def options(argv: Sequence[str] | None) -> Any:
@@ -127,6 +142,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         for folder in write_run(args.run, args.out):
             print(f"written to {folder}")
+        return
+    if args.command == "preset":
+        from weights_convert.preset import fetch_preset
+
+        how = {"dry_run": args.dry_run, "compare": args.compare}
+        print(fetch_preset(args.name, args.out, args.revision, **how))
         return
     source = Source(args.source, args.revision)
     if args.command == "info":

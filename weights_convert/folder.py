@@ -25,7 +25,7 @@ from weights_convert.convert import Checkpoint, ConversionSpec, Step, arrays, pl
 log = logging.getLogger("htfa_jax.weights_convert")
 
 # Raised when a table changes what it makes of a checkpoint.
-RULES_VERSION = 1
+RULES_VERSION = 2
 CONVERSION = "conversion.json"
 
 

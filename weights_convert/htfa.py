@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,9 +23,11 @@ from htfa_jax.errors import CheckpointError
 from htfa_jax.models.level1_adaptive_fusion import AdaptiveFusion
 from htfa_jax.models.level2_spatial_attention import SpatialAttention
 from htfa_jax.models.level3_encoder_decoupling import EncoderDecoupling
+from weights_convert.adapters import refuse_adapters
 from weights_convert.convert import ConversionSpec, Rule, linear, same
+from weights_convert.files import PICKLES
 from weights_convert.siglip import count_layers
-from weights_convert.source import PICKLES, Source
+from weights_convert.source import Source
 
 log = logging.getLogger("htfa_jax.weights_convert")
 
@@ -158,6 +159,7 @@ def conversion_spec(source: Source) -> ConversionSpec:
       CheckpointError: no HTFA in it, tensors missing that tell its sizes, or heads that do not
         divide its width.
     """
+    refuse_adapters(source)
     prefixes = [
         key.removesuffix(QUERY) for key in source.keys if key == QUERY or key.endswith("." + QUERY)
     ]
@@ -231,9 +233,7 @@ def _sizes(source: Source, prefix: str, beside: Mapping[str, Any]) -> tuple[HTFA
 
 def entries_beside(source: Source) -> dict[str, Any]:
     """What a `.pt` file holds beside its weights, `{name: value}`; nothing in it is run."""
-    path = Path(source.name).expanduser()
-    names = [path.name] if path.is_file() else source.files.names
-    files = [name for name in names if name.endswith(PICKLES)]
+    files = [name for name in source.weight_files if name.endswith(PICKLES)]
     if len(files) != 1:
         return {}
     import torch

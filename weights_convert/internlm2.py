@@ -1,9 +1,10 @@
-"""InternLM2 and Llama decoders: the same architecture under two sets of names."""
+"""InternLM2, Llama, Mistral and Qwen2 decoders: one architecture under two sets of names."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +15,21 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DecoderConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.internlm2 import VOCAB_MULTIPLE, InternLM2
+from weights_convert.adapters import refuse_adapters
 from weights_convert.convert import ConversionSpec, Rule, Transform, linear, same
+from weights_convert.language_model import read
 from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
+
+log = logging.getLogger("htfa_jax.weights_convert")
+
+# Names of the embedding, behind the body, and of the head, behind the prefix.
+NAMES = {
+    "InternLM2": ("tok_embeddings.weight", "output.weight"),
+    "Llama": ("embed_tokens.weight", "lm_head.weight"),
+}
+# What LLaVA's own checkpoints keep in the body beside the decoder.
+INSIDE = r"(mm_projector|vision_tower|vision_resampler|image_newline)(\..*)?"
 
 
 def pad_vocab(x: np.ndarray) -> np.ndarray:
@@ -24,11 +37,16 @@ def pad_vocab(x: np.ndarray) -> np.ndarray:
     return np.pad(x, ((0, -len(x) % VOCAB_MULTIPLE), (0, 0)))
 
 
-def llama_rules() -> tuple[Rule, ...]:
-    """Table for `LlamaForCausalLM` of transformers."""
-    layer = "model.layers.{layer}."
+def llama_rules(body: str = "model.", head: str = "lm_head.weight") -> tuple[Rule, ...]:
+    """Table for `LlamaForCausalLM` and `Qwen2ForCausalLM` of transformers.
+
+    Args:
+      body: what stands before the names of all but the head.
+      head: the head's name.
+    """
+    layer = body + "layers.{layer}."
     return (
-        Rule(r"embed\.embedding", "model.embed_tokens.weight", pad_vocab),
+        Rule(r"embed\.embedding", body + "embed_tokens.weight", pad_vocab),
         Rule(r"layers\.norm1\.scale", layer + "input_layernorm.weight", same),
         Rule(r"layers\.norm2\.scale", layer + "post_attention_layernorm.weight", same),
         Rule(
@@ -36,9 +54,10 @@ def llama_rules() -> tuple[Rule, ...]:
             layer + r"self_attn.\1_proj.weight",
             linear,
         ),
+        Rule(r"layers\.attention\.([qkv])_proj\.bias", layer + r"self_attn.\1_proj.bias", same),
         Rule(r"layers\.(gate|up|down)_proj\.kernel", layer + r"mlp.\1_proj.weight", linear),
-        Rule(r"norm\.scale", "model.norm.weight", same),
-        Rule(r"head\.kernel", "lm_head.weight", lambda x: linear(pad_vocab(x))),
+        Rule(r"norm\.scale", body + "norm.weight", same),
+        Rule(r"head\.kernel", head, lambda x: linear(pad_vocab(x))),
     )
 
 
@@ -58,9 +77,11 @@ def fused(config: DecoderConfig, part: str) -> Transform:
     return transform
 
 
-def internlm2_rules(config: DecoderConfig) -> tuple[Rule, ...]:
-    """Table for `InternLM2ForCausalLM` as its own repository names it."""
-    layer = "model.layers.{layer}."
+def internlm2_rules(
+    config: DecoderConfig, body: str = "model.", head: str = "output.weight"
+) -> tuple[Rule, ...]:
+    """Table for `InternLM2ForCausalLM` as its own repository names it; see `llama_rules`."""
+    layer = body + "layers.{layer}."
     attention = [
         Rule(
             rf"layers\.attention\.{part}_proj\.kernel",
@@ -70,7 +91,7 @@ def internlm2_rules(config: DecoderConfig) -> tuple[Rule, ...]:
         for part in "qkv"
     ]
     return (
-        Rule(r"embed\.embedding", "model.tok_embeddings.weight", pad_vocab),
+        Rule(r"embed\.embedding", body + "tok_embeddings.weight", pad_vocab),
         Rule(r"layers\.norm1\.scale", layer + "attention_norm.weight", same),
         Rule(r"layers\.norm2\.scale", layer + "ffn_norm.weight", same),
         *attention,
@@ -78,15 +99,12 @@ def internlm2_rules(config: DecoderConfig) -> tuple[Rule, ...]:
         Rule(r"layers\.gate_proj\.kernel", layer + "feed_forward.w1.weight", linear),
         Rule(r"layers\.down_proj\.kernel", layer + "feed_forward.w2.weight", linear),
         Rule(r"layers\.up_proj\.kernel", layer + "feed_forward.w3.weight", linear),
-        Rule(r"norm\.scale", "model.norm.weight", same),
-        Rule(r"head\.kernel", "output.weight", lambda x: linear(pad_vocab(x))),
+        Rule(r"norm\.scale", body + "norm.weight", same),
+        Rule(r"head\.kernel", head, lambda x: linear(pad_vocab(x))),
     )
 
 
 IGNORED = {r".*rotary_emb\.inv_freq": "computed from rope_theta"}
-
-# Head size of every published InternLM2, for checkpoints that do not say.
-HEAD_DIM = 128
 
 
 def shapes(sizes: DecoderConfig) -> Flat:
@@ -96,7 +114,7 @@ def shapes(sizes: DecoderConfig) -> Flat:
 
 
 def conversion_spec(source: Source, num_layers: int | None = None) -> ConversionSpec:
-    """What sort of InternLM2 or Llama decoder a checkpoint holds.
+    """What sort of decoder a checkpoint holds; see `language_model` for those that convert.
 
     Args:
       source: the checkpoint.
@@ -105,107 +123,164 @@ def conversion_spec(source: Source, num_layers: int | None = None) -> Conversion
     Raises:
       CheckpointError: no such decoder in it, or one that computes something else.
     """
-    endings = {"InternLM2": "model.tok_embeddings.weight", "Llama": "model.embed_tokens.weight"}
-    places = [
-        (naming, key.removesuffix(ending), key)
-        for naming, ending in endings.items()
-        for key in source.keys
-        if key == ending or key.endswith("." + ending)
-    ]
-    if len(places) != 1:
-        raise CheckpointError(
-            f"{source.name} holds no InternLM2 and no Llama: expected one embedding named "
-            f"{' or '.join(endings.values())}; `python -m weights_convert info` shows what is "
-            "inside"
-        )
-    naming, prefix, embedding = places[0]
-    sizes, tied = _sizes(source, naming, prefix, embedding)
+    refuse_adapters(source)
+    place = find(source)
+    sizes, kind = _sizes(source, place)
     total = sizes.num_layers
     if num_layers is not None:
         if not 0 < num_layers <= total:
             raise CheckpointError(f"--num_layers {num_layers}: {source.name} has {total} layers")
-        sizes = DecoderConfig(**{**sizes.__dict__, "num_layers": num_layers})
-    inside = re.escape(prefix)
-    ignored = {rf"{inside}.*rotary_emb\.inv_freq": "computed from rope_theta"}
-    if prefix:
-        ignored[rf"(?!{inside}).*"] = OTHER_COMPONENTS
+        sizes = dataclasses.replace(sizes, num_layers=num_layers)
+    body, head = re.escape(place.body), re.escape(place.head)
+    ignored = {rf"{body}.*rotary_emb\.inv_freq": "computed from rope_theta"}
+    ignored[body + INSIDE] = OTHER_COMPONENTS
     if sizes.num_layers < total:
         above = "|".join(map(str, range(sizes.num_layers, total)))
-        ignored[rf"{inside}model\.layers\.({above})\..*"] = "a layer above --num_layers"
-    if tied:
-        ignored[rf"{inside}(lm_head|output)\.weight"] = "the embedding once more"
+        ignored[rf"{body}layers\.({above})\..*"] = "a layer above --num_layers"
+    if sizes.tie_head:
+        ignored[head] = "the embedding once more"
+    if place.body == f"{place.prefix}model.":
+        if place.prefix:
+            ignored[rf"(?!{re.escape(place.prefix)}|{head}).*"] = OTHER_COMPONENTS
+    elif place.body:
+        ignored[rf"(?!{body}|{head}).*"] = OTHER_COMPONENTS
+    if place.naming == "InternLM2":
+        rules = internlm2_rules(sizes, place.body, place.head)
+    else:
+        rules = llama_rules(place.body, place.head)
     return ConversionSpec(
         family="internlm2",
-        variant=f"decoder as {naming} names it ({prefix or 'no prefix'}), {sizes.embed_dim} wide, "
-        f"{sizes.num_layers} of {total} layers, vocabulary of {sizes.vocab_size} tokens",
+        variant=f"{kind} decoder as {place.naming} names it ({place.body or 'no prefix'}), "
+        f"{sizes.embed_dim} wide, {sizes.num_layers} of {total} layers, vocabulary of "
+        f"{sizes.vocab_size} tokens",
         sizes=sizes,
         shapes=shapes(sizes),
-        rules=internlm2_rules(sizes) if naming == "InternLM2" else llama_rules(),
-        prefix=prefix,
+        rules=rules,
         ignored=ignored,
     )
 
 
-def _sizes(source: Source, naming: str, prefix: str, embedding: str) -> tuple[DecoderConfig, bool]:
-    """Sizes, and whether the LM head is the embedding."""
-    config = source.section("llm_config", "text_config", "language_config")
-    layer = prefix + "model.layers.0."
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where in a checkpoint its only decoder is.
+
+    Attributes:
+      naming: "InternLM2" or "Llama".
+      prefix: what stands before the decoder as a whole.
+      body: what stands before all names but the head's.
+      head: the head's name, whether it is there or not.
+    """
+
+    naming: str
+    prefix: str
+    body: str
+    head: str
+
+
+def find(source: Source) -> Place:
+    """Where the decoder is. Raises CheckpointError unless there is one.
+
+    Beside `PREFIX.model.layers`, as checkpoints are saved, these are a module's own names:
+    `layers` of a body alone, and `model.language_model.layers` of transformers' models for images
+    and text, with the head apart from it.
+    """
+    places = [
+        (naming, key.removesuffix(ending))
+        for naming, (ending, _) in NAMES.items()
+        for key in source.keys
+        if key == ending or key.endswith("." + ending)
+    ]
+    if len(places) != 1:
+        names = " or ".join(f"model.{ending}" for ending, _ in NAMES.values())
+        raise CheckpointError(
+            f"{source.name} holds no InternLM2 and no Llama: expected one embedding named {names}"
+            f"{_other_names(source)}; `python -m weights_convert info` shows what is inside"
+        )
+    naming, body = places[0]
+    ending = NAMES[naming][1]
+    steps = body.split(".")[:-1]
+    above = [".".join([*steps[:i], ""]) if i else "" for i in range(len(steps), -1, -1)]
+    found = [place + ending for place in above if place + ending in source]
+    for inner in ("model.language_model.", "model."):
+        if body == inner or body.endswith("." + inner):
+            prefix = body.removesuffix(inner)
+            break
+    else:
+        prefix = body
+    return Place(naming, prefix, body, found[0] if found else prefix + ending)
+
+
+def _other_names(source: Source) -> str:
+    """What the names of the tensors are instead, where that is known."""
+    if any(re.search(r"layers\.\d+\.attention\.w[qkv]\.weight", key) for key in source.keys):
+        return " (these are Meta's own names; take the repository that ends in -hf)"
+    if any(re.search(r"(^|\.)transformer\.h\.\d+\.", key) for key in source.keys):
+        return " (these are a GPT's)"
+    return ""
+
+
+def _sizes(source: Source, place: Place) -> tuple[DecoderConfig, str]:
+    """Sizes, and the architecture."""
+    layer, embedding = f"{place.body}layers.0.", place.body + NAMES[place.naming][0]
     vocab_size, width = source.shape(embedding, 2)
-    if naming == "InternLM2":
+    if place.naming == "InternLM2":
         rows = source.shape(layer + "attention.wqkv.weight", 2)[0]
         mlp_dim = source.shape(layer + "feed_forward.w1.weight", 2)[0]
-        head = prefix + "output.weight"
     else:
         rows = width + 2 * source.shape(layer + "self_attn.k_proj.weight", 2)[0]
         mlp_dim = source.shape(layer + "mlp.gate_proj.weight", 2)[0]
-        head = prefix + "lm_head.weight"
-    num_heads = config.get("num_attention_heads") or width // HEAD_DIM
-    head_dim = width // num_heads
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish") or config.get("head_dim") not in (None, head_dim):
+    num_layers = count_layers(source, re.escape(place.body) + r"layers\.(\d+)\..*")
+    told = read(source, width, num_layers, mlp_dim, vocab_size)
+    if (told.kind == "internlm2") != (place.naming == "InternLM2"):
         raise CheckpointError(
-            f"{source.name}: hidden_act {activation} and head_dim {config.get('head_dim')} are not "
-            f"those of InternLM2 (silu, {head_dim})"
+            f"{source.name}: config.json says {told.kind}, the tensors have the names of "
+            f"{place.naming}: is it the right config.json?"
         )
-    rope = config.get("rope_parameters") or {}
-    theta = config.get("rope_theta") or rope.get("rope_theta")
-    if theta is None:
+    head_dim = width // told.num_heads
+    kv_heads, rest = divmod(rows - width, 2 * head_dim)
+    if rest or told.num_kv_heads not in (None, kv_heads) or told.num_heads % max(kv_heads, 1):
         raise CheckpointError(
-            f"{source.name}: no config.json beside the weights says rope_theta, and no tensor "
-            "tells it"
+            f"{source.name}: {told.num_heads} heads of {head_dim} and num_key_value_heads "
+            f"{told.num_kv_heads}, by config.json and the defaults of {told.kind}, do not fit the "
+            f"keys and values of the tensors, {(rows - width) // 2} wide"
         )
-    factor, limit = _scaling(source, config)
-    tied = bool(config.get("tie_word_embeddings")) or head not in source
-    return DecoderConfig(
+    sizes = DecoderConfig(
         vocab_size=vocab_size,
         embed_dim=width,
-        num_layers=count_layers(source, re.escape(prefix) + r"model\.layers\.(\d+)\..*"),
-        num_heads=num_heads,
-        num_kv_heads=(rows - width) // (2 * head_dim),
+        num_layers=num_layers,
+        num_heads=told.num_heads,
+        num_kv_heads=kv_heads,
         mlp_dim=mlp_dim,
-        rope_theta=float(theta),
-        rope_factor=factor,
-        max_positions=limit,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-5)),
-        tie_head=tied,
-    ), tied
-
-
-def _scaling(source: Source, config: dict[str, Any]) -> tuple[float, int | None]:
-    """Factor of linear rope scaling, and the longest sequence.
-
-    Dynamic scaling changes nothing up to the length that the checkpoint was trained with, and
-    everything with every length beyond: it is taken up to there.
-    """
-    length = config.get("max_position_embeddings")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if kind == "default":
-        return 1.0, length
-    if kind == "linear":
-        return float(scaling["factor"]), length
-    if kind == "dynamic":
-        return 1.0, length
-    raise CheckpointError(
-        f"{source.name}: rope scaling of type {kind}; default, linear and dynamic can be converted"
+        rope_theta=told.rope_theta,
+        rope_factor=told.rope_factor,
+        max_positions=told.max_positions,
+        rms_norm_eps=told.rms_norm_eps,
+        tie_head=_is_tied(source, embedding, place.head, told.tied),
+        attention_bias=told.biased,
     )
+    return sizes, told.kind
+
+
+def _is_tied(source: Source, embedding: str, head: str, said: bool) -> bool:
+    """Whether the LM head is the embedding. What config.json says is compared with the tensors."""
+    if head not in source:
+        if said:
+            return True
+        raise CheckpointError(
+            f"{source.name} has no LM head ({head}), and its config.json does not say "
+            "tie_word_embeddings true, so it is not the embedding: the head was lost. Save the "
+            "whole model (...ForCausalLM) or take another copy"
+        )
+    if not said:
+        return False
+    same_shape = source.shape(head) == source.shape(embedding)
+    if same_shape and np.array_equal(source.read(head), source.read(embedding)):
+        return True
+    log.warning(
+        "%s: config.json says tie_word_embeddings true, and %s is another tensor than %s: the head "
+        "is kept",
+        source.name,
+        head,
+        embedding,
+    )
+    return False

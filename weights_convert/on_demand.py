@@ -101,7 +101,10 @@ def identity(source: Source, name: str) -> list[Any]:
     """What tells a checkpoint from another of the same name, without reading all of a large one."""
     if source.revision is not None:
         return [source.name, source.revision]
-    found = [source.files.get(file) for file in source.files.names]
+    # Not `get`: what only stands for a file is no error where nobody reads it.
+    folder = Path(source.name).expanduser()
+    folder = folder.parent if source.is_file else folder
+    found = [folder / file for file in source.files.names]
     if name == TINY:  # the package may be installed anew, in another place
         return [name, [[path.name, file_sha256(path)] for path in found]]
     return [

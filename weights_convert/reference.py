@@ -1,14 +1,15 @@
-"""The same models in PyTorch, fed from a checkpoint by its own names: what `verify` compares with.
+"""The same models in PyTorch, fed from a checkpoint by its own names, of sizes that are given.
 
 SigLIP and the decoder run in transformers' classes, whose code comes with that package; nothing
-of the checkpoint's own code is used. All in float32.
+of the checkpoint's own code is used. All in float32. `published` builds them by a checkpoint's
+config.json instead.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,28 +48,12 @@ def siglip(read: Read, keys: list[str], sizes: SigLIPConfig, image_size: int) ->
             patch_size=sizes.patch_size,
             image_size=image_size,
             layer_norm_eps=sizes.layer_norm_eps,
+            hidden_act=sizes.hidden_act,
             vision_use_head=False,
         )
     ).eval()
-    timm = {
-        r"patch_embed\.proj\.(.*)": r"embeddings.patch_embedding.\1",
-        r"pos_embed": "embeddings.position_embedding.weight",
-        r"blocks\.(\d+)\.norm([12])\.(.*)": r"encoder.layers.\1.layer_norm\2.\3",
-        r"blocks\.(\d+)\.attn\.proj\.(.*)": r"encoder.layers.\1.self_attn.out_proj.\2",
-        r"blocks\.(\d+)\.mlp\.(.*)": r"encoder.layers.\1.mlp.\2",
-        r"norm\.(.*)": r"post_layernorm.\1",
-    }
-    state = {}
-    for key in keys:
-        if fused := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
-            layer, kind = fused.groups()
-            for name, part in zip("qkv", tensor(read(key)).chunk(3), strict=True):
-                state[f"encoder.layers.{layer}.self_attn.{name}_proj.{kind}"] = part
-            continue
-        renamed = [re.sub(p, r, key) for p, r in timm.items() if re.fullmatch(p, key)]
-        name = renamed[0] if renamed else key
-        if not name.startswith(("head", "attn_pool", "fc_norm", "embeddings.position_ids")):
-            state[name] = tensor(read(key))
+    unused = ("head", "attn_pool", "fc_norm", "embeddings.position_ids")
+    state = siglip_names({k: tensor(read(k)) for k in keys if not k.startswith(unused)})
     grid = image_size // sizes.patch_size
     positions = state["embeddings.position_embedding.weight"].reshape(-1, sizes.embed_dim)
     side = int(len(positions) ** 0.5)
@@ -110,6 +95,47 @@ def decoder(read: Read, keys: list[str], sizes: DecoderConfig) -> torch.nn.Modul
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(llama_config(sizes, attn_implementation="eager")).eval()
+    state = {}
+    for key in keys:
+        layer = re.search(r"layers\.(\d+)\.", key)
+        if "inv_freq" not in key and not (layer and int(layer[1]) >= sizes.num_layers):
+            state[key.replace("output.", "lm_head.")] = tensor(read(key))
+    state = llama_names(state, sizes.num_kv_heads, sizes.embed_dim // sizes.num_heads)
+    if sizes.tie_head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    return _loaded(model, state)
+
+
+def siglip_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A tower's tensors under transformers' names, whether they have timm's or those already."""
+    timm = {
+        r"patch_embed\.proj\.(.*)": r"embeddings.patch_embedding.\1",
+        r"pos_embed": "embeddings.position_embedding.weight",
+        r"blocks\.(\d+)\.norm([12])\.(.*)": r"encoder.layers.\1.layer_norm\2.\3",
+        r"blocks\.(\d+)\.attn\.proj\.(.*)": r"encoder.layers.\1.self_attn.out_proj.\2",
+        r"blocks\.(\d+)\.mlp\.(.*)": r"encoder.layers.\1.mlp.\2",
+        r"norm\.(.*)": r"post_layernorm.\1",
+    }
+    out = {}
+    for key, value in state.items():
+        if fused := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", key):
+            layer, kind = fused.groups()
+            for name, part in zip("qkv", value.chunk(3), strict=True):
+                out[f"encoder.layers.{layer}.self_attn.{name}_proj.{kind}"] = part
+            continue
+        renamed = [re.sub(p, r, key) for p, r in timm.items() if re.fullmatch(p, key)]
+        out[renamed[0] if renamed else key] = value
+    return out
+
+
+def llama_names(state: Mapping[str, Tensor], groups: int, head_dim: int) -> dict[str, Tensor]:
+    """A decoder's tensors under Llama's names, whether they have InternLM2's or those already.
+
+    Args:
+      state: behind "model.", the head as "lm_head.weight".
+      groups: heads of keys and values.
+      head_dim: size of each head.
+    """
     names = {
         "tok_embeddings": "embed_tokens",
         "attention_norm": "input_layernorm",
@@ -118,29 +144,21 @@ def decoder(read: Read, keys: list[str], sizes: DecoderConfig) -> torch.nn.Modul
         "feed_forward.w1": "mlp.gate_proj",
         "feed_forward.w2": "mlp.down_proj",
         "feed_forward.w3": "mlp.up_proj",
-        "output.": "lm_head.",
     }
-    state = {}
-    for key in keys:
-        layer = re.search(r"layers\.(\d+)\.", key)
-        if "inv_freq" in key or (layer and int(layer[1]) >= sizes.num_layers):
-            continue
+    out = {}
+    for key, value in state.items():
         name = key
         for theirs, llama in names.items():
             name = name.replace(theirs, llama)
-        if "wqkv" in key:
-            # One group per key head: its queries, then its key, then its value.
-            groups = tensor(read(key)).chunk(sizes.num_kv_heads)
-            head = sizes.embed_dim // sizes.num_heads
-            split = [g.split([len(g) - 2 * head, head, head]) for g in groups]
-            for i, part in enumerate("qkv"):
-                target = name.replace("attention.wqkv", f"self_attn.{part}_proj")
-                state[target] = torch.cat([s[i] for s in split])
-        else:
-            state[name] = tensor(read(key))
-    if sizes.tie_head:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    return _loaded(model, state)
+        if "wqkv" not in key:
+            out[name] = value
+            continue
+        # One group per key head: its queries, then its key, then its value.
+        split = [g.split([len(g) - 2 * head_dim, head_dim, head_dim]) for g in value.chunk(groups)]
+        for i, part in enumerate("qkv"):
+            target = name.replace("attention.wqkv", f"self_attn.{part}_proj")
+            out[target] = torch.cat([s[i] for s in split])
+    return out
 
 
 def _loaded(model: torch.nn.Module, state: dict[str, Tensor]) -> torch.nn.Module:

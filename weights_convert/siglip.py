@@ -20,8 +20,17 @@ from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import SigLIPConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.siglip import SigLIP
+from weights_convert.adapters import refuse_adapters
 from weights_convert.convert import ConversionSpec, Rule, Transform, linear, same
 from weights_convert.source import Source
+from weights_convert.vision_tower import (
+    NAFLEX,
+    TAKE,
+    TANH,
+    VisionTower,
+    read_janus,
+    read_transformers,
+)
 
 POOLING = "the pooling head makes one vector of an image; HTFA reads the patches"
 OTHER_COMPONENTS = "belongs to another component of the checkpoint"
@@ -67,8 +76,13 @@ def resize_positions(grid: int) -> Transform:
     return transform
 
 
-def rules(positions: Transform = same) -> tuple[Rule, ...]:
-    """Table for `SiglipVisionModel` of transformers, behind `vision_model.`."""
+def rules(positions: Transform = same, output: str = "out_proj") -> tuple[Rule, ...]:
+    """Table for `SiglipVisionModel` of transformers, behind `vision_model.`.
+
+    Args:
+      positions: what is done to the position embeddings.
+      output: name of the attention's last projection.
+    """
     layer = r"encoder.layers.{layer}."
     attention = r"layers\.attention\.([qkv])_proj\."
     return (
@@ -79,8 +93,8 @@ def rules(positions: Transform = same) -> tuple[Rule, ...]:
         Rule(r"layers\.norm([12])\.bias", layer + r"layer_norm\1.bias", same),
         Rule(attention + "kernel", layer + r"self_attn.\1_proj.weight", linear),
         Rule(attention + "bias", layer + r"self_attn.\1_proj.bias", same),
-        Rule(r"layers\.attention\.o_proj\.kernel", layer + "self_attn.out_proj.weight", linear),
-        Rule(r"layers\.attention\.o_proj\.bias", layer + "self_attn.out_proj.bias", same),
+        Rule(r"layers\.attention\.o_proj\.kernel", layer + f"self_attn.{output}.weight", linear),
+        Rule(r"layers\.attention\.o_proj\.bias", layer + f"self_attn.{output}.bias", same),
         Rule(r"layers\.fc([12])\.kernel", layer + r"mlp.fc\1.weight", linear),
         Rule(r"layers\.fc([12])\.bias", layer + r"mlp.fc\1.bias", same),
         Rule(r"post_norm\.scale", "post_layernorm.weight", same),
@@ -148,6 +162,7 @@ def conversion_spec(source: Source, image_size: int = 448) -> ConversionSpec:
     Raises:
       CheckpointError: no SigLIP in it, or an image size that patches do not fill.
     """
+    refuse_adapters(source)
     patch_keys = {
         "transformers": "embeddings.patch_embedding.weight",
         "timm": "patch_embed.proj.weight",
@@ -161,6 +176,8 @@ def conversion_spec(source: Source, image_size: int = 448) -> ConversionSpec:
     if len(places) != 1 or f"{places[0][1]}embeddings.class_embedding" in source:
         raise CheckpointError(not_siglip(source))
     naming, prefix = places[0]
+    if naming == "transformers" and len(source.shape(prefix + patch_keys[naming])) == 2:
+        raise CheckpointError(f"{source.name} is {NAFLEX}")
     make = functools.partial(_transformers if naming == "transformers" else _timm, source, prefix)
     sizes, table, ignored = make()
     if image_size % sizes.patch_size:
@@ -172,7 +189,8 @@ def conversion_spec(source: Source, image_size: int = 448) -> ConversionSpec:
     return ConversionSpec(
         family="siglip",
         variant=f"SigLIP as {naming} names it ({prefix or 'no prefix'}), "
-        f"{sizes.embed_dim} wide, {sizes.num_layers} layers, patches of {sizes.patch_size}",
+        f"{sizes.embed_dim} wide, {sizes.num_layers} layers, patches of {sizes.patch_size}, "
+        f"{'tanh' if sizes.hidden_act == TANH else 'exact'} GELU",
         sizes=sizes,
         shapes=shapes(sizes, image_size),
         rules=table(resize_positions(grid)),
@@ -183,20 +201,14 @@ def conversion_spec(source: Source, image_size: int = 448) -> ConversionSpec:
 
 
 def _transformers(source: Source, prefix: str):
-    config = source.section("vision_config")
     width, _, patch, _ = source.shape(prefix + "embeddings.patch_embedding.weight", 4)
     layers = count_layers(source, re.escape(prefix) + r"encoder\.layers\.(\d+)\..*")
     mlp = source.shape(prefix + "encoder.layers.0.mlp.fc1.weight", 2)[0]
-    if config.get("hidden_act", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise CheckpointError(f"{source.name}: SigLIP with hidden_act {config['hidden_act']}")
-    sizes = SigLIPConfig(
-        patch_size=patch,
-        embed_dim=width,
-        num_layers=layers,
-        num_heads=config.get("num_attention_heads") or heads(width),
-        mlp_dim=mlp,
-        layer_norm_eps=config.get("layer_norm_eps", 1e-6),
-    )
+    side = math.isqrt(source.shape(prefix + "embeddings.position_embedding.weight", 2)[0])
+    found = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": mlp}
+    found |= {"patch_size": patch, "image_size": side * patch}
+    tower = read_transformers(source, found)
+    sizes = _sizes(tower, patch, width, layers, mlp)
     inside = re.escape(prefix)
     ignored = {
         rf"{inside}head\..*": POOLING,
@@ -204,18 +216,17 @@ def _transformers(source: Source, prefix: str):
         r"(.*\.)?text_model\..*|logit_scale|logit_bias": "the text tower; HTFA reads images",
         rf"(?!{inside}).*" if prefix else r"(?!)": OTHER_COMPONENTS,
     }
-    return sizes, rules, ignored
+    # transformers calls it otherwise in Janus.
+    named = f"{prefix}encoder.layers.0.self_attn.projection_layer.weight"
+    table = functools.partial(rules, output="projection_layer") if named in source else rules
+    return sizes, table, ignored
 
 
 def _timm(source: Source, prefix: str):
     width, _, patch, _ = source.shape(prefix + "patch_embed.proj.weight", 4)
-    sizes = SigLIPConfig(
-        patch_size=patch,
-        embed_dim=width,
-        num_layers=count_layers(source, re.escape(prefix) + r"blocks\.(\d+)\..*"),
-        num_heads=heads(width),
-        mlp_dim=source.shape(prefix + "blocks.0.mlp.fc1.weight", 2)[0],
-    )
+    layers = count_layers(source, re.escape(prefix) + r"blocks\.(\d+)\..*")
+    mlp = source.shape(prefix + "blocks.0.mlp.fc1.weight", 2)[0]
+    sizes = _sizes(read_janus(source, width), patch, width, layers, mlp)
     inside = re.escape(prefix)
     ignored = {
         rf"{inside}(attn_pool|head|fc_norm)\..*": POOLING,
@@ -224,9 +235,16 @@ def _timm(source: Source, prefix: str):
     return sizes, timm_rules, ignored
 
 
-def heads(width: int) -> int:
-    """Attention heads of the published SigLIPs, for checkpoints that do not say."""
-    return 16 if width == 1152 else max(1, width // 64)
+def _sizes(tower: VisionTower, patch: int, width: int, layers: int, mlp: int) -> SigLIPConfig:
+    return SigLIPConfig(
+        patch_size=patch,
+        embed_dim=width,
+        num_layers=layers,
+        num_heads=tower.num_heads,
+        mlp_dim=mlp,
+        layer_norm_eps=tower.layer_norm_eps,
+        hidden_act=tower.hidden_act,
+    )
 
 
 def count_layers(source: Source, pattern: str) -> int:
@@ -241,8 +259,7 @@ def not_siglip(source: Source) -> str:
     if "intern" in kind or any(".embeddings.class_embedding" in key for key in source.keys):
         return (
             f"{source.name} holds an InternViT (or another encoder with a class token), not a "
-            "SigLIP. Take google/siglip-so400m-patch14-384, another SigLIP or fixed-resolution "
-            "SigLIP 2, or a Janus checkpoint; its decoder converts with `internlm2`"
+            f"SigLIP. {TAKE}; its decoder converts with `internlm2`"
         )
     return (
         f"{source.name} holds no SigLIP: expected one patch embedding named as in transformers "

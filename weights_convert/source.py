@@ -7,11 +7,11 @@ that a checkpoint brings along is ever run: safetensors hold no code, pickles go
 
 from __future__ import annotations
 
-import fnmatch
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,8 +21,15 @@ from htfa_jax.checkpoints import hub, weights
 from htfa_jax.common.hashing import file_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.errors import CheckpointError
-
-SAFETENSORS, PICKLES = (".safetensors",), (".bin", ".pt", ".pth", ".ckpt")
+from weights_convert.files import (
+    AGAIN,
+    PICKLES,
+    SAFETENSORS,
+    Files,
+    HubFiles,
+    LocalFiles,
+    weight_files,
+)
 
 FLOATS = {
     "F64": np.dtype(np.float64),
@@ -30,50 +37,6 @@ FLOATS = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-class Files(Protocol):
-    """A folder's files by name."""
-
-    names: list[str]
-
-    def get(self, name: str) -> Path:
-        """A local path of a file."""
-
-
-class LocalFiles:
-    """Files of a folder, or one file and what stands beside it."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.names = sorted(p.name for p in folder.iterdir() if p.is_file())
-
-    def get(self, name: str) -> Path:
-        """A local path of a file."""
-        return self.folder / name
-
-
-class HubFiles:
-    """Files of a repository on the hub, at one commit, downloaded when asked for."""
-
-    def __init__(self, repository: str, revision: str | None):
-        from huggingface_hub import HfApi
-
-        try:
-            info = HfApi().model_info(repository, revision=revision)
-        except Exception as error:  # each release raises the errors of another HTTP library
-            raise hub.refusal(repository, error) from error
-        self.repository, self.revision = repository, info.sha
-        self.names = sorted(s.rfilename for s in info.siblings or () if "/" not in s.rfilename)
-
-    def get(self, name: str) -> Path:
-        """A local path of a file."""
-        from huggingface_hub import hf_hub_download
-
-        try:
-            return Path(hf_hub_download(self.repository, name, revision=self.revision))
-        except Exception as error:  # as above
-            raise CheckpointError(f"{self.repository}/{name} cannot be fetched: {error}") from error
 
 
 class Source:
@@ -88,6 +51,7 @@ class Source:
       revision: the hub's commit, None for local files.
       config: `config.json`, {} without one.
       files: all files by name.
+      is_file: a single file was named.
 
     Raises:
       CheckpointError: nothing there, no weights, a missing shard, an unreadable file.
@@ -98,7 +62,8 @@ class Source:
         self.revision: str | None = None
         path = Path(name).expanduser()
         weights: list[str] | None = None
-        if path.is_file():
+        self.is_file = path.is_file()
+        if self.is_file:
             if path.suffix not in SAFETENSORS + PICKLES:
                 raise CheckpointError(
                     f"{path} is no weight file: expected {', '.join(SAFETENSORS + PICKLES)}"
@@ -122,19 +87,9 @@ class Source:
     def _index(self, weights: list[str] | None) -> dict[str, str]:
         """{key: file that holds it}."""
         if weights is None:
-            for endings in (SAFETENSORS, PICKLES):
-                indexes = [
-                    n for e in endings for n in fnmatch.filter(self.files.names, f"*{e}.index.json")
-                ]
-                if indexes:
-                    return self._checked(indexes[0], self._json(indexes[0]))
-                weights = [n for n in self.files.names if n.endswith(endings)]
-                if weights:
-                    break
-            else:
-                raise CheckpointError(
-                    f"no weights in {self.name}: expected {', '.join(SAFETENSORS + PICKLES)}"
-                )
+            index, weights = weight_files(self.files.names, self.name)
+            if index is not None:
+                return self._checked(index, self._json(index))
         where: dict[str, str] = {}
         for file in weights:
             for key in self._open(file):
@@ -153,8 +108,7 @@ class Source:
         missing = sorted(set(where.values()) - set(self.files.names))
         if missing:
             raise CheckpointError(
-                f"{self.name}: {index} names {', '.join(missing)}, which is not there; "
-                "the checkpoint is incomplete"
+                f"{self.name}: {index} names {', '.join(missing)}, which is not there: {AGAIN}"
             )
         return where
 
@@ -179,6 +133,15 @@ class Source:
                 f"{self.name}/{file} lacks {key}, which the index places there; the file is "
                 "incomplete or altered"
             ) from None
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the files that hold tensors."""
+        return sorted(set(self._where.values()))
+
+    def file_of(self, key: str) -> str:
+        """Name of the file that holds a tensor."""
+        return self._where[key]
 
     @property
     def keys(self) -> list[str]:
@@ -265,9 +228,7 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         except RuntimeError:  # files of before PyTorch 1.6 cannot be mapped
             content = load()
     except Exception as error:  # of a damaged file PyTorch raises nearly anything
-        raise CheckpointError(
-            f"{path} cannot be read as tensors (nothing else in it is loaded): {error}"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read as tensors: {_refused(error)}") from error
     names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16"}
     names[torch.bfloat16] = "BF16"
 
@@ -289,6 +250,19 @@ def pickle_file(path: Path) -> dict[str, Handle]:
         for key, t in state_dict(content, path).items()
         if isinstance(t, torch.Tensor)
     }
+
+
+def _refused(error: Exception) -> str:
+    """Why PyTorch read no tensors; not its advice, which is to run what the file says."""
+    said = str(error)
+    if "eights only load failed" in said or "weights_only" in said:
+        found = re.search(r"GLOBAL:? `?([\w.]+)", said)
+        return (
+            f"it holds {found[1] if found else 'something else'} too, which is Python code, and "
+            "nothing else in it is loaded. Name the file of the weights if this is another one, "
+            "or save the weights alone: torch.save(model.state_dict(), ...) or save_pretrained"
+        )
+    return f"is it complete? {said.splitlines()[0] if said else type(error).__name__}"
 
 
 def state_dict(content: Any, path: Path) -> Mapping[str, Any]:

@@ -29,8 +29,9 @@ Inverse = Callable[[np.ndarray], np.ndarray]
 def write_run(run: str | Path, out: Path) -> list[Path]:
     """Writes `out/siglip` (for transformers' SiglipVisionModel) and `out/internlm2`.
 
-    The decoder has InternLM2's own names; its folder holds the run's tokenizer too. Values are
-    bitwise those of the run, so converting the folders again gives the same weights.
+    The decoder has InternLM2's own names (one with biases: Qwen2's); its folder holds the run's
+    tokenizer too. Values are bitwise those of the run, so converting the folders again gives the
+    same weights.
 
     Args:
       run: a run or one of its checkpoints.
@@ -99,7 +100,7 @@ def siglip_config(config: Config) -> dict[str, Any]:
     return {
         "architectures": ["SiglipVisionModel"],
         "model_type": "siglip_vision_model",
-        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_act": sizes.hidden_act,
         "hidden_size": sizes.embed_dim,
         "image_size": config.image_size,
         "intermediate_size": sizes.mlp_dim,
@@ -141,17 +142,20 @@ def vq_config(sizes: VQConfig, image_size: int) -> dict[str, Any]:
 
 
 def internlm2_tensors(params: Flat, sizes: DecoderConfig) -> Flat:
-    """The decoder as `InternLM2ForCausalLM` names it."""
+    """The decoder as `InternLM2ForCausalLM` names it; with biases as `Qwen2ForCausalLM` does."""
 
     def real_tokens(x: np.ndarray) -> np.ndarray:
         return x[: sizes.vocab_size]
 
-    table = internlm2.internlm2_rules(sizes)
+    biased = sizes.attention_bias
+    table = internlm2.llama_rules() if biased else internlm2.internlm2_rules(sizes)
     inverses: dict[Any, Inverse] = {same: same, linear: linear, internlm2.pad_vocab: real_tokens}
     head = next(rule for rule in table if rule.path.startswith("head"))
     inverses[head.transform] = lambda x: real_tokens(linear(x))
     fused = [rule for rule in table if "wqkv" in rule.key]
     tensors = undo(params, [rule for rule in table if rule not in fused], inverses)
+    if biased:
+        return tensors
     qkv = [params[f"layers.attention.{p}_proj.kernel"] for p in "qkv"]
     for i in range(sizes.num_layers):
         # One group per key head: its queries, then its key, then its value.
@@ -165,10 +169,12 @@ def internlm2_config(config: Config) -> dict[str, Any]:
     """config.json of the decoder."""
     sizes = config.decoder
     scaling = {"type": "linear", "factor": sizes.rope_factor} if sizes.rope_factor != 1 else None
+    named: dict[str, Any] = {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}
+    named["bias"] = False
+    if sizes.attention_bias:
+        named = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     return {
-        "architectures": ["InternLM2ForCausalLM"],
-        "model_type": "internlm2",
-        "bias": False,
+        **named,
         "hidden_act": "silu",
         "hidden_size": sizes.embed_dim,
         "intermediate_size": sizes.mlp_dim,

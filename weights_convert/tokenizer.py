@@ -40,6 +40,16 @@ log = logging.getLogger(__name__)
 
 SPACE = "▁"
 
+# What a tokenizer may consist of.
+FILES = {
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+}
+
 
 def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     """Writes tokenizer.json and tokenizer_config.json of a checkpoint's tokenizer.
@@ -298,15 +308,7 @@ def _content(token) -> str | None:
 
 def tokenizer_of(source: Source, family: str) -> Callable[[Path], None] | None:
     """What writes the tokenizer of a language model into its weight folder; None without one."""
-    wanted = {
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template.jinja",
-    }
-    files = sorted(wanted & set(source.files.names))
+    files = sorted(FILES & set(source.files.names))
     if family != "internlm2" or not {"tokenizer.json", "tokenizer.model"} & set(files):
         return None
     return lambda folder: convert_tokenizer({n: source.files.get(n) for n in files}, folder)

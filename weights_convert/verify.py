@@ -22,7 +22,7 @@ from htfa_jax.models.internlm2 import InternLM2
 from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
-from weights_convert import htfa, internlm2, reference, siglip, vq
+from weights_convert import htfa, internlm2, published, reference, siglip, vq
 from weights_convert.folder import CONVERSION
 from weights_convert.source import Source
 
@@ -77,7 +77,11 @@ def same_files(folder: Path, source: Source) -> None:
     recorded = read_json(path, CheckpointError).get("files")
     if not isinstance(recorded, list) or not all(map(_is_hashed, recorded)):
         raise CheckpointError(f"{path} does not say the hashes of the files that were converted")
-    found = {f["name"]: f["sha256"] for f in source.hashes(list(source.keys))}
+    # Of a source on the hub, the other files may not be here.
+    names = {file["name"] for file in recorded}
+    is_one = isinstance(source, Source)
+    keys = [key for key in source.keys if not is_one or source.file_of(key) in names]
+    found = {f["name"]: f["sha256"] for f in source.hashes(keys)}
     for file in recorded:
         if found.get(file["name"]) != file["sha256"]:
             raise CheckpointError(
@@ -119,8 +123,8 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
     config = read_description(folder, "siglip")
     spec = siglip.conversion_spec(source, config["image_size"])
     size = config["image_size"]
-    keys = inside(source, spec.prefix, spec.ignored)
-    theirs = reference.siglip(_reader(source, spec.prefix), keys, spec.sizes, size)
+    naming = "timm" if f"{spec.prefix}patch_embed.proj.weight" in source else "transformers"
+    theirs, what = published.siglip(source, spec.prefix, naming)
     ours = load(
         folder,
         "siglip",
@@ -131,9 +135,10 @@ def check_siglip(folder: Path, source: Source) -> tuple[list[str], float]:
     )
     image = np.random.default_rng(SEED).uniform(-1, 1, (1, size, size, 3)).astype(np.float32)
     with torch.no_grad(), jax.default_matmul_precision("float32"):
-        expected = theirs(torch.from_numpy(image.transpose(0, 3, 1, 2))).last_hidden_state
+        pixels = torch.from_numpy(image.transpose(0, 3, 1, 2))
+        expected = theirs(pixels, interpolate_pos_encoding=True).last_hidden_state
         line, worst = difference("features", jax.jit(lambda x: ours(x))(image), expected)
-    return [line], worst
+    return [what, line], worst
 
 
 def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
@@ -141,8 +146,7 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
     config = read_description(folder, "internlm2")
     spec = internlm2.conversion_spec(source, config["num_layers"])
     sizes = spec.sizes
-    keys = inside(source, spec.prefix, spec.ignored)
-    theirs = reference.decoder(_reader(source, spec.prefix), keys, sizes)
+    theirs, what = published.decoder(source, sizes.num_layers)
     ours = load(
         folder,
         "internlm2",
@@ -166,7 +170,7 @@ def check_internlm2(folder: Path, source: Source) -> tuple[list[str], float]:
     q = torch.log_softmax(torch.from_numpy(np.array(logits)).double(), dim=-1)
     divergence = (p.exp() * (p - q)).sum(dim=-1)
     third = f"KL divergence per token: mean {divergence.mean():.2e}, largest {divergence.max():.2e}"
-    return [first, second, third], max(a, b)
+    return [what, first, second, third], max(a, b)
 
 
 def check_vq(folder: Path, source: Source) -> tuple[list[str], float]:

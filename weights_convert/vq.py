@@ -23,6 +23,7 @@ from htfa_jax.config import VQConfig
 from htfa_jax.errors import CheckpointError
 from htfa_jax.models.layers import make_rngs
 from htfa_jax.models.vq import VQ
+from weights_convert.adapters import refuse_adapters
 from weights_convert.convert import ConversionSpec, Rule, conv, plan, same
 from weights_convert.siglip import OTHER_COMPONENTS, count_layers
 from weights_convert.source import Source
@@ -146,6 +147,8 @@ def conversion_spec(source: Source | Merged, decoder_from: Source | None = None)
     """
     if decoder_from is not None:
         source = Merged(source, decoder_from)
+    else:
+        refuse_adapters(source)
     names, prefix = find(source)
     # transformers' JanusVQVAE has the names of taming-transformers, but numbers the levels of the
     # decoder as they run; taming-transformers numbers them from the highest resolution, which

@@ -49,6 +49,12 @@ LEVEL_CHOICES = "pytorch_original"
 
 AXES = 8  # of an array; those of weights have at most five
 
+# Fields that folders of before they existed do not name, with what these folders hold.
+ADDED: dict[str, dict[str, Any]] = {
+    "siglip": {"hidden_act": "gelu_pytorch_tanh"},
+    "internlm2": {"attention_bias": False},
+}
+
 # Fields of the components' configurations that no weight depends on.
 NOT_SIZES = ("dropout",)
 
@@ -140,7 +146,7 @@ def read_description(folder: str | Path, family: str) -> dict[str, Any]:
             f"{folder} is of another family: {found.get('family')!r} in the folder, "
             f"{family!r} expected"
         )
-    return found
+    return ADDED.get(family, {}) | found
 
 
 def with_sizes(config: Config, base: Config, gone: Collection[str] = ()) -> Config:

@@ -20,6 +20,9 @@ class SigLIPConfig:
     num_heads: int = 16  # attention heads
     mlp_dim: int = 4304  # hidden width of the MLPs
     layer_norm_eps: float = 1e-6  # epsilon of the layer norms
+    hidden_act: Literal["gelu_pytorch_tanh", "gelu"] = (
+        "gelu_pytorch_tanh"  # of the MLPs (gelu: exact)
+    )
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5  # epsilon of the norms
     dropout: float = 0.0  # after attention and MLP, in training
     tie_head: bool = False  # the LM head is the embedding table
+    attention_bias: bool = False  # biases of queries, keys and values (Qwen2)
 
 
 @dataclass(frozen=True)

@@ -43,16 +43,27 @@ LayerCaches = tuple[KVCache, ...]
 
 
 class TransposedLinear(nnx.Module):
-    """A linear layer without bias whose kernel is transposed: [out, in].
+    """A linear layer whose kernel is transposed: [out, in].
 
     Args:
       in_features: D.
       out_features: F.
+      bias: whether it has one.
       dtype: of the computation; weights of another dtype are cast at every call.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.dtype = dtype
+        if bias:
+            self.bias = nnx.Param(jnp.zeros(out_features, jnp.float32))
         self.kernel = nnx.Param(XAVIER(rngs.params(), (out_features, in_features), jnp.float32))
 
     def __call__(
@@ -64,7 +75,10 @@ class TransposedLinear(nnx.Module):
     ) -> jax.Array:
         """[B, T, D] -> [B, T, F], of `norm(x_BTD)` if there is a norm."""
         kernel_FD = self.kernel.get_value().astype(self.dtype)
-        return transposed_dot(x_BTD, kernel_FD, out_dtype, norm=norm)
+        out_BTF = transposed_dot(x_BTD, kernel_FD, out_dtype, norm=norm)
+        if not hasattr(self, "bias"):
+            return out_BTF
+        return out_BTF + self.bias.get_value().astype(out_BTF.dtype)[None, None]
 
 
 class DecodingAttention(nnx.Module):
@@ -73,7 +87,9 @@ class DecodingAttention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.head_dim = config, config.embed_dim // config.num_heads
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
-        self.qkv_proj = TransposedLinear(size, size + 2 * kv_size, dtype=dtype, rngs=rngs)
+        self.qkv_proj = TransposedLinear(
+            size, size + 2 * kv_size, bias=config.attention_bias, dtype=dtype, rngs=rngs
+        )
         self.o_proj = TransposedLinear(size, size, dtype=dtype, rngs=rngs)
 
     def __call__(
@@ -220,8 +236,13 @@ def decoding_layout(params: Mapping[str, Any]) -> Flat:
             out[name] = array.T if name.endswith("kernel") else array
     for i in range(len(params["layers.norm1.scale"])):
         for merged, names in MERGED.items():
-            kernels = [out.pop(f"layers.{i}.{name}.kernel") for name in names]
-            # Arrays from a file are NumPy's and stay so.
-            concatenate = np.concatenate if isinstance(kernels[0], np.ndarray) else jnp.concatenate
-            out[f"layers.{i}.{merged}.kernel"] = concatenate(kernels)
+            for kind in ("kernel", "bias"):
+                if f"layers.{i}.{names[0]}.{kind}" not in out:
+                    continue
+                parts = [out.pop(f"layers.{i}.{name}.{kind}") for name in names]
+                # Arrays from a file are NumPy's and stay so.
+                concatenate = (
+                    np.concatenate if isinstance(parts[0], np.ndarray) else jnp.concatenate
+                )
+                out[f"layers.{i}.{merged}.{kind}"] = concatenate(parts)
     return out

@@ -1,7 +1,8 @@
-"""InternLM2 decoder: RMSNorm, grouped-query attention, rotary positions, SwiGLU, no biases.
+"""InternLM2 decoder: RMSNorm, grouped-query attention, rotary positions, SwiGLU.
 
-Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the
-checkpoint layout differs. This is the form that trains; `decoding` has the one that decodes.
+Cai et al., "InternLM2 Technical Report" (2024). The same architecture as Llama; only the checkpoint
+layout differs. Qwen2 adds biases to queries, keys and values. This is the form that trains;
+`decoding` has the one that decodes.
 """
 
 import dataclasses
@@ -53,9 +54,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.config, self.head_dim = config, config.embed_dim // config.num_heads
         size, kv_size = config.embed_dim, config.num_kv_heads * self.head_dim
-        self.q_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
-        self.k_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
-        self.v_proj = linear(size, kv_size, bias=False, dtype=dtype, rngs=rngs)
+        bias = config.attention_bias
+        self.q_proj = linear(size, size, bias=bias, dtype=dtype, rngs=rngs)
+        self.k_proj = linear(size, kv_size, bias=bias, dtype=dtype, rngs=rngs)
+        self.v_proj = linear(size, kv_size, bias=bias, dtype=dtype, rngs=rngs)
         self.o_proj = linear(size, size, bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(

@@ -40,10 +40,11 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block, tanh-approximated GELU."""
+    """Pre-norm transformer block; its GELU is the tanh approximation or exact, as configured."""
 
     def __init__(self, config: SigLIPConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         size, epsilon = config.embed_dim, config.layer_norm_eps
+        self.approximate = config.hidden_act == "gelu_pytorch_tanh"
         self.norm1 = layer_norm(size, epsilon, dtype=dtype, rngs=rngs)
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(size, epsilon, dtype=dtype, rngs=rngs)
@@ -52,7 +53,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
         x_BPD = x_BPD + self.attention(self.norm1(x_BPD))
-        hidden_BPF = jax.nn.gelu(self.fc1(self.norm2(x_BPD)), approximate=True)
+        hidden_BPF = jax.nn.gelu(self.fc1(self.norm2(x_BPD)), approximate=self.approximate)
         return x_BPD + self.fc2(hidden_BPF)
 
 

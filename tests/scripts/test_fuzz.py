@@ -42,6 +42,7 @@ OTHERS = {
     "htfa_jax/training/encoder_cache.py": "its own cache",
     "htfa_jax/training/loss_guard.py": "dumps of the user's own runs",
     "htfa_jax/training/origins.py": "names and hashes, which are only compared",
+    "weights_convert/preset.py": "its own record, and an index of which only names are taken",
     "weights_convert/verify.py": "what it wrote itself",
 }
 

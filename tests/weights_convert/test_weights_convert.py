@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
+from small_checkpoints import random, tensors_of, to_internlm2, to_timm
 from support import tiny, write_dataset
 from transformers import (
     LlamaConfig,
@@ -44,71 +45,8 @@ LLAMA = {
 THETA = {"rope_type": "default", "rope_theta": 777.0}
 
 
-def random(model, seed=0):
-    """A model whose every weight counts."""
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn_like(p)
-            if p.ndim < 2:
-                p.copy_((1 if "norm" in name and "weight" in name else 0) + 0.2 * noise)
-            else:
-                p.copy_(1.5 * noise * p[0].numel() ** -0.5)
-    return model.eval()
-
-
 def run(*arguments):
     main([str(a) for a in arguments])
-
-
-def to_internlm2(tensors, kv_heads=2):
-    """A Llama's tensors under the names that InternLM2 is published with."""
-    names = {
-        "embed_tokens": "tok_embeddings", "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attention.wo",
-        "mlp.gate_proj": "feed_forward.w1", "mlp.down_proj": "feed_forward.w2",
-        "mlp.up_proj": "feed_forward.w3", "lm_head": "output",
-    }  # fmt: skip
-    out = {}
-    for key, value in tensors.items():
-        if "q_proj" in key:
-            heads = [
-                tensors[key.replace("q_proj", f"{p}_proj")].reshape(kv_heads, -1, value.shape[1])
-                for p in "qkv"
-            ]
-            name = key.replace("self_attn.q_proj", "attention.wqkv")
-            out[name] = np.concatenate(heads, axis=1).reshape(-1, value.shape[1])
-        elif "k_proj" not in key and "v_proj" not in key:
-            for llama, theirs in names.items():
-                key = key.replace(llama, theirs)
-            out[key] = value
-    return {key: np.ascontiguousarray(value) for key, value in out.items()}
-
-
-def to_timm(tensors):
-    """A SiglipVisionModel's tensors under timm's names, as Janus has them."""
-    names = {
-        "embeddings.patch_embedding": "patch_embed.proj", "encoder.layers": "blocks",
-        "layer_norm1": "norm1", "layer_norm2": "norm2", "self_attn.out_proj": "attn.proj",
-        "post_layernorm": "norm",
-    }  # fmt: skip
-    out = {}
-    for key, value in tensors.items():
-        key = key.removeprefix("vision_model.")
-        if key.startswith("head"):
-            out["attn_pool." + key] = value
-        elif "position_embedding" in key:
-            out["pos_embed"] = value[None]
-        elif "q_proj" in key:
-            parts_ = [tensors[k] for p in "qkv" for k in tensors
-                      if k.endswith(key.replace("q_proj", f"{p}_proj"))]  # fmt: skip
-            name = key.replace("encoder.layers", "blocks").replace("self_attn.q_proj", "attn.qkv")
-            out[name] = np.concatenate(parts_)
-        elif "k_proj" not in key and "v_proj" not in key:
-            for theirs, timm in names.items():
-                key = key.replace(theirs, timm)
-            out[key] = value
-    return {f"vision_model.vision_tower.{k}": np.ascontiguousarray(v) for k, v in out.items()}
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +57,6 @@ def llama(tmp_path_factory):
     model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
-
-
-def tensors_of(folder):
-    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 @pytest.fixture(scope="module")
@@ -163,19 +97,23 @@ def test_siglip_with_its_text_tower(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_siglip_inside_janus(vision, tmp_path, capsys):
-    """timm's names and no sizes in the configuration; other parts beside it are left alone."""
+def test_siglip_inside_janus(tmp_path, capsys):
+    """timm's names and Janus's configuration; other parts beside it are left alone."""
+    vision = tmp_path / "vision"
+    wide = VISION | {"hidden_size": 128, "num_attention_heads": 2, "hidden_act": "gelu"}
+    random(SiglipVisionModel(SiglipVisionConfig(**wide))).save_pretrained(vision)
     tensors = to_timm(tensors_of(vision))
     save_file(
         tensors | {"gen_vision_model.x": np.zeros(2), "language_model.y": np.zeros(2)},
         tmp_path / "model.safetensors",
     )
+    params = {"model_name": "siglip_large_patch16_384"}
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"params": params}}))
     source = Source(tmp_path)
     spec = siglip.conversion_spec(source, 40)
-    assert spec.sizes.num_heads == 1  # 48 / 64, rounded: published widths are multiples of 64
-    real = SigLIPConfig(8, 48, 3, 4, 56)
+    assert spec.sizes.num_heads == 2 and spec.sizes.hidden_act == "gelu"
     direct = siglip.conversion_spec(Source(vision), 40)
-    assert direct.sizes == real
+    assert direct.sizes == SigLIPConfig(8, 128, 3, 2, 56, hidden_act="gelu")
     write_folder(source, spec, tmp_path / "janus")
     write_folder(Source(vision), direct, tmp_path / "direct")
     run("verify", tmp_path / "janus", "--source", tmp_path)
@@ -252,6 +190,7 @@ def test_longer_sequences_than_the_weights_can_read_are_refused():
 @pytest.mark.parametrize(
     "line,expected",
     [
+        ("preset standard b --revision vq=c0ffee", {"name": "standard", "compare": True}),
         ("siglip a b --image_size 40", {"out": Path("b"), "image_size": 40, "revision": None}),
         ("siglip --revision=v2 a b", {"out": Path("b"), "image_size": 448, "revision": "v2"}),
         ("vq a b --decoder_from c", {"out": Path("b"), "decoder_from": "c"}),
