@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -245,8 +246,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def best(found: list[Saved], metric: str, mode: Literal["min", "max"]) -> Saved | None:
-    """The checkpoint of the best value of a metric, None if none has it."""
-    scored = [s for s in found if s.step is not None and metric in s.metrics]
+    """The checkpoint of the best value of a metric, None if none has one that is finite."""
+    finite = [s for s in found if math.isfinite(s.metrics.get(metric, math.nan))]
+    scored = [s for s in finite if s.step is not None]
     sign = 1 if mode == "min" else -1
     return min(scored, key=lambda s: sign * s.metrics[metric], default=None)
 
