@@ -116,6 +116,11 @@ def _check_metadata(path: Path) -> None:
             raise CheckpointError(f"{path.name} was altered: {name} in it is no time: {value}")
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint. Raises ValueError for what none holds: links."""
+    return _hashes(folder, list(_files(folder)))
+
+
 def add_hash(folder: Path, name: str) -> None:
     """Adds a file that came later to the hashes of a checkpoint, which has some."""
     hashes = _read_hashes(folder)

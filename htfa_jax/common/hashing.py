@@ -20,6 +20,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def text_sha256(content: bytes) -> str:
+    """64 hex digits of bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def block_hashes(path: Path) -> list[str]:
     """64 hex digits of each 64 MiB of a file, which several threads read. Raises OSError.
 
