@@ -21,7 +21,8 @@ from htfa_jax.checkpoints.weights import FAMILIES
 from htfa_jax.common.cli import command, use_compilation_cache
 from htfa_jax.common.logs import only_warnings_to_terminal
 from htfa_jax.config import Config, override
-from htfa_jax.config.io import ConfigFlags, parse_args, source_name
+from htfa_jax.config.io import ConfigFlags, given_fields, parse_args, source_name
+from htfa_jax.data.held_out import own_splits
 from htfa_jax.errors import ConfigError
 from htfa_jax.sharding.processes import Distributed, is_first
 from weights_convert.on_demand import with_weights
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.distributed.connect()
     if not is_first():
         only_warnings_to_terminal()
+    config = override(config, own_splits(config.data, given_fields(argv)))
     if args.init_from is not None:
         # All weights come from there, whatever components the preset names.
         nothing = dict.fromkeys(f"pretrained.{component}" for component in FAMILIES)

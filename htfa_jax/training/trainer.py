@@ -41,7 +41,7 @@ from htfa_jax.training.optim import learning_rate, make_optimizer
 from htfa_jax.training.plan import out_of_memory_explained, size_table
 from htfa_jax.training.pretrained import load_pretrained
 from htfa_jax.training.restore import restore_state
-from htfa_jax.training.resuming import Start, say_changes
+from htfa_jax.training.resuming import DATA, STEPS, Start, compare, data_facts, say_changes
 from htfa_jax.training.state import TrainState, new_params, new_state
 from htfa_jax.training.step import compile_train_step, compute_dtype_params, put_update
 from htfa_jax.training.vq_stage import cached_vq, needs_vq_stage
@@ -182,6 +182,7 @@ class Run:
         Returns None if a signal stopped the VQ stage. Raises ConfigError if the checkpoints are of
         other pretrained or frozen weights, CheckpointError if none can be read.
         """
+        self.before, self.data_facts = before, data_facts(self.records)
         while (latest := self.checkpoints.latest_step()) is not None:
             origins.refuse_others(self.workdir, before or self.config, self.config)
             try:
@@ -199,6 +200,8 @@ class Run:
         steps = num_steps(config.train, len(self.records), self.samples_per_step, latest, samples)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
+        if meta and self.before is not None:
+            compare(self.before, config, meta, self.data_facts, schedule, steps)
         if not meta:
             begun = self.begin(optimizer)
             if begun is None:
@@ -282,12 +285,11 @@ class Run:
         )
         if start.late:
             self.make_up_for_evaluation(start.state)
+        span = f"steps {self.first_step + 1} to {start.num_steps}"
+        if self.first_step >= start.num_steps:
+            span = f"all {start.num_steps} steps are done, no more are taken;"
         log.info(
-            "training: steps %d to %d of %d samples, %d records",
-            self.first_step + 1,
-            start.num_steps,
-            self.samples_per_step,
-            len(self.records),
+            "training: %s of %d samples, %d records", span, self.samples_per_step, len(self.records)
         )
         batches = training_batches(
             config,
@@ -342,6 +344,8 @@ class Run:
             "samples": self.begun.samples + (step - self.first_step) * self.samples_per_step,
             "window": self.loop.window,
             "late": step == self.late_step,
+            DATA: self.data_facts,
+            STEPS: self.begun.num_steps,
         }
         self.writer.flush()
         self.checkpoints.save(state, meta, metrics)
