@@ -15,6 +15,7 @@ same by the same model. What is there of anything else goes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,6 +30,7 @@ import tyro
 
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES, find_run
 from htfa_jax.common.cli import command, parse, use_compilation_cache
+from htfa_jax.common.compiling import compiling
 from htfa_jax.common.files import make_folder, write_whole, writing
 from htfa_jax.config.renamed import current_flags
 from htfa_jax.errors import ConfigError, DataError
@@ -196,9 +198,12 @@ def run(
     )
     path = folder / PREDICTIONS
     with writing(path), path.open("a", encoding="utf-8") as file:
-        for job in jobs:
+        waiting = contextlib.nullcontext() if not pairs else compiling("for the first pairs")
+        for number, job in enumerate(jobs, start=1):
             if isinstance(job.record, Record):
-                found = next(results)
+                with waiting:
+                    found = next(results)
+                waiting = contextlib.nullcontext()
                 rows = found if isinstance(found, list) else [found]
                 entry = _entry(job, job.record, rows, args, folder)
             else:
@@ -207,6 +212,9 @@ def run(
             entry[MADE_FROM] = made_from[job.id]()
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
+            if not sys.stderr.isatty():  # where there is no bar
+                said = "failed" if "error" in entry else "done"
+                log.info("pair %d of %d, %s: %s", number, len(jobs), job.id, said)
             if args.demo:
                 print(f"\n{job.id}")
             if fresh or args.demo:
@@ -273,7 +281,7 @@ def _show(entry: dict[str, Any]) -> None:
         confidence = answer["confidence"]
         said_confidence = "" if confidence is None else f"  (confidence {confidence:.2f})"
         print(f"{answer['query']}\n  {answer['answer']}{said_confidence}")
-    print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}")
+    print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from htfa_jax.checkpoints import integrity
-from htfa_jax.checkpoints.runs import make_workdir, new_workdir
+from htfa_jax.checkpoints.runs import find_run, make_workdir, new_workdir
 from htfa_jax.checkpoints.weights import FAMILIES
 from htfa_jax.common.cli import command, use_compilation_cache
+from htfa_jax.common.compiling import without_alarms
 from htfa_jax.common.logs import only_warnings_to_terminal
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import ConfigFlags, given_fields, parse_args, source_name
@@ -43,9 +44,13 @@ def resolved(args: TrainArgs, base: Config) -> Config:
     """The configuration with weight folders for the components that it names.
 
     A run with checkpoints has its weights: those that it was made from may be gone, as after a
-    move to another machine.
+    move to another machine. Raises CheckpointError if what weights should come from is no run.
     """
     goes_on = args.workdir is not None and bool(integrity.steps(args.workdir))
+    if not goes_on and (run := args.init_from or args.config.pretrained.run) is not None:
+        find_run(run)  # a slip of the pen is missed now, not after hours of drawing scenes
+    if args.init_from is not None:
+        return args.config  # whose components are not used
     return with_weights(args.config, base, may_be_gone=goes_on)
 
 
@@ -53,6 +58,8 @@ def resolved(args: TrainArgs, base: Config) -> Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--dry_run" in argv:
+        without_alarms()
     args = parse_args(TrainArgs, argv, description=__doc__, resolve=resolved)
     config: Config = args.config
     args.distributed.connect()

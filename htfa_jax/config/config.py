@@ -79,6 +79,7 @@ class Config:
         yield from checks.data(self.data)
         yield from checks.caches(self)
         yield from checks.optim(self.optim)
+        yield from checks.best_metric(self.train.best_metric, self.data.validation)
         yield from checks.sharding(self.sharding)
 
     def is_frozen(self, component: Literal["siglip", "vq", "decoder"]) -> bool:

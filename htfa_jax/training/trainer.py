@@ -18,6 +18,7 @@ from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints, open_checkpoints, save_frozen
 from htfa_jax.checkpoints.runs import make_workdir
 from htfa_jax.checkpoints.tokenizer_files import KEY, check_tokenizer, tokenizer_hashes
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.logs import MetricWriter, log_to_file
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import Interrupted, Stopped, StopSignal
@@ -33,7 +34,7 @@ from htfa_jax.models.flops import training_step
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 from htfa_jax.training import encoder_cache, origins
-from htfa_jax.training.evaluations import Evaluations
+from htfa_jax.training.evaluations import Evaluations, check_best_metric
 from htfa_jax.training.example import write_example
 from htfa_jax.training.loop import Loop, duration, recorded
 from htfa_jax.training.loss_guard import DUMPS, LossGuard
@@ -102,7 +103,9 @@ def _train(
     with first_goes_ahead("data"):
         for split in SPLITS:  # what is missing should be missed now, not after hours of training
             if getattr(config.data, split) is not None:
-                open_split(config, split)
+                opened = open_split(config, split)
+                if split == "validation":
+                    check_best_metric(config, opened)
         records = open_split(config, "train")
         tokenizer = open_tokenizer(config, workdir, records)
     encoder_cache.check(config, len(records))
@@ -370,7 +373,7 @@ class Run:
             log.info("%s", line)
         overview = parameter_overview.get_parameter_overview(params, include_stats=False)
         path = self.workdir / "logs" / "parameters.txt"
-        path.write_text(overview + "\n", encoding="utf-8")
+        write_whole(path, overview + "\n")
 
 
 def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:
