@@ -107,9 +107,8 @@ def test_every_writer_names_its_file():
     bare = []
     for path in [*ROOT.glob("htfa_jax/**/*.py"), *ROOT.glob("weights_convert/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                if node.func.attr in ("write_text", "write_bytes"):
-                    bare.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+            if isinstance(node, ast.Attribute) and node.attr in ("write_text", "write_bytes"):
+                bare.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert bare == []
 
 

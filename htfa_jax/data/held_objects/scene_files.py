@@ -6,7 +6,6 @@ it when it is read, which takes 0.4 ms a record where decoding takes 10: a start
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from htfa_jax.common.files import write_whole
-from htfa_jax.common.hashing import file_sha256, short_hash
+from htfa_jax.common.hashing import file_sha256, short_hash, text_sha256
 from htfa_jax.common.json_files import read_json
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.data.storage import StoredImage
@@ -35,7 +34,7 @@ def sealed(sidecar: Mapping[str, Any], images: Mapping[str, bytes]) -> str:
       sidecar: what a record needs to know.
       images: contents of the files by their folder.
     """
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in images.items()}
+    hashes = {name: text_sha256(content) for name, content in images.items()}
     whole = {**sidecar, HASHES: hashes}
     return json.dumps({**whole, SEAL: short_hash(whole)})
 
@@ -94,7 +93,7 @@ class SceneImage(StoredImage):
             content = self.path.read_bytes()
             hashes = read_sidecar(kind.parent / "meta" / f"{self.path.stem}.json").get(HASHES, {})
             expected = hashes.get(kind.name)
-            if expected is None or hashlib.sha256(content).hexdigest() == expected:
+            if expected is None or text_sha256(content) == expected:
                 return content
             problem = f"{self.path} is damaged: its hash differs"
         except (FileNotFoundError, DataError) as error:
