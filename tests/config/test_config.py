@@ -1,9 +1,11 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from support import tiny
 
+from htfa_jax.checkpoints import runs
 from htfa_jax.config import Config, checks, get, leaves
 from htfa_jax.config.io import (
     ConfigFlags,
@@ -185,10 +187,14 @@ def test_missing_and_broken_files(tmp_path):
         load_config(tmp_path / "c.py")
 
 
-def test_names_of_runs():
+def test_names_of_runs(monkeypatch):
     assert source_name(["--config", "configs/debug.py"]) == "debug"
     assert source_name(["--config=runs/old_run/config.json"]) == "old_run"
     assert source_name([]) == "standard"
+    times = iter([("20261130", "161850"), ("20261130", "161851")])
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "_".join(next(times)))
+    assert runs.new_workdir("debug") == Path("runs/debug_20261130_161850")
+    assert runs.new_workdir("debug") == Path("runs/debug_20261130_161851")
 
 
 def test_the_configuration_is_taken_out_of_any_command_line():

@@ -285,8 +285,11 @@ def test_another_type_and_device(run_folder, records):
     half = HTFAInference(run_folder, dtype="bfloat16", device="cpu")
     assert half.params["decoder.head.kernel"].dtype == "bfloat16"
     assert half.infer(*pair(records[0])).confidence > 0
+    assert HTFAInference(run_folder, "cpu").step == half.step  # as the original takes it
     with pytest.raises(CheckpointError, match="not a run"):
         HTFAInference(run_folder / "nothing")
+    with pytest.raises(ConfigError, match="device=tpu: this machine has no such device"):
+        HTFAInference(run_folder, device="tpu")
 
 
 @pytest.mark.slow
