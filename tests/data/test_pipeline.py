@@ -74,12 +74,10 @@ def test_going_on_with_other_workers_gives_the_batches_that_would_have_come(sour
     """From the middle of an epoch into the next, all that is random included."""
     config = tiny(**RANDOM)
     expected = take(config, source, 2, 4)
-    for a, b in zip(expected, take(tiny(**RANDOM, data__num_workers=workers), source, 2, 4),
-                    strict=True):  # fmt: skip
-        same(a, b)
-    batches = training_batches(tiny(**RANDOM, data__num_workers=workers), *source, 0, 2)
-    with contextlib.closing(batches):
-        next(batches)
+    changed = tiny(**RANDOM, data__num_workers=workers)
+    with contextlib.closing(training_batches(changed, *source, 4, 2)) as batches:
+        for a, b in zip(expected, itertools.islice(batches, 4), strict=True):
+            same(a, b)
         assert len(multiprocessing.active_children()) >= workers
 
 

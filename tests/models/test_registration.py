@@ -88,6 +88,7 @@ def test_identity_changes_nothing_and_outside_is_zero():
     np.testing.assert_array_equal(registration.resample(image, far, (12, 12)), 0)
 
 
+@pytest.mark.slow
 def test_every_sample_uses_its_own_box():
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     boxes = (
