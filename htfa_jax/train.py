@@ -36,6 +36,7 @@ class TrainArgs:
     config: ConfigFlags
     workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/...)
     init_from: str | None = None  # start at step 0 with the weights of this run (or checkpoint)
+    resume_step: int | None = None  # go on at this checkpoint of --workdir, not at the newest
     dry_run: bool = False  # print devices, parameters, steps, memory and data, and stop
     distributed: Distributed = Distributed()  # processes on several hosts
 
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # All weights come from there, whatever components the preset names.
         nothing = dict.fromkeys(f"pretrained.{component}" for component in FAMILIES)
         config = override(config, nothing | {"pretrained.run": args.init_from})
+    if args.resume_step is not None and args.workdir is None:
+        raise ConfigError("--resume_step is of a run: give its --workdir")
     if args.dry_run:
         from htfa_jax.training.dry_run import dry_run
 
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from htfa_jax.training.trainer import train
 
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
-    scores = train(config, workdir)
+    scores = train(config, workdir, args.resume_step)
     if is_first():
         print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
 

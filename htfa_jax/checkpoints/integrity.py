@@ -29,7 +29,7 @@ from htfa_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-HASHES, DAMAGED = "hashes.json", "damaged"
+HASHES, DAMAGED, LATER = "hashes.json", "damaged", "later"
 # Orbax writes these when it gives a checkpoint its name, after the hashes; no weights in them.
 METADATA = "_CHECKPOINT_METADATA"
 _COMMIT = (METADATA, "commit_success.txt")
@@ -218,6 +218,26 @@ def set_aside(workdir: Path, name: str, problem: str) -> None:
         target = target.with_name(target.name + "-again")
     (workdir / CHECKPOINTS / name).rename(target)
     log.warning("checkpoint %s is damaged: %s. It is now %s", name, problem, target)
+
+
+def go_back(workdir: Path, step: int) -> None:
+    """Moves the checkpoints behind a step to `later/`, so that the run goes on at that step.
+
+    For the process that trains in the workdir. Raises CheckpointError if there is no such step.
+    """
+    there = steps(workdir)
+    if step not in there:
+        known = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(
+            f"--resume_step {step}: {workdir} has no such checkpoint; it has {known}"
+        )
+    for later in [s for s in there if s > step]:
+        target = workdir / LATER / f"{later}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "-again")
+        (workdir / CHECKPOINTS / str(later)).rename(target)
+        log.info("going back to step %d: checkpoint %d is now %s", step, later, target)
 
 
 def listing(workdir: Path) -> list[Saved]:

@@ -24,6 +24,9 @@ Args = TypeVar("Args")
 # Where compiled programs are kept. No configuration moves it: JAX runs what it finds there.
 COMPILED = "~/.cache/htfa_jax/compiled"
 
+# Of every command, and of no dataclass of options.
+DEBUG = "--debug shows the traceback of an error."
+
 log = logging.getLogger("htfa_jax.compiled")
 
 
@@ -95,6 +98,8 @@ def parse(
       description: what `--help` begins with, examples included.
       **more: what else `tyro.cli` takes.
     """
+    if description is not None:
+        description = f"{description.rstrip()}\n\n{DEBUG}"
     return tyro.cli(
         cls, args=argv, prog=program(), description=description, use_underscores=True, **more
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from htfa_jax.config import checks
+from htfa_jax.config.fields import leaves
 from htfa_jax.config.sections import (
     AugmentConfig,
     DataConfig,
@@ -66,6 +67,10 @@ class Config:
             problems += self._problems()
         if problems:
             raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
+
+    def __str__(self) -> str:
+        """One field a line, `train.batch_size = 2`, as flags and messages name them."""
+        return "\n".join(f"{name} = {value!r}" for name, value in leaves(self))
 
     def _problems(self) -> Iterator[str]:
         yield from checks.siglip(self.siglip, self.level2, self.image_size)

@@ -22,7 +22,7 @@ from PIL import Image
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DType, override
-from htfa_jax.config.renamed import current_parameters, takes_old_names
+from htfa_jax.config.renamed import current_parameters, takes_old_names, takes_original_names
 from htfa_jax.data.batch import Batch
 from htfa_jax.data.records import Turn
 from htfa_jax.data.tokenizer import ChatTokenizer
@@ -119,6 +119,7 @@ class HTFAInference:
         """The same as the constructor, under the name that other libraries use."""
         return cls(name, **options)
 
+    @takes_original_names
     def infer(
         self,
         image_orig: Any,
@@ -147,6 +148,7 @@ class HTFAInference:
         encoded = self._encode_pair(image_orig, image_recon, fields, return_intermediates)
         return self._results(encoded, [query], decoding, completion, return_intermediates)[0]
 
+    @takes_original_names
     def batch_infer(
         self,
         pairs: Sequence[PairLike | LoadedPair],

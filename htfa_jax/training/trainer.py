@@ -14,6 +14,7 @@ import jax
 import optax
 from clu import parameter_overview
 
+from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints, open_checkpoints, save_frozen
 from htfa_jax.checkpoints.runs import make_workdir
@@ -53,12 +54,13 @@ DEFAULT_STEPS = 250
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any] | None:
+def train(config: Config, workdir: Path, resume_step: int | None = None) -> dict[str, Any] | None:
     """Trains and evaluates; resumes what `workdir` holds.
 
     Args:
       config: of the run.
       workdir: see `checkpoints.manager` for what it holds.
+      resume_step: checkpoint to go on at, instead of the newest; later ones move to `later/`.
 
     Returns:
       Scores on the test split (on the validation split if there is none, empty without
@@ -74,6 +76,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
     ):
         started = time.time()
         try:
+            if resume_step is not None:
+                with first_goes_ahead("go back"):
+                    if first:
+                        integrity.go_back(workdir, resume_step)
             with out_of_memory_explained(config, workdir):
                 scores = _train(config, workdir, stop, held.check if held else lambda: None)
         except Stopped:

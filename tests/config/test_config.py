@@ -242,3 +242,12 @@ def test_the_best_metric_is_looked_up_before_anything_is_drawn():
         with pytest.raises(ConfigError, match=f"did you mean {near}"):
             override(Config(), drawn | {"train.best_metric": name})
     assert set(checks.KINDS) == {*QUESTIONS, "joint"}
+
+
+def test_a_printed_configuration_can_be_read():
+    config = tiny(train__epochs=7)
+    lines = str(config).splitlines()
+    assert len(lines) == len(list(leaves(config))) and max(map(len, lines)) < 200
+    assert "train.epochs = 7" in lines and "optim.name = 'adamw'" in lines
+    assert f"{config}" == str(config)
+    assert override(Config(), dict(leaves(config))) == config

@@ -323,3 +323,17 @@ def test_it_starts_without_transformers_and_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_names_of_the_original_s_arguments_work(engine, records, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "_encode_pair", lambda *args: seen.append(args[:2]))
+    monkeypatch.setattr(engine, "_results", lambda *args: [args[1]])
+    orig, recon = pair(records[0])
+    assert engine.infer(img_orig=orig, img_recon=recon, query="Q?") == ["Q?"]
+    assert engine.infer(orig, recon, "Q?") == ["Q?"]
+    assert seen == [(orig, recon)] * 2
+    monkeypatch.setattr(engine, "iterate", lambda pairs, queries, **options: [pairs, queries])
+    assert engine.batch_infer(image_pairs=[1], queries=["Q?"], batch_size=2) == [[1], ["Q?"]]
+    with pytest.raises(TypeError, match="under two names"):
+        engine.infer(img_orig=orig, image_orig=orig)

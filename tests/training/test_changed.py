@@ -8,6 +8,7 @@ import pytest
 from support import tiny, write_dataset
 
 from htfa_jax import train as command
+from htfa_jax.checkpoints.integrity import steps
 from htfa_jax.config import override
 from htfa_jax.config.io import save_config
 from htfa_jax.data.held_out import FROM_TRAIN
@@ -180,3 +181,26 @@ def test_too_few_records_to_hold_some_out(config, tmp_path):
     )  # fmt: skip
     with pytest.raises(DataError, match="too few .* --config.data.validation=None"):
         open_split(few, "train")
+
+
+def test_a_run_goes_on_at_a_checkpoint_that_is_named(config, tmp_path, capsys):
+    saved = override(config, {"train.save_every": 1, "train.keep_checkpoints": 9})
+    save_config(saved, tmp_path / "c.json")
+    arguments = ["--config", str(tmp_path / "c.json"), "--workdir", str(tmp_path / "run")]
+    command.main(arguments)
+    weights = {p: p.read_bytes() for p in (tmp_path / "run/checkpoints/4/params").rglob("*")
+               if p.is_file()}  # fmt: skip
+    command.main([*arguments, "--resume_step", "2"])
+    said = capsys.readouterr().err
+    assert "resuming from step 2" in said and "checkpoint 4 is now" in said
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert sorted(p.name.partition("-")[0] for p in (tmp_path / "run/later").iterdir()) == [
+        "3",
+        "4",
+    ]
+    names = [p.relative_to(tmp_path / "run/checkpoints/4") for p in weights]
+    (later,) = (tmp_path / "run/later").glob("4-*")
+    assert all((later / name).is_file() for name in names)
+    with pytest.raises(SystemExit) as ended:
+        command.main([*arguments, "--resume_step", "7"])
+    assert ended.value.code == 2 and "it has 1, 2, 3, 4" in capsys.readouterr().err
