@@ -1,6 +1,6 @@
-"""HTFA with the 32 layers of InternVL2-8B's language model, on 8 H100 (24.7 GiB of each) or more.
+"""HTFA with the 32 layers of InternVL2-8B's language model, on 8 H100 (24.1 GiB of each) or more.
 
-Compiled for a v5p:2x2x4 it needs 13.8 GiB of each.
+Compiled for a v5p:2x2x4 it needs 13.9 GiB of each.
 
     python -m htfa_jax.train --config configs/internvl2_8b.py \\
         --config.data.train=train.jsonl --config.pretrained.decoder=weights/internvl2_8b ...

@@ -1,6 +1,6 @@
 """More of everything, for a host of several large devices: 8 decoder layers, 10 epochs.
 
-Weights, moments, gradients and copies are 16.5 GiB (`python -m htfa_jax.configs`), sharded over all
+Weights, moments, gradients and copies are 16.7 GiB (`python -m htfa_jax.configs`), sharded over all
 devices as in `standard`; the activations of 4 samples on each come on top. A pretrained decoder
 brings its own number of layers and heads: convert it with `--num_layers 8`. An update of 4 devices
 sees 128 samples; of `standard` on one, 8.

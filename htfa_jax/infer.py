@@ -9,17 +9,20 @@
 
 The first needs nothing: a small trained model and its scenes are in this package. runs/a is what
 `htfa_jax.train` wrote, scenes/ what `htfa_jax.data.held_objects --num 24 --out scenes` draws. Of
-many pairs, those that predictions.jsonl answers already are left out.
+many pairs, those that predictions.jsonl answers already are left out: the same pairs, asked the
+same by the same model. What is there of anything else goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,11 +30,11 @@ import tyro
 
 from htfa_jax.checkpoints.runs import DEMO, EXAMPLES, find_run
 from htfa_jax.common.cli import command, parse, use_compilation_cache
-from htfa_jax.common.files import write_whole
-from htfa_jax.common.json_files import json_lines, parse_json
+from htfa_jax.common.compiling import compiling
+from htfa_jax.common.files import make_folder, write_whole, writing
 from htfa_jax.config.renamed import current_flags
 from htfa_jax.errors import ConfigError, DataError
-from htfa_jax.evaluation.report_html import PREDICTIONS
+from htfa_jax.evaluation.report_html import PREDICTIONS, REPORT
 from htfa_jax.inference.options import Completion, Decoding, Quantize, View
 
 if TYPE_CHECKING:
@@ -72,7 +75,7 @@ class InferArgs:
     completion: Completion = Completion()
     visualize: bool = False  # figures of every pair, and report.html with all of them
     attention: View = View()  # of the answers' attention, in the figures
-    device: str | None = None  # "cpu", "gpu" or "tpu" (default: JAX's choice)
+    device: str | None = None  # "cpu", "gpu" (or "cuda"), "tpu", "gpu:1" (default: JAX's choice)
     quantize: Quantize | None = None  # keep the decoder's weights in 8 bits
     revision: str | None = None  # of a hub repository: branch, tag or commit
 
@@ -88,9 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ConfigError("give either --image_orig (one pair) or --input (many)")
     if args.image_root is not None and args.input is None:
         raise ConfigError("--image_root is of the images that --input names: leave it out")
+    from htfa_jax.inference.devices import find_device
+
+    find_device(args.device)  # before anything is fetched or made
     workdir, step = find_run(checkpoint, args.revision)
     use_compilation_cache()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "--output_dir")
     failed, tried = predict(args, workdir if step is None else checkpoint, folder)
     if args.visualize:
         from htfa_jax.evaluation.report_html import write_report
@@ -126,22 +132,34 @@ def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int,
       checkpoint: as `HTFAInference` takes it.
       folder: for the predictions and their images.
     """
+    from htfa_jax.inference import kept
     from htfa_jax.inference.inputs import read_jobs
 
-    path, done = folder / PREDICTIONS, set[str]()
-    if args.input is None:
-        jobs = [one_pair(args)]
-    else:
-        jobs, done = read_jobs(args.input, args.query, args.image_root), keep_finished(path)
+    path = folder / PREDICTIONS
+    jobs = (
+        [one_pair(args)]
+        if args.input is None
+        else read_jobs(args.input, args.query, args.image_root)
+    )
+    view = dataclasses.asdict(args.attention) if args.visualize else None
+    options = [*map(dataclasses.asdict, (args.decoding, args.completion)), args.quantize, view]
+    model = kept.model_hash(checkpoint, args.revision)
+    made_from = {
+        job.id: functools.cache(functools.partial(kept.made_from, job, model, options))
+        for job in jobs
+    }
+    # One pair is always asked again, as somebody waits for it.
+    done = kept.keep_finished(path, made_from if args.input is not None else {})
     todo = [job for job in jobs if job.id not in done]
     if len(todo) < len(jobs):
         log.info("%d of %d pairs are in %s already", len(jobs) - len(todo), len(jobs), path)
     if not todo:
         return 0, 0
+    (folder / REPORT).unlink(missing_ok=True)  # of the results until now
     from htfa_jax.inference.engine import HTFAInference
 
     engine = HTFAInference(checkpoint, device=args.device, quantize=args.quantize)
-    failed = run(engine, todo, folder, args, fresh=args.input is None)
+    failed = run(engine, todo, folder, args, made_from)
     if failed:
         print(f"{failed} of {len(todo)} pairs failed: see `error` in {path}", file=sys.stderr)
     return failed, len(todo)
@@ -156,34 +174,18 @@ def one_pair(args: InferArgs) -> PredictionJob:
     return PredictionJob(0, record.id, record, args.query or None)
 
 
-def keep_finished(path: Path) -> set[str]:
-    """Ids of the pairs that a file of predictions answers.
-
-    What is no answer goes, and a new start tries it again: errors, a last line that was cut off
-    while it was written, lines that something else wrote.
-    """
-    if not path.is_file():
-        return set()
-    kept, ids = [], set()
-    for number, line in json_lines(path, DataError):
-        try:
-            entry = parse_json(line, f"{path}, line {number}", DataError, allow_nan=True)
-        except DataError:
-            continue
-        if "id" in entry and "error" not in entry:
-            kept.append(line.rstrip(b"\r\n") + b"\n")
-            ids.add(str(entry["id"]))
-    write_whole(path, b"".join(kept), durable=True)
-    return ids
-
-
 def run(
-    engine: HTFAInference, jobs: list[PredictionJob], folder: Path, args: InferArgs, fresh: bool
+    engine: HTFAInference,
+    jobs: list[PredictionJob],
+    folder: Path,
+    args: InferArgs,
+    made_from: Mapping[str, Callable[[], dict[str, str]]],
 ) -> int:
     """Writes one line per job, as soon as it is there. Returns how many failed."""
     from htfa_jax.data.records import Record
+    from htfa_jax.inference.kept import MADE_FROM
 
-    failed = 0
+    failed, fresh = 0, args.input is None
     pairs = [r for job in jobs if isinstance(r := job.record, Record)]
     asked = [job.queries or [None] for job in jobs if isinstance(job.record, Record)]
     results = engine.iterate(
@@ -194,17 +196,25 @@ def run(
         completion=args.completion,
         return_intermediates=args.visualize,
     )
-    with (folder / PREDICTIONS).open("w" if fresh else "a", encoding="utf-8") as file:
-        for job in jobs:
+    path = folder / PREDICTIONS
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        waiting = contextlib.nullcontext() if not pairs else compiling("for the first pairs")
+        for number, job in enumerate(jobs, start=1):
             if isinstance(job.record, Record):
-                found = next(results)
+                with waiting:
+                    found = next(results)
+                waiting = contextlib.nullcontext()
                 rows = found if isinstance(found, list) else [found]
                 entry = _entry(job, job.record, rows, args, folder)
             else:
                 entry = {"id": job.id, "error": str(job.record)}
             failed += "error" in entry
+            entry[MADE_FROM] = made_from[job.id]()
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
             file.flush()
+            if not sys.stderr.isatty():  # where there is no bar
+                said = "failed" if "error" in entry else "done"
+                log.info("pair %d of %d, %s: %s", number, len(jobs), job.id, said)
             if args.demo:
                 print(f"\n{job.id}")
             if fresh or args.demo:
@@ -231,7 +241,8 @@ def _entry(
     if first.completed is not None:
         entry["completed"] = f"completed/{name}"
         (folder / "completed").mkdir(exist_ok=True)
-        first.completed.save(folder / entry["completed"])
+        with writing(folder / entry["completed"]) as path:
+            first.completed.save(path)
     if args.visualize:
         entry["figures"] = _draw(record, results, args, folder, name.removesuffix(".png"))
     return entry
@@ -247,7 +258,7 @@ def _draw(
     paths = {}
     for kind, figure in figures(*results, truth=_truth(record), view=args.attention).items():
         paths[kind] = f"figures/{name}_{kind}.png"
-        (folder / paths[kind]).write_bytes(png(figure))
+        write_whole(folder / paths[kind], png(figure))
     return paths
 
 
@@ -270,7 +281,7 @@ def _show(entry: dict[str, Any]) -> None:
         confidence = answer["confidence"]
         said_confidence = "" if confidence is None else f"  (confidence {confidence:.2f})"
         print(f"{answer['query']}\n  {answer['answer']}{said_confidence}")
-    print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}")
+    print(f"aligned by {entry['alignment']}; reconstruction: {entry['reconstruction']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from htfa_jax.checkpoints import integrity
-from htfa_jax.checkpoints.runs import make_workdir, new_workdir
+from htfa_jax.checkpoints.runs import find_run, make_workdir, new_workdir
 from htfa_jax.checkpoints.weights import FAMILIES
 from htfa_jax.common.cli import command, use_compilation_cache
+from htfa_jax.common.compiling import without_alarms
 from htfa_jax.common.logs import only_warnings_to_terminal
 from htfa_jax.config import Config, override
-from htfa_jax.config.io import ConfigFlags, parse_args, source_name
+from htfa_jax.config.io import ConfigFlags, given_fields, parse_args, source_name
+from htfa_jax.data.held_out import own_splits
 from htfa_jax.errors import ConfigError
 from htfa_jax.sharding.processes import Distributed, is_first
 from weights_convert.on_demand import with_weights
@@ -34,6 +36,7 @@ class TrainArgs:
     config: ConfigFlags
     workdir: Path | None = None  # where it goes; what it holds is resumed (default: runs/...)
     init_from: str | None = None  # start at step 0 with the weights of this run (or checkpoint)
+    resume_step: int | None = None  # go on at this checkpoint of --workdir, not at the newest
     dry_run: bool = False  # print devices, parameters, steps, memory and data, and stop
     distributed: Distributed = Distributed()  # processes on several hosts
 
@@ -42,9 +45,13 @@ def resolved(args: TrainArgs, base: Config) -> Config:
     """The configuration with weight folders for the components that it names.
 
     A run with checkpoints has its weights: those that it was made from may be gone, as after a
-    move to another machine.
+    move to another machine. Raises CheckpointError if what weights should come from is no run.
     """
     goes_on = args.workdir is not None and bool(integrity.steps(args.workdir))
+    if not goes_on and (run := args.init_from or args.config.pretrained.run) is not None:
+        find_run(run)  # a slip of the pen is missed now, not after hours of drawing scenes
+    if args.init_from is not None:
+        return args.config  # whose components are not used
     return with_weights(args.config, base, may_be_gone=goes_on)
 
 
@@ -52,15 +59,20 @@ def resolved(args: TrainArgs, base: Config) -> Config:
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "--dry_run" in argv:
+        without_alarms()
     args = parse_args(TrainArgs, argv, description=__doc__, resolve=resolved)
     config: Config = args.config
     args.distributed.connect()
     if not is_first():
         only_warnings_to_terminal()
+    config = override(config, own_splits(config.data, given_fields(argv)))
     if args.init_from is not None:
         # All weights come from there, whatever components the preset names.
         nothing = dict.fromkeys(f"pretrained.{component}" for component in FAMILIES)
         config = override(config, nothing | {"pretrained.run": args.init_from})
+    if args.resume_step is not None and args.workdir is None:
+        raise ConfigError("--resume_step is of a run: give its --workdir")
     if args.dry_run:
         from htfa_jax.training.dry_run import dry_run
 
@@ -74,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from htfa_jax.training.trainer import train
 
     workdir = make_workdir(args.workdir or new_workdir(source_name(argv)))
-    scores = train(config, workdir)
+    scores = train(config, workdir, args.resume_step)
     if is_first():
         print(f"{'stopped' if scores is None else 'finished'}: {workdir}")
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,22 @@ def product_types(program: str) -> list[list[str]]:
     """Element types of the operands of each matmul in a lowered program's text."""
     operands = re.findall(r"dot_general.*: \((.*)\) ->", program)
     return [re.findall(r"tensor<[\dx]*x(\w+)>", both) for both in operands]
+
+
+def count_matmuls(function, *arguments) -> int:
+    """Matmuls in a function's program, those of the functions in it each time they are called."""
+
+    def count(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            total += equation.primitive.name == "dot_general"
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else (value,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    total += count(inner) if hasattr(inner, "eqns") else 0
+        return total
+
+    return count(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def random_weights(model: Model, seed: int = 0, scale: float = 0.3) -> Flat:

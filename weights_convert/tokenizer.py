@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import read_json
 from htfa_jax.data.chat_template import read_template
 from htfa_jax.data.tokenizer import CHAT_TEMPLATE, ChatTokenizer
@@ -95,11 +96,10 @@ def convert_tokenizer(files: Mapping[str, Path], out: Path) -> None:
     settings.pop("auto_map", None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    write_whole(out / "tokenizer_config.json", text)
     # The settings first: a folder with tokenizer.json is complete.
-    (out / "tokenizer.json").write_bytes(data)
+    write_whole(out / "tokenizer.json", data)
     try:
         ChatTokenizer(out)
     except DataError as error:

@@ -8,12 +8,16 @@ from pathlib import Path
 
 from htfa_jax.errors import CheckpointError
 
+# Folders that this project's commands make or read: a name in one of them is never asked for.
+OWN = ("runs", "weights", "configs", "shared", "checkpoints")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def is_repository(name: str | Path) -> bool:
     """Whether a name means a repository, "user/name": a folder "user" here goes first."""
     folder = Path(name).expanduser().parent
+    if str(folder) in OWN:
+        return False
     return HUB_ID.fullmatch(str(name)) is not None and not folder.is_dir()
 
 

@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -28,7 +29,7 @@ from htfa_jax.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 
-HASHES, DAMAGED = "hashes.json", "damaged"
+HASHES, DAMAGED, LATER = "hashes.json", "damaged", "later"
 # Orbax writes these when it gives a checkpoint its name, after the hashes; no weights in them.
 METADATA = "_CHECKPOINT_METADATA"
 _COMMIT = (METADATA, "commit_success.txt")
@@ -113,6 +114,11 @@ def _check_metadata(path: Path) -> None:
             raise CheckpointError(f"{path.name} was altered: {name} in it is {value!r:.50}")
         if isinstance(value, int) and not 0 <= value < (_LAST_YEAR - 1970) * 365 * 86400 * 10**9:
             raise CheckpointError(f"{path.name} was altered: {name} in it is no time: {value}")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint. Raises ValueError for what none holds: links."""
+    return _hashes(folder, list(_files(folder)))
 
 
 def add_hash(folder: Path, name: str) -> None:
@@ -214,6 +220,26 @@ def set_aside(workdir: Path, name: str, problem: str) -> None:
     log.warning("checkpoint %s is damaged: %s. It is now %s", name, problem, target)
 
 
+def go_back(workdir: Path, step: int) -> None:
+    """Moves the checkpoints behind a step to `later/`, so that the run goes on at that step.
+
+    For the process that trains in the workdir. Raises CheckpointError if there is no such step.
+    """
+    there = steps(workdir)
+    if step not in there:
+        known = ", ".join(map(str, there)) or "none"
+        raise CheckpointError(
+            f"--resume_step {step}: {workdir} has no such checkpoint; it has {known}"
+        )
+    for later in [s for s in there if s > step]:
+        target = workdir / LATER / f"{later}-{time.strftime('%Y%m%d-%H%M%S')}"
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(target.name + "-again")
+        (workdir / CHECKPOINTS / str(later)).rename(target)
+        log.info("going back to step %d: checkpoint %d is now %s", step, later, target)
+
+
 def listing(workdir: Path) -> list[Saved]:
     """All checkpoints of a run: those that were begun and not completed first, then by step."""
     folder = workdir / CHECKPOINTS
@@ -245,8 +271,9 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def best(found: list[Saved], metric: str, mode: Literal["min", "max"]) -> Saved | None:
-    """The checkpoint of the best value of a metric, None if none has it."""
-    scored = [s for s in found if s.step is not None and metric in s.metrics]
+    """The checkpoint of the best value of a metric, None if none has one that is finite."""
+    finite = [s for s in found if math.isfinite(s.metrics.get(metric, math.nan))]
+    scored = [s for s in finite if s.step is not None]
     sign = 1 if mode == "min" else -1
     return min(scored, key=lambda s: sign * s.metrics[metric], default=None)
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -62,7 +63,8 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: latest checkpoints kept, besides the best.
-      metric: name of the validation metric that chooses the best; None keeps no best.
+      metric: name of the validation metric that chooses the best; None keeps no best. One that is
+        not finite is worse than any number.
       mode: which end of it is best.
       read_only: for all but the process that trains there, whose unfinished checkpoints must
         stay. Without it damaged checkpoints are set aside.
@@ -100,7 +102,10 @@ class Checkpoints:
         if metric is not None:
 
             def value(metrics: Mapping[str, float]) -> float:
-                return with_current_names(METRICS, metrics)[metric]
+                # NaN compares with nothing: sorting would leave it anywhere, at the best end too.
+                found = with_current_names(METRICS, metrics)[metric]
+                worst = math.inf if mode == "min" else -math.inf
+                return found if math.isfinite(found) else worst
 
             best = {"best_fn": value, "best_mode": mode}
             policies.append(
@@ -172,8 +177,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the best checkpoint, or the newest if none was evaluated."""
-        return self._manager.best_step() or self._manager.latest_step()
+        """Step of the best checkpoint, or the newest if none has a metric that is finite."""
+        best = self._manager.best_step()
+        if best is not None and self.metric is not None:
+            metrics = with_current_names(METRICS, self._manager.metrics(best) or {})
+            if not math.isfinite(metrics.get(self.metric, math.nan)):
+                best = None
+        return self._manager.latest_step() if best is None else best
 
     def restore(self, step: int, **like: Any) -> dict[str, Any]:
         """The named items of a step, and its meta.

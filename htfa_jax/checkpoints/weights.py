@@ -23,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from htfa_jax.common.files import whole_folder
+from htfa_jax.common.files import whole_folder, write_whole
 from htfa_jax.common.json_files import read_json
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, get, override
@@ -84,7 +84,7 @@ def description(family: str, sizes: Any) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes JSON that people can read."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 class WeightWriter:

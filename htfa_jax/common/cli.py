@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import os
 import stat
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from htfa_jax.common.files import disk_advice
 from htfa_jax.common.logs import log_to_terminal
 from htfa_jax.errors import HTFAError, TrainingError
 
@@ -21,6 +23,9 @@ Args = TypeVar("Args")
 
 # Where compiled programs are kept. No configuration moves it: JAX runs what it finds there.
 COMPILED = "~/.cache/htfa_jax/compiled"
+
+# Of every command, and of no dataclass of options.
+DEBUG = "--debug shows the traceback of an error."
 
 log = logging.getLogger("htfa_jax.compiled")
 
@@ -36,13 +41,14 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
     def run(argv: Sequence[str] | None = None) -> None:
         argv = list(sys.argv[1:] if argv is None else argv)
         debug = "--debug" in argv
+        escape_what_the_terminal_lacks()
         with log_to_terminal():
             try:
                 main([arg for arg in argv if arg != "--debug"])
             except (HTFAError, OSError) as error:
                 if debug:
                     traceback.print_exc()
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {sentence(error)}", file=sys.stderr)
                 user = isinstance(error, HTFAError) and not isinstance(error, TrainingError)
                 sys.exit(2 if user else 1)
             except KeyboardInterrupt:
@@ -50,6 +56,27 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable:
                 sys.exit(130)
 
     return run
+
+
+def sentence(error: Exception) -> str:
+    """An error as the command says it: of the system's, which file it is and what to do."""
+    if not isinstance(error, OSError) or error.errno is None or error.filename is None:
+        return str(error)
+    reason = error.strerror or type(error).__name__
+    if advice := disk_advice(error):
+        return f"{error.filename} cannot be written: {reason}: {advice}"
+    other = f" -> {error.filename2}" if error.filename2 else ""
+    return f"{error.filename}{other}: {reason}"
+
+
+def escape_what_the_terminal_lacks() -> None:
+    """Lets characters that the terminal's encoding lacks be escaped: no answer ends a command.
+
+    A pipe or an old terminal may be Latin-1 or ASCII; printing other characters would raise.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def program() -> str:
@@ -71,6 +98,8 @@ def parse(
       description: what `--help` begins with, examples included.
       **more: what else `tyro.cli` takes.
     """
+    if description is not None:
+        description = f"{description.rstrip()}\n\n{DEBUG}"
     return tyro.cli(
         cls, args=argv, prog=program(), description=description, use_underscores=True, **more
     )

@@ -19,10 +19,12 @@ from typing import IO, Literal
 
 import filelock
 
-from htfa_jax.errors import HTFAError
+from htfa_jax.errors import ConfigError, HTFAError
 
 log = logging.getLogger(__name__)
 
+# No space left, a quota, a limit of a file's size.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}")
 
 
@@ -51,6 +53,44 @@ def whole_file(
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Gives the path; errors of its disk name it.
+
+    What a full disk refuses is a write to a file that is open: its error names none.
+    """
+    try:
+        yield path
+    except OSError as error:
+        raise named(error, path) from error
+
+
+def disk_advice(error: BaseException | None) -> str | None:
+    """What to do about an error of a disk that takes no more; None for any other."""
+    if not isinstance(error, OSError) or error.errno not in FULL:
+        return None
+    return (
+        "its disk takes no more (full, a quota, or a limit such as `ulimit -f`): free space there, "
+        "or name another folder, and give the same command again"
+    )
+
+
+def make_folder(path: Path, option: str) -> Path:
+    """Makes a folder if it is not there. Raises ConfigError that names the option if it cannot."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{option} {path} cannot be a folder: {error.strerror}") from error
+    return path
+
+
+def named(error: OSError, path: Path) -> OSError:
+    """An error of a file, with the file's name if it has none, as `whole_path` raises it."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))
+
+
+@contextlib.contextmanager
 def whole_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """As `whole_file`, for what opens a file by its name: the path to make it at."""
     partial = _beside(path)
@@ -61,6 +101,12 @@ def whole_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
         os.replace(partial, path)
         if durable:
             _flush_names(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        hidden = error.filename in (None, str(partial))  # a name that nobody knows
+        if hidden and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -96,7 +142,10 @@ def whole_folder(folder: Path, error: type[HTFAError]) -> Iterator[Path]:
         _replace_folder(partial, folder)
         _flush_names(folder.parent)
     except OSError as problem:
-        raise error(f"{folder} cannot be written: {problem}") from problem
+        said = f"{folder} cannot be written: {problem.strerror or problem}"
+        if advice := disk_advice(problem):
+            said += f": {advice}"
+        raise error(said) from problem
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

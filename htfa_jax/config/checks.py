@@ -5,6 +5,7 @@ Every problem is a sentence that names the field, its value and what it must be.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -32,6 +33,15 @@ Problems = Iterator[str]
 HUGE = 2**63
 MAX_SCALES = 16  # that an image is halved to
 MESH_AXES = ("sharding.data", "sharding.fsdp", "sharding.tensor")
+# What an evaluation gives by short names (`evaluation.report.scalars`), and the kinds of questions
+# about drawn scenes.
+METRICS = (
+    *("loss", "text_loss", "code_loss", "code_accuracy"),
+    *("alpha_mean", "alpha_std", "attention_entropy"),
+    *(f"psnr/{region}" for region in ("all", "occluder", "occluded")),
+    *(f"ssim/{region}" for region in ("all", "occluder", "occluded")),
+)
+KINDS = ("category", "clear", "color", "occlusion_ratio", "joint")
 POSITIVE = """
     sharding.data sharding.fsdp sharding.tensor
     image_size siglip.patch_size siglip.num_layers siglip.num_heads siglip.mlp_dim vq.stem
@@ -61,13 +71,19 @@ def numbers(config: Any) -> Problems:
             if value < 0 and not takes_the_rest:
                 yield f"{name}={value} must not be negative"
             if value >= HUGE:
-                yield f"{name} is {len(str(value))} digits long: too large"
+                yield f"{name}={_short(value)} is too large"
     for name in POSITIVE:
         if get(config, name) == 0:
             yield f"{name}=0 must be above 0"
     for name in PROBABILITIES:
         if not 0 <= get(config, name) < 1:
             yield f"{name}={get(config, name)} must be in [0, 1)"
+
+
+def _short(value: int | float) -> str:
+    """A number as it is, or of a long one how long it is."""
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:6]}... ({len(text)} digits)"
 
 
 def divisors(level1: Level1Config, vq: VQConfig, siglip: SigLIPConfig) -> Problems:
@@ -227,6 +243,23 @@ def optim(optim: OptimConfig) -> Problems:
                 f"optim.learning_rate_factors: the factor of {pattern!r} must not be negative, "
                 f"it is {factor}"
             )
+
+
+def best_metric(metric: str, validation: str | None) -> Problems:
+    """`train.best_metric` names what an evaluation gives; kinds of own questions are not known."""
+    if validation is None or metric in METRICS:
+        return
+    kind = metric.removeprefix("accuracy/")
+    if kind != metric and (validation != DataConfig.train or kind in KINDS):
+        return
+    known = [*METRICS, *(f"accuracy/{name}" for name in KINDS)]
+    near = difflib.get_close_matches(metric, known, n=1)
+    yield (
+        f"train.best_metric={metric} is not a validation metric"
+        + (f"; did you mean {near[0]}?" if near else "")
+        + f" There are: {', '.join(METRICS)}, accuracy/KIND of question "
+        + f"(of drawn scenes: {', '.join(KINDS)})"
+    )
 
 
 def sharding(sharding: ShardingConfig) -> Problems:

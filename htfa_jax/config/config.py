@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from htfa_jax.config import checks
+from htfa_jax.config.fields import leaves
 from htfa_jax.config.sections import (
     AugmentConfig,
     DataConfig,
@@ -67,6 +68,10 @@ class Config:
         if problems:
             raise ConfigError("the configuration cannot work:\n  " + "\n  ".join(problems))
 
+    def __str__(self) -> str:
+        """One field a line, `train.batch_size = 2`, as flags and messages name them."""
+        return "\n".join(f"{name} = {value!r}" for name, value in leaves(self))
+
     def _problems(self) -> Iterator[str]:
         yield from checks.siglip(self.siglip, self.level2, self.image_size)
         if self.level3.generation:
@@ -79,6 +84,7 @@ class Config:
         yield from checks.data(self.data)
         yield from checks.caches(self)
         yield from checks.optim(self.optim)
+        yield from checks.best_metric(self.train.best_metric, self.data.validation)
         yield from checks.sharding(self.sharding)
 
     def is_frozen(self, component: Literal["siglip", "vq", "decoder"]) -> bool:

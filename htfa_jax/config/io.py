@@ -252,6 +252,13 @@ def _taken_out(argv: Sequence[str], name: str) -> tuple[str | None, list[str]]:
     return next(reversed(getattr(found, name)), None), rest
 
 
+def given_fields(argv: Sequence[str] | None = None) -> set[str]:
+    """Names of the fields that a command line sets, such as `data.train`."""
+    argv = current_flags(sys.argv[1:] if argv is None else argv)
+    flags = (word.partition("=")[0] for word in argv if word.startswith("--config."))
+    return {flag.removeprefix("--config.").replace("-", "_") for flag in flags}
+
+
 def parse_args(
     cls: type,
     argv: Sequence[str] | None = None,

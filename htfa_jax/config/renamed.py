@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,12 @@ FLAGS = {
 }
 # Parameters of the Python API and of the HTTP API's forms.
 PARAMETERS = {"passes": "refinement_steps"}
+# Of the PyTorch original's inference class: they stay, without a word.
+ORIGINAL = {
+    "img_orig": "image_orig",
+    "img_recon": "image_recon",
+    "image_pairs": "pairs",
+}
 # Attributes of what the Python API gives.
 ATTRIBUTES = {
     "can_paint": "can_complete",
@@ -105,6 +111,19 @@ def current_flags(argv: Sequence[str]) -> list[str]:
 def current_parameters(options: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments by the names of today."""
     return {current(PARAMETERS, name, "parameter"): value for name, value in options.items()}
+
+
+def takes_original_names(method: Callable[..., T]) -> Callable[..., T]:
+    """A decorator of methods that take the original's names of parameters too."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> T:
+        named = {ORIGINAL.get(name, name): value for name, value in options.items()}
+        if len(named) < len(options):
+            raise TypeError(f"{method.__name__}() got an argument under two names: {[*options]}")
+        return method(*args, **named)
+
+    return call
 
 
 def takes_old_names(cls: type[T]) -> type[T]:

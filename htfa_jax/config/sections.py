@@ -140,8 +140,8 @@ class DataConfig:
 
     train: str = "held_objects"  # file, shards, URL or tfds:NAME (README), or the embedded dataset
     sources: tuple[tuple[str, float], ...] = ()  # (source, weight): a mixture instead of train
-    validation: str | None = None  # same, for evaluation during training
-    test: str | None = None  # same, for the evaluation at the end
+    validation: str | None = None  # same, for evaluation during training; or "from_train"
+    test: str | None = None  # same, for the evaluation at the end ("from_train": a tenth of train)
     image_root: str | None = None  # folder or URL that holds all images (None: the file's own)
     recon_template: str | None = None  # path of a missing image_recon, as in "recon/{id}.png"
     tokenizer: str | None = None  # Hugging Face folder (None: the decoder's, or a trained one)

@@ -29,7 +29,7 @@ import numpy as np
 import tyro
 
 from htfa_jax.common.cli import available_processors, command
-from htfa_jax.common.files import whole_file
+from htfa_jax.common.files import whole_file, write_whole
 from htfa_jax.common.logs import progress
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import ConfigFlags, parse_args
@@ -331,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(findings_table(found))
     if args.report is not None:
         text = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        args.report.write_text(text, encoding="utf-8")
+        write_whole(args.report, text)
         print(f"written to {args.report}")
     if args.drop is not None:
         print(f"{found['checked'] - found['bad_records']} good records written to {args.drop}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from htfa_jax.config import Config, DataConfig
+from htfa_jax.data.held_out import FROM_TRAIN, held_out, part_of
 from htfa_jax.data.records import EMBEDDED, Dataset, Split
 from htfa_jax.data.sources.mixture import Mixture
 from htfa_jax.data.sources.open import open_source
@@ -25,15 +26,25 @@ def cache_folder(data: DataConfig) -> Path:
 def open_split(config: Config, split: Split) -> Dataset:
     """The records of a split: for training those of the mixture `data.sources`, if it is set.
 
-    Raises DataError if there is no such split or file.
+    Raises DataError if there is no such split or file, or too few records to hold some out.
     """
-    if split == "train" and config.data.sources:
-        names, weights = zip(*config.data.sources, strict=True)
-        return Mixture([open_named(config, name, split) for name in names], weights)
     source = getattr(config.data, split)
+    if split == "train" or source == FROM_TRAIN:
+        return _from_training_data(config, split)
     if not source:
         raise DataError(f"data.{split} is not set: give a source, or {EMBEDDED}")
     return open_named(config, source, split)
+
+
+def _from_training_data(config: Config, split: Split) -> Dataset:
+    data = config.data
+    if not data.sources:
+        if not data.train:
+            raise DataError(f"data.train is not set: give a source, or {EMBEDDED}")
+        return part_of(open_named(config, data.train, "train"), split, data)
+    names, weights = zip(*data.sources, strict=True)
+    parts = [part_of(open_named(config, name, "train"), split, data) for name in names]
+    return Mixture(parts, weights)
 
 
 def open_named(config: Config, source: str, split: Split) -> Dataset:
@@ -54,7 +65,7 @@ def describe_training_data(config: Config) -> list[Any]:
     names are not noticed.
     """
     held, data = config.held_objects, config.data
-    if data.train == EMBEDDED and not data.sources:
+    if data.train == EMBEDDED and not data.sources and not held_out(data):
         from htfa_jax.data.held_objects.scenes import RECIPE
 
         return [EMBEDDED, RECIPE, held.seed, held.num_train]

@@ -17,6 +17,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, Response
 from starlette.datastructures import UploadFile
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo.http import client_address
 from htfa_jax.demo.options import Limits
@@ -103,7 +104,7 @@ class Files:
         digest = hmac.digest(self._key, f"{name}\0".encode() + content, "sha256").hex()
         path = self.uploads / digest / name
         path.parent.mkdir(exist_ok=True)
-        await asyncio.to_thread(path.write_bytes, content)
+        await asyncio.to_thread(write_whole, path, content)
         self._kept.setdefault(path, Kept(client, len(content), None)).sent = time.monotonic()
         return path
 

@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.data.storage import PackedImage
 from htfa_jax.demo import show
 from htfa_jax.demo.files import Files
@@ -214,7 +215,7 @@ class Actions:
         with show.drawing:
             drawn = {kind: png(figure) for kind, figure in figures(result).items()}
         for kind, content in drawn.items():
-            (session.folder / f"{kind}.png").write_bytes(content)
+            write_whole(session.folder / f"{kind}.png", content)
         entry = {
             "id": Path(session.asked.image_orig).stem,
             "answers": [{"query": q, "answer": a, "confidence": c} for q, a, c in said],
@@ -222,7 +223,7 @@ class Actions:
             "reconstruction": result.recon_source,
             "figures": {kind: f"{kind}.png" for kind in drawn},
         }
-        (session.folder / PREDICTIONS).write_text(json.dumps(entry) + "\n", encoding="utf-8")
+        write_whole(session.folder / PREDICTIONS, json.dumps(entry) + "\n")
         return write_report(session.folder, f"{entry['id']}: {self.model}")
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from starlette.routing import Mount
 
 from htfa_jax.checkpoints.runs import DEMO
+from htfa_jax.common.compiling import compiling
 from htfa_jax.demo.api import add_api
 from htfa_jax.demo.connections import connections
 from htfa_jax.demo.files import Files, add_files
@@ -131,8 +132,8 @@ def serve(engine: HTFAInference, model: str, args: DemoArgs, private: Path) -> N
     hosts = {*LOOPBACK, args.host, *args.hosts}
     patterns(frozenset(hosts))  # before the model is compiled
     first, later = warm_up(engine, args.limits.batch)
-    log.info("compiling for the first visitor")
-    first()
+    with compiling("what the first visitor needs"):
+        first()
     with Serving(engine, args.limits, later) as serving:
         if args.share:
             public = share(args.host, port)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from htfa_jax.checkpoints.loading import load_run
+from htfa_jax.common.compiling import compiling
 from htfa_jax.common.logs import progress
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import Config, LossConfig
@@ -68,7 +70,7 @@ class Evaluator:
 
     def __init__(self, config: Config, model: Model, tokenizer: ChatTokenizer, layout: Layout):
         self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.layout = layout
+        self.layout, self._compiled = layout, False
         if config.level3.generation and not config.vq.has_decoder:
             log.warning("this VQ tokenizer has no decoder: codes are scored, images are not")
         everywhere = layout.replicated
@@ -105,24 +107,36 @@ class Evaluator:
                 interrupt()
                 for error in loaded.errors:
                     log.warning("skipped: %s", error)
-                batch = self.layout.put(loaded.batch)
-                index_B = to_host(batch.index)  # over all processes
-                found = [records[i] if i >= 0 else None for i in index_B]
-                cache, sums, seen = self._look(params, batch)
-                said = []
-                for prompts in self._prompts(found):
-                    interrupt()
-                    said.append(self._ask(params, cache, prompts))
-                interrupt()
-                shares = jax.device_get(seen.pop("occlusion_ratio"))
-                rows = _answers(found, said, index_B, shares)
+                first = contextlib.nullcontext() if self._compiled else compiling("the evaluation")
+                with first:
+                    found, rows, seen, sums = self._batch(params, records, loaded, interrupt)
+                self._compiled = True
                 answers += [answer for row in rows for answer in row]
-                totals.update(jax.device_get(self._losses(params, batch)))
-                totals.update(jax.device_get(sums))
+                totals.update(sums)
                 if wanted := self.config.eval.panel_samples - len(panel):
                     panel += _panel_rows(jax.device_get(seen), found, rows)[:wanted]
                 bar.update(sum(record is not None for record in found))
         return Report(_scores(totals, answers, self.config.loss), answers, panel)
+
+    def _batch(
+        self, params: Flat, records: Dataset, loaded: Loaded, interrupt: Callable[[], None]
+    ) -> tuple[
+        list[Record | None], list[list[Prediction]], dict[str, jax.Array], collections.Counter[str]
+    ]:
+        """Records of a batch, their answers, images to look at, and sums."""
+        batch = self.layout.put(loaded.batch)
+        index_B = to_host(batch.index)  # over all processes
+        found = [records[i] if i >= 0 else None for i in index_B]
+        cache, sums, seen = self._look(params, batch)
+        said = []
+        for prompts in self._prompts(found):
+            interrupt()
+            said.append(self._ask(params, cache, prompts))
+        interrupt()
+        shares = jax.device_get(seen.pop("occlusion_ratio"))
+        totals = collections.Counter(jax.device_get(self._losses(params, batch)))
+        totals.update(jax.device_get(sums))
+        return found, _answers(found, said, index_B, shares), seen, totals
 
     def _batches(self, records: Dataset, max_samples: int | None) -> Iterator[Loaded]:
         layout = self.layout

@@ -1,6 +1,7 @@
 """Metrics of answers and of images."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 
@@ -51,9 +52,12 @@ def calibration_error(
     """Expected calibration error: how far confidence is from accuracy, over bins of confidence.
 
     Guo et al., "On Calibration of Modern Neural Networks" (2017): bins of equal width, each with
-    the share of the answers in it as its weight.
+    the share of the answers in it as its weight. Not a number if a confidence is none, as of
+    weights that are not finite.
     """
     confidence, right = np.asarray(confidences, np.float64), np.asarray(rights, np.float64)
+    if not np.isfinite(confidence).all():
+        return math.nan
     bin_ = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
     gaps = np.bincount(bin_, confidence - right, num_bins)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -106,6 +106,8 @@ def write(result: Report, folder: Path) -> None:
     _write_lines(folder / "predictions.jsonl", map(dataclasses.asdict, result.answers))
     if result.panel:
         write_whole(folder / "panel.png", panel_png(result.panel))
+    else:
+        (folder / "panel.png").unlink(missing_ok=True)  # of another evaluation
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:

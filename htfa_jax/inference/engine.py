@@ -22,13 +22,14 @@ from PIL import Image
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.config import DType, override
-from htfa_jax.config.renamed import current_parameters, takes_old_names
+from htfa_jax.config.renamed import current_parameters, takes_old_names, takes_original_names
 from htfa_jax.data.batch import Batch
 from htfa_jax.data.records import Turn
 from htfa_jax.data.tokenizer import ChatTokenizer
 from htfa_jax.errors import ConfigError
 from htfa_jax.inference.batching import Query, in_batches
 from htfa_jax.inference.chat import Chat, checked_query
+from htfa_jax.inference.devices import find_device
 from htfa_jax.inference.generate import Prefix, complete, read_images
 from htfa_jax.inference.inputs import (
     LoadedPair,
@@ -65,7 +66,8 @@ class HTFAInference:
 
     Args:
       checkpoint_path: a run, one of its checkpoints, an exported run, or the hub id of one.
-      device: JAX device, or a platform such as "cpu" or "gpu"; JAX's own choice by default.
+      device: JAX device, or a name that `find_device` knows ("cpu", "gpu" or "cuda", "gpu:1");
+        JAX's own choice by default.
       dtype: of the computation; the run's by default.
       quantize: "int8" keeps the decoder's weights in 8 bits, one scale per output (the package
         Qwix); the computation stays in `dtype`.
@@ -73,17 +75,19 @@ class HTFAInference:
 
     Raises:
       CheckpointError: if there is no such run, or it is damaged.
+      ConfigError: if this machine has no such device.
     """
 
     def __init__(
         self,
         checkpoint_path: str | Path,
-        *,
         device: jax.Device | str | None = None,
+        *,
         dtype: DType | None = None,
         quantize: Quantize | None = None,
         revision: str | None = None,
     ):
+        device = find_device(device)  # before gigabytes are read
         config, params, step, workdir = load_run(
             checkpoint_path, lambda c: build_model(c).shapes, revision
         )
@@ -91,8 +95,6 @@ class HTFAInference:
             config = override(config, {"train.dtype": dtype})
         # One device, however many the run was spread over.
         config = override(config, {f"sharding.{axis}": 1 for axis in ("data", "fsdp", "tensor")})
-        if not isinstance(device, jax.Device):
-            device = jax.local_devices(backend=device)[0]
         layout = Layout(config, [device])
         self.config, self.step = config, step
         self.tokenizer = ChatTokenizer(workdir / "tokenizer")
@@ -117,6 +119,7 @@ class HTFAInference:
         """The same as the constructor, under the name that other libraries use."""
         return cls(name, **options)
 
+    @takes_original_names
     def infer(
         self,
         image_orig: Any,
@@ -145,6 +148,7 @@ class HTFAInference:
         encoded = self._encode_pair(image_orig, image_recon, fields, return_intermediates)
         return self._results(encoded, [query], decoding, completion, return_intermediates)[0]
 
+    @takes_original_names
     def batch_infer(
         self,
         pairs: Sequence[PairLike | LoadedPair],

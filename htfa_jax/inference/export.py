@@ -19,7 +19,7 @@ from htfa_jax.checkpoints.runs import (
     refuse_links,
     written_config,
 )
-from htfa_jax.common.files import whole_folder
+from htfa_jax.common.files import whole_folder, write_whole
 from htfa_jax.common.json_files import parse_json, read_json
 from htfa_jax.config import Config, override
 from htfa_jax.config.io import save_config
@@ -91,7 +91,7 @@ def export_run(
         for split, files in scores.items():
             (partial / "evaluation" / split).mkdir(parents=True)
             for name, text in files.items():
-                (partial / "evaluation" / split / name).write_text(text, encoding="utf-8")
+                write_whole(partial / "evaluation" / split / name, text)
         shapes = {path: shape for path, (shape, _) in kinds.items()}
         test = scores.get("test", {})
         measured = None
@@ -99,7 +99,7 @@ def export_run(
             measured = parse_json(test[METRICS], METRICS, CheckpointError, allow_nan=True)
             measured = current_scores(measured)
         card = model_card(out.name, config, step, shapes, dtype, measured, test.get(TABLE), license)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        write_whole(partial / "README.md", card)
     return out
 
 

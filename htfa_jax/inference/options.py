@@ -12,8 +12,15 @@ from htfa_jax.errors import ConfigError
 
 ExportDType = Literal["bfloat16", "float32"]
 
+# Logits are divided by a temperature: by less than this they are no longer finite in float32.
+LEAST = 1e-6
+
 # How the engine may keep the decoder's weights.
 Quantize = Literal["int8"]
+
+
+def _is_temperature(value: float) -> bool:
+    return math.isfinite(value) and (value == 0 or value >= LEAST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Decoding:
         problems = []
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            problems.append(f"temperature={self.temperature} must be 0 or above")
+        if not _is_temperature(self.temperature):
+            problems.append(f"temperature={self.temperature} must be 0, or {LEAST} or above")
         if self.top_k < 0:
             problems.append(f"top_k={self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
@@ -65,10 +72,11 @@ class Completion:
     seed: int = 0  # of the sampling
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.refinement_steps < 1 or not 0 <= self.seed < 2**32:
+        right = _is_temperature(self.temperature) and 0 <= self.seed < 2**32
+        if not right or self.refinement_steps < 1:
             raise ConfigError(
-                f"{self} cannot work: temperature must be 0 or above, refinement_steps at least 1, "
-                "seed in [0, 2^32)"
+                f"{self} cannot work: temperature must be 0, or {LEAST} or above, "
+                "refinement_steps at least 1, seed in [0, 2^32)"
             )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.weights import WEIGHTS
 from htfa_jax.config import Config, DataConfig
+from htfa_jax.data.held_out import EVERY, FROM_TRAIN, held_out
 from htfa_jax.data.pipeline import SampleLoader, num_steps, samples_per_step
 from htfa_jax.data.records import EMBEDDED, SPLITS, Split
-from htfa_jax.data.splits import open_named
+from htfa_jax.data.splits import open_named, open_split
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training.plan import describe_plan
 from htfa_jax.training.vq_stage import cached_folder, needs_vq_stage
@@ -33,6 +34,8 @@ def dry_run(config: Config, workdir: Path | None) -> str:
             num, seen = _look(config, split, source)
             lines.append(f"{split:<12} {source}: {num:,} records, {seen}")
             num_train += num if split == "train" else 0
+    if held_out(config.data):
+        num_train = len(open_split(config, "train"))
     lines.append(_steps(config, workdir, num_train))
     if needs_vq_stage(config):
         said = "was trained before" if _has_vq(config) else f"{config.vq_train.num_steps:,} steps"
@@ -51,6 +54,8 @@ def sources_of(data: DataConfig, split: Split) -> list[str]:
 
 def _look(config: Config, split: Split, source: str) -> tuple[int, str]:
     """How many records a source has, and what was seen of them."""
+    if source == FROM_TRAIN:
+        return len(open_split(config, split)), f"one in {EVERY} of data.train"
     if source == EMBEDDED:
         return getattr(config.held_objects, f"num_{split}"), "drawn on first use"
     records = open_named(config, source, split)

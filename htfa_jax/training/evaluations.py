@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ from htfa_jax.common.logs import MetricWriter
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import Interrupted, StopSignal
 from htfa_jax.config import Config
-from htfa_jax.data.records import Split
+from htfa_jax.data.records import Dataset, Split
 from htfa_jax.data.splits import open_split
 from htfa_jax.data.tokenizer import ChatTokenizer
-from htfa_jax.errors import ConfigError
+from htfa_jax.errors import ConfigError, DataError
 from htfa_jax.evaluation import report
-from htfa_jax.evaluation.evaluator import Evaluator
+from htfa_jax.evaluation.evaluator import Evaluator, questions
 from htfa_jax.evaluation.panel import panel_png, read_png
 from htfa_jax.models.factory import Model
 from htfa_jax.sharding.layout import Layout
@@ -25,6 +27,28 @@ from htfa_jax.sharding.processes import is_first
 from htfa_jax.training.loop import duration
 
 log = logging.getLogger(__name__)
+# Records in which a kind of question is looked for before training.
+LOOKED_AT = 512
+
+
+def check_best_metric(config: Config, validation: Dataset) -> None:
+    """Raises ConfigError if no record asks the kind of question that chooses the best checkpoint.
+
+    The configuration cannot tell: kinds are the records' own. An evaluation comes hours later.
+    """
+    name = config.train.best_metric
+    if not name.startswith("accuracy/") or len(validation) > LOOKED_AT:
+        return
+    kinds: set[str] = set()
+    for i in range(len(validation)):
+        with contextlib.suppress(DataError):
+            kinds |= {question.kind or "answer" for question, _ in questions(validation[i])}
+    kinds |= {"joint"} if {"category", "color"} <= kinds else set()
+    if name.removeprefix("accuracy/") not in kinds:
+        raise ConfigError(
+            f"train.best_metric={name} is not a validation metric of this run; its questions are "
+            f"of the kinds {', '.join(sorted(kinds)) or 'none'}"
+        )
 
 
 class Evaluations:
@@ -62,6 +86,14 @@ class Evaluations:
             raise ConfigError(
                 f"train.best_metric={best} is not a validation metric of this run; it has "
                 f"{', '.join(scalars)}"
+            )
+        if not math.isfinite(scalars[best]):
+            log.warning(
+                "validation %s is %s at step %d, which counts as the worst: have the weights "
+                "blown up?",
+                best,
+                scalars[best],
+                step,
             )
         self.writer.write_scalars(step, {f"validation/{k}": v for k, v in scalars.items()})
         if result.panel and is_first():

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.config import DataConfig
 from htfa_jax.data.records import Dataset, Record
 from htfa_jax.data.storage import StoredImage
@@ -28,20 +29,20 @@ def write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
         value = getattr(record, field)
         if isinstance(value, Path | StoredImage):
             name = f"{EXAMPLE}/{field}{value.suffix}"
-            (workdir / name).write_bytes(value.read_bytes())
+            write_whole(workdir / name, value.read_bytes())
             argv += [f"--{field}", name]
         elif value is not None:
             argv += [f"--{field}", *map(str, value)]
     questions = [turn.text for turn in record.turns if turn.role == "user"]
     argv += ["--query", *dict.fromkeys(questions or [data.default_query])]
     script = workdir / SCRIPT
-    script.write_text(
+    write_whole(
+        script,
         "#!/bin/sh\n"
         "# Asks this run about a pair of its data; more options behind it are passed on.\n"
         'cd "$(dirname "$0")" || exit\n'
         # -P: no module is taken from the run's folder.
         f'exec "${{PYTHON:-{sys.executable}}}" -P -m htfa_jax.infer {shlex.join(argv)} "$@"\n',
-        encoding="utf-8",
     )
     script.chmod(0o755)
 

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 import jax
 
+from htfa_jax.common.compiling import said_once
 from htfa_jax.common.logs import MetricWriter, progress
 from htfa_jax.common.signals import StopSignal
 from htfa_jax.data.pipeline import Loaded
@@ -103,11 +104,11 @@ class Loop:
         return self.state, stopped
 
     def _steps(self, batches: Iterator[Loaded], bar: Any, watchdog: Watchdog) -> bool:
-        stopped = False
+        stopped, step_fn = False, said_once(f"a step ({self.name})", self.step_fn)
         for step in range(int(self.state["step"]) + 1, self.num_steps + 1):
             self.check_held()
             loaded = self._next(batches, bar)
-            self.state, metrics = self.step_fn(self.state, self.put(loaded.batch))
+            self.state, metrics = step_fn(self.state, self.put(loaded.batch))
             # The step before is read while this one runs.
             self._report(bar)
             self._pending = PendingStep(step, metrics, loaded)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.json_files import read_json
 from htfa_jax.config import TrainConfig
 from htfa_jax.data.batch import Batch
@@ -174,7 +175,7 @@ def dump(folder: Path, loaded: Loaded, metrics: dict[str, float], facts: dict[st
         "metrics": {name: repr(value) for name, value in metrics.items()},
     }
     text = json.dumps(facts, indent=1) + "\n"
-    (folder / f"{process}_{FACTS}").write_text(text, encoding="utf-8")
+    write_whole(folder / f"{process}_{FACTS}", text)
 
 
 def load_dump(folder: Path) -> tuple[Batch, dict[str, Any]]:

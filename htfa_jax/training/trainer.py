@@ -14,10 +14,12 @@ import jax
 import optax
 from clu import parameter_overview
 
+from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.lock import lock
 from htfa_jax.checkpoints.manager import Checkpoints, open_checkpoints, save_frozen
 from htfa_jax.checkpoints.runs import make_workdir
 from htfa_jax.checkpoints.tokenizer_files import KEY, check_tokenizer, tokenizer_hashes
+from htfa_jax.common.files import write_whole
 from htfa_jax.common.logs import MetricWriter, log_to_file
 from htfa_jax.common.param_paths import Flat
 from htfa_jax.common.signals import Interrupted, Stopped, StopSignal
@@ -33,7 +35,7 @@ from htfa_jax.models.flops import training_step
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.sharding.processes import first_goes_ahead, is_first
 from htfa_jax.training import encoder_cache, origins
-from htfa_jax.training.evaluations import Evaluations
+from htfa_jax.training.evaluations import Evaluations, check_best_metric
 from htfa_jax.training.example import write_example
 from htfa_jax.training.loop import Loop, duration, recorded
 from htfa_jax.training.loss_guard import DUMPS, LossGuard
@@ -41,7 +43,7 @@ from htfa_jax.training.optim import learning_rate, make_optimizer
 from htfa_jax.training.plan import out_of_memory_explained, size_table
 from htfa_jax.training.pretrained import load_pretrained
 from htfa_jax.training.restore import restore_state
-from htfa_jax.training.resuming import Start, say_changes
+from htfa_jax.training.resuming import DATA, STEPS, Start, compare, data_facts, say_changes
 from htfa_jax.training.state import TrainState, new_params, new_state
 from htfa_jax.training.step import compile_train_step, compute_dtype_params, put_update
 from htfa_jax.training.vq_stage import cached_vq, needs_vq_stage
@@ -52,12 +54,13 @@ DEFAULT_STEPS = 250
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, workdir: Path) -> dict[str, Any] | None:
+def train(config: Config, workdir: Path, resume_step: int | None = None) -> dict[str, Any] | None:
     """Trains and evaluates; resumes what `workdir` holds.
 
     Args:
       config: of the run.
       workdir: see `checkpoints.manager` for what it holds.
+      resume_step: checkpoint to go on at, instead of the newest; later ones move to `later/`.
 
     Returns:
       Scores on the test split (on the validation split if there is none, empty without
@@ -73,6 +76,10 @@ def train(config: Config, workdir: Path) -> dict[str, Any] | None:
     ):
         started = time.time()
         try:
+            if resume_step is not None:
+                with first_goes_ahead("go back"):
+                    if first:
+                        integrity.go_back(workdir, resume_step)
             with out_of_memory_explained(config, workdir):
                 scores = _train(config, workdir, stop, held.check if held else lambda: None)
         except Stopped:
@@ -102,7 +109,9 @@ def _train(
     with first_goes_ahead("data"):
         for split in SPLITS:  # what is missing should be missed now, not after hours of training
             if getattr(config.data, split) is not None:
-                open_split(config, split)
+                opened = open_split(config, split)
+                if split == "validation":
+                    check_best_metric(config, opened)
         records = open_split(config, "train")
         tokenizer = open_tokenizer(config, workdir, records)
     encoder_cache.check(config, len(records))
@@ -182,6 +191,7 @@ class Run:
         Returns None if a signal stopped the VQ stage. Raises ConfigError if the checkpoints are of
         other pretrained or frozen weights, CheckpointError if none can be read.
         """
+        self.before, self.data_facts = before, data_facts(self.records)
         while (latest := self.checkpoints.latest_step()) is not None:
             origins.refuse_others(self.workdir, before or self.config, self.config)
             try:
@@ -199,6 +209,8 @@ class Run:
         steps = num_steps(config.train, len(self.records), self.samples_per_step, latest, samples)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
+        if meta and self.before is not None:
+            compare(self.before, config, meta, self.data_facts, schedule, steps)
         if not meta:
             begun = self.begin(optimizer)
             if begun is None:
@@ -282,12 +294,11 @@ class Run:
         )
         if start.late:
             self.make_up_for_evaluation(start.state)
+        span = f"steps {self.first_step + 1} to {start.num_steps}"
+        if self.first_step >= start.num_steps:
+            span = f"all {start.num_steps} steps are done, no more are taken;"
         log.info(
-            "training: steps %d to %d of %d samples, %d records",
-            self.first_step + 1,
-            start.num_steps,
-            self.samples_per_step,
-            len(self.records),
+            "training: %s of %d samples, %d records", span, self.samples_per_step, len(self.records)
         )
         batches = training_batches(
             config,
@@ -342,6 +353,8 @@ class Run:
             "samples": self.begun.samples + (step - self.first_step) * self.samples_per_step,
             "window": self.loop.window,
             "late": step == self.late_step,
+            DATA: self.data_facts,
+            STEPS: self.begun.num_steps,
         }
         self.writer.flush()
         self.checkpoints.save(state, meta, metrics)
@@ -366,7 +379,7 @@ class Run:
             log.info("%s", line)
         overview = parameter_overview.get_parameter_overview(params, include_stats=False)
         path = self.workdir / "logs" / "parameters.txt"
-        path.write_text(overview + "\n", encoding="utf-8")
+        write_whole(path, overview + "\n")
 
 
 def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:

@@ -1,11 +1,13 @@
 """Weight folders and run folders: what is refused, what is kept."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
 
-from htfa_jax.checkpoints import weights
+from htfa_jax.checkpoints import integrity, weights
 from htfa_jax.checkpoints.manager import Checkpoints, load_frozen, save_frozen
 from htfa_jax.checkpoints.runs import find_run
 from htfa_jax.config import VQConfig
@@ -103,6 +105,32 @@ def test_the_latest_and_the_best_are_kept(tmp_path, mode, best):
         found = checkpoints.restore(best, params=state(0)["params"])
         np.testing.assert_array_equal(found["params"]["w"], [best, best])
         assert found["meta"]["step"] == best
+
+
+@pytest.mark.parametrize("mode,sign", [("min", 1), ("max", -1)])
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [1, 3, 5])
+def test_a_metric_that_is_not_finite_is_the_worst(tmp_path, mode, sign, odd, at):
+    values = {step: sign * value for step, value in enumerate((0.5, 0.4, 0.6, 0.7, 0.8), start=1)}
+    best = 2 if at != 2 else 1
+    values[at] = odd
+    with Checkpoints(tmp_path, keep=1, metric="loss", mode=mode) as checkpoints:
+        for step, value in values.items():
+            checkpoints.save(state(step), {"frozen": {}}, {"loss": value})
+            assert checkpoints.best_step() in (1, 2)  # the newest, until there is one to compare
+    with Checkpoints(tmp_path, keep=1, metric="loss", mode=mode) as checkpoints:
+        assert checkpoints.best_step() == best
+    found = integrity.listing(tmp_path)
+    assert [s.step for s in found] == [best, 5]
+    assert integrity.best(found, "loss", mode).step == best
+
+
+def test_without_a_finite_metric_the_newest_is_used(tmp_path):
+    with Checkpoints(tmp_path, keep=2, metric="loss") as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state(step), {"frozen": {}}, {"loss": math.nan})
+        assert checkpoints.best_step() == 3
+    assert integrity.best(integrity.listing(tmp_path), "loss", "min") is None
 
 
 def test_a_path_that_is_no_run_is_refused(tmp_path):

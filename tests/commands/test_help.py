@@ -67,7 +67,7 @@ for name in {MODULES}:
 def examples(module):
     """The command lines that a module's help shows: (module, arguments)."""
     text = re.sub(r"\\\n *", "", importlib.import_module(module).__doc__)
-    lines = re.findall(r"^    python -m (.*)$", text, flags=re.MULTILINE)
+    lines = re.findall(r"^ *python -m (.*)$", text, flags=re.MULTILINE)
     return [(line[0], line[1:]) for line in (shlex.split(x, comments=True) for x in lines)]
 
 

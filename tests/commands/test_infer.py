@@ -1,8 +1,11 @@
 """The command: one pair, a file of pairs, restarts; and the script that a run gets."""
 
+import dataclasses
 import json
 import os
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +15,10 @@ from htfa_jax import infer
 from htfa_jax.config import load_config
 from htfa_jax.data.records import Record
 from htfa_jax.data.sources.json_lines import RecordFile
+from htfa_jax.inference import engine
 from htfa_jax.inference.inputs import read_jobs
+from htfa_jax.inference.kept import keep_finished
+from htfa_jax.inference.results import Result
 from htfa_jax.training import example
 
 
@@ -128,7 +134,7 @@ def test_a_line_ends_at_a_line_feed_only(tmp_path):
     odd = "a\u2028b\u0085c"
     path = tmp_path / "lines.jsonl"
     path.write_text(json.dumps({"id": odd, "image_orig": "a.png"}, ensure_ascii=False) + "\n")
-    assert infer.keep_finished(path) == {odd}
+    assert keep_finished(path) == {odd}
     (job,) = read_jobs(path, ("Q?",))
     assert job.id == odd and isinstance(job.record, Record)
 
@@ -151,3 +157,113 @@ def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch
     infer.main(words[5:-1])
     (entry,) = lines(run_folder / "example" / "out" / "predictions.jsonl")
     assert entry["alignment"] == "boxes" and len(entry["answers"]) == 2
+
+
+class Answering:
+    """An engine that says which image it saw and what it was asked."""
+
+    def __init__(self, *args, **options):
+        pass
+
+    def iterate(self, pairs, queries, **options):
+        for pair, asked in zip(pairs, queries, strict=True):
+            said = Path(pair.image_orig).read_bytes().hex()[:80]
+            results = [Result(answer=said, query=q or "default", confidence=0.5) for q in asked]
+            image = Image.open(pair.image_orig).convert("RGB")
+            results[0] = dataclasses.replace(results[0], completed=image, alignment="none")
+            yield results
+
+
+@pytest.fixture()
+def asked(run_folder, tmp_path, monkeypatch):
+    """Calls the command on rows of pairs; gives the predictions and what was logged of them."""
+    monkeypatch.setattr(engine, "HTFAInference", Answering)
+    for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
+        Image.new("RGB", (8, 8), color).save(tmp_path / f"{name}.png")
+
+    def ask(rows, *more, run=run_folder, name="pairs"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out = ["--output_dir", str(tmp_path / "out"), "--input", str(path)]
+        infer.main(["--checkpoint", str(run), *out, *more])
+        return lines(tmp_path / "out/predictions.jsonl")
+
+    return ask
+
+
+def answers(entries):
+    return [(e["id"], e["answers"][0]["query"], e["answers"][0]["answer"]) for e in entries]
+
+
+def test_another_input_is_not_answered_with_the_last_one_s_results(asked, tmp_path, capsys):
+    first = asked([{"image_orig": f"{n}.png"} for n in "abc"])
+    second = asked([{"image_orig": "b.png"}], name="second")
+    assert answers(second) == [("0", "default", answers(first)[1][2])]
+    said = capsys.readouterr().err
+    assert "3 results in" in said and "1 of another pair" in said
+    assert "2 of pairs that are not in this input" in said
+    assert [p.name for p in (tmp_path / "out/completed").iterdir()] == ["000000_0.png"]
+    with Image.open(tmp_path / "out/completed/000000_0.png") as image:
+        assert image.getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize("change", ["image", "box", "query", "option", "model", "mask"])
+def test_what_a_result_was_made_from_counts_and_its_place_does_not(
+    asked, tmp_path, run_folder, change
+):
+    rows, more, run = (
+        [{"id": "x", "image_orig": "a.png"}, {"id": "y", "image_orig": "b.png"}],
+        [],
+        {},
+    )
+    before = asked(rows)
+    times = (tmp_path / "out/completed/000000_x.png").stat().st_mtime_ns
+    (tmp_path / "out/report.html").write_text("of before")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "a.png", tmp_path / "moved/other.png")
+    again = asked([{**rows[0], "image_orig": "moved/other.png"}, rows[1]])
+    assert again == before  # the same bytes elsewhere
+    assert (tmp_path / "out/completed/000000_x.png").stat().st_mtime_ns == times
+    if change == "image":
+        shutil.copy(tmp_path / "c.png", tmp_path / "a.png")  # replaced under its name
+    elif change == "box":
+        rows[0]["bbox_orig"] = [1, 1, 4, 4]
+    elif change == "mask":
+        rows[0]["object_mask"] = "c.png"
+    elif change == "query":
+        more = ["--query", "What else?"]
+    elif change == "option":
+        more = ["--temperature", "0.5"]
+    else:
+        run["run"] = shutil.copytree(run_folder, tmp_path / "run")
+        config = json.loads((run["run"] / "config.json").read_text())
+        config["level2"]["intensity_threshold"] = 0.02
+        (run["run"] / "config.json").write_text(json.dumps(config))
+    after = asked(rows, *more, **run)
+    assert sorted(e["id"] for e in after) == ["x", "y"]
+    made = {e["id"]: e["made_from"] for e in after}
+    changed = [e["id"] for e in before if e["made_from"] != made[e["id"]]]
+    assert changed == (["x"] if change in ("image", "box", "mask") else ["x", "y"])
+    assert not (tmp_path / "out/report.html").exists()
+
+
+def test_results_that_do_not_say_what_they_are_of_are_made_again(asked, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim.png").write_bytes(b"somebody's")
+    entry = {"id": "0", "answers": [], "completed": "../victim.png", "figures": {"a": "/etc/x"}}
+    (tmp_path / "out/predictions.jsonl").write_text(json.dumps(entry) + "\n")
+    (found,) = asked([{"image_orig": "a.png"}])
+    assert found["answers"] and "an earlier version" in capsys.readouterr().err
+    assert (tmp_path / "victim.png").read_bytes() == b"somebody's"
+
+
+def test_one_pair_leaves_nothing_of_earlier_calls(asked, run_folder, tmp_path):
+    asked([{"image_orig": f"{n}.png"} for n in "ab"])
+    (tmp_path / "out/report.html").write_text("of before")
+    infer.main(["--checkpoint", str(run_folder), "--output_dir", str(tmp_path / "out"),
+                "--image_orig", str(tmp_path / "c.png")])  # fmt: skip
+    (entry,) = lines(tmp_path / "out/predictions.jsonl")
+    assert entry["id"] == "c"
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*")) == [
+        "000000_c.png", "completed", "predictions.jsonl",
+    ]  # fmt: skip

@@ -1,10 +1,12 @@
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from support import tiny
 
-from htfa_jax.config import Config, get, leaves
+from htfa_jax.checkpoints import runs
+from htfa_jax.config import Config, checks, get, leaves
 from htfa_jax.config.io import (
     ConfigFlags,
     _taken_out,
@@ -17,6 +19,7 @@ from htfa_jax.config.io import (
     source_name,
     to_dict,
 )
+from htfa_jax.data.held_objects.questions import QUESTIONS
 from htfa_jax.errors import ConfigError
 
 
@@ -184,10 +187,14 @@ def test_missing_and_broken_files(tmp_path):
         load_config(tmp_path / "c.py")
 
 
-def test_names_of_runs():
+def test_names_of_runs(monkeypatch):
     assert source_name(["--config", "configs/debug.py"]) == "debug"
     assert source_name(["--config=runs/old_run/config.json"]) == "old_run"
     assert source_name([]) == "standard"
+    times = iter([("20261130", "161850"), ("20261130", "161851")])
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "_".join(next(times)))
+    assert runs.new_workdir("debug") == Path("runs/debug_20261130_161850")
+    assert runs.new_workdir("debug") == Path("runs/debug_20261130_161851")
 
 
 def test_the_configuration_is_taken_out_of_any_command_line():
@@ -213,3 +220,34 @@ def test_leaves_are_all_fields():
     names = dict(leaves(Config()))
     assert names["train.batch_size"] == get(Config(), "train.batch_size") == 2
     assert not any(dataclasses.is_dataclass(v) for v in names.values())
+
+
+@pytest.mark.parametrize(
+    "value,said",
+    [("1e30", "optim.learning_rate=1e+30 is too large"), (str(10**40), "100000... (41 digits)")],
+)
+def test_a_number_that_is_too_large_is_shown(value, said):
+    name = "optim.learning_rate" if "e" in value else "seed"
+    with pytest.raises(ConfigError) as error:
+        override(Config(), {name: float(value) if "e" in value else int(value)})
+    assert said in str(error.value)
+
+
+def test_the_best_metric_is_looked_up_before_anything_is_drawn():
+    drawn = {"data.validation": "held_objects"}
+    for name in (*checks.METRICS, *(f"accuracy/{kind}" for kind in checks.KINDS)):
+        override(Config(), drawn | {"train.best_metric": name})
+    override(Config(), {"data.validation": "mine.jsonl", "train.best_metric": "accuracy/mine"})
+    for name, near in (("los", "loss"), ("accuracy/colour", "accuracy/color"), ("psnr/al", "psnr")):
+        with pytest.raises(ConfigError, match=f"did you mean {near}"):
+            override(Config(), drawn | {"train.best_metric": name})
+    assert set(checks.KINDS) == {*QUESTIONS, "joint"}
+
+
+def test_a_printed_configuration_can_be_read():
+    config = tiny(train__epochs=7)
+    lines = str(config).splitlines()
+    assert len(lines) == len(list(leaves(config))) and max(map(len, lines)) < 200
+    assert "train.epochs = 7" in lines and "optim.name = 'adamw'" in lines
+    assert f"{config}" == str(config)
+    assert override(Config(), dict(leaves(config))) == config

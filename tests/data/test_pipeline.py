@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -73,9 +74,11 @@ def test_going_on_with_other_workers_gives_the_batches_that_would_have_come(sour
     """From the middle of an epoch into the next, all that is random included."""
     config = tiny(**RANDOM)
     expected = take(config, source, 2, 4)
-    for a, b in zip(expected, take(tiny(**RANDOM, data__num_workers=workers), source, 2, 4),
-                    strict=True):  # fmt: skip
-        same(a, b)
+    changed = tiny(**RANDOM, data__num_workers=workers)
+    with contextlib.closing(training_batches(changed, *source, 4, 2)) as batches:
+        for a, b in zip(expected, itertools.islice(batches, 4), strict=True):
+            same(a, b)
+        assert len(multiprocessing.active_children()) >= workers
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
@@ -142,8 +145,9 @@ def test_a_worker_that_is_killed_ends_the_run_with_the_reason(source):
     assert not multiprocessing.active_children()
 
 
-def test_batches_are_read_ahead(source):
-    """After one batch the records of the next ones are read, before anybody asks for them."""
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_batches_are_read_ahead(source, threads):
+    """Behind one batch those of two updates a thread are read, before anybody asks for them."""
     records, tokenizer = source
     read = []
 
@@ -152,13 +156,18 @@ def test_batches_are_read_ahead(source):
             read.append(index)
             return super().__getitem__(index)
 
-    batches = training_batches(tiny(data__num_threads=2), Watched(records.path), tokenizer, 0, 2)
+    batches = training_batches(
+        tiny(data__num_threads=threads), Watched(records.path), tokenizer, 0, 2
+    )
     try:
         next(batches)
         deadline = time.monotonic() + 10
-        while len(read) < 4 and time.monotonic() < deadline:
+        wanted = 2 * (1 + 2 * threads)
+        while len(read) < wanted and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(read) >= 4
+        assert len(read) >= wanted
+        time.sleep(0.1)
+        assert len(read) <= wanted + 2 * (threads + 1)  # those under way
     finally:
         batches.close()
 

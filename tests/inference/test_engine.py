@@ -287,8 +287,11 @@ def test_another_type_and_device(run_folder, records):
     half = HTFAInference(run_folder, dtype="bfloat16", device="cpu")
     assert half.params["decoder.head.kernel"].dtype == "bfloat16"
     assert half.infer(*pair(records[0])).confidence > 0
+    assert HTFAInference(run_folder, "cpu").step == half.step  # as the original takes it
     with pytest.raises(CheckpointError, match="not a run"):
         HTFAInference(run_folder / "nothing")
+    with pytest.raises(ConfigError, match="device=tpu: this machine has no such device"):
+        HTFAInference(run_folder, device="tpu")
 
 
 @pytest.mark.slow
@@ -323,3 +326,17 @@ def test_it_starts_without_transformers_and_torch():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_names_of_the_original_s_arguments_work(engine, records, monkeypatch):
+    seen = []
+    monkeypatch.setattr(engine, "_encode_pair", lambda *args: seen.append(args[:2]))
+    monkeypatch.setattr(engine, "_results", lambda *args: [args[1]])
+    orig, recon = pair(records[0])
+    assert engine.infer(img_orig=orig, img_recon=recon, query="Q?") == ["Q?"]
+    assert engine.infer(orig, recon, "Q?") == ["Q?"]
+    assert seen == [(orig, recon)] * 2
+    monkeypatch.setattr(engine, "iterate", lambda pairs, queries, **options: [pairs, queries])
+    assert engine.batch_infer(image_pairs=[1], queries=["Q?"], batch_size=2) == [[1], ["Q?"]]
+    with pytest.raises(TypeError, match="under two names"):
+        engine.infer(img_orig=orig, image_orig=orig)

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import (
 )
 
 from htfa_jax.errors import ConfigError
-from htfa_jax.inference.options import Decoding
+from htfa_jax.inference.options import Completion, Decoding
 from htfa_jax.inference.sampling import make_sampling, penalize, sample_tokens, truncate
 
 B, V = 3, 57
@@ -77,3 +77,10 @@ def test_tokens_are_drawn_as_often_as_they_are_probable(logits):
 def test_options_that_cannot_work_are_named(field, value):
     with pytest.raises(ConfigError, match=field):
         Decoding(**{field: value})
+
+
+@pytest.mark.parametrize("value", [1e-40, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_logits_cannot_be_divided_by_is_refused(value):
+    for kind in (Decoding, Completion):
+        with pytest.raises(ConfigError, match="temperature"):
+            kind(temperature=value)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from support import taken_apart
+from support import count_matmuls, taken_apart
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from htfa_jax.config import DecoderConfig
@@ -212,3 +212,23 @@ def test_dropout_needs_a_key_and_differs_between_layers(pair):
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert not np.allclose(run(jax.random.key(1)), run(None))
     assert not np.allclose(run(jax.random.key(1)), run(jax.random.key(2)))
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_computes_again_and_changes_nothing(pair, remat):
+    """Matmuls of attention alone with "dots"; with "full" all of a block but the last."""
+    _, weights, _ = pair
+    x = jax.random.normal(jax.random.key(0), (1, 24, CONFIG.embed_dim))
+
+    def gradient(remat):
+        structure = structure_of(remat=remat)
+
+        def loss(weights):
+            return jnp.sum(jnp.sin(structure.merge(weights)(x, positions(1, 24))[0]))
+
+        return jax.jit(jax.grad(loss))(weights), count_matmuls(jax.grad(loss), weights)
+
+    (plain, plain_products), (saved, products) = gradient("none"), gradient(remat)
+    assert products - plain_products == {"dots": 2, "full": 8}[remat]
+    for path, value in saved.items():
+        np.testing.assert_allclose(value, plain[path], rtol=1e-3, atol=1e-4, err_msg=path)

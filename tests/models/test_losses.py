@@ -1,12 +1,14 @@
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import golden, product_types, random_batch, tiny
+from support import count_matmuls, golden, product_types, random_batch, tiny
 
 from htfa_jax.kernels.matmul import float32_dot
+from htfa_jax.models import losses
 from htfa_jax.models.losses import (
     chunked_cross_entropy,
     code_weights,
@@ -84,6 +86,47 @@ def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
     )
 
 
+def test_label_smoothing_reaches_both_losses():
+    """Each is linear in it, and goes up by as much for the second step as for the first."""
+    rng, (B, L, M) = np.random.default_rng(0), (2, 5, 3)
+
+    def found(smoothing):
+        config = tiny(loss__label_smoothing=smoothing)
+        batch = random_batch(config, size=B, length=L)
+        codes = config.vq.codebook_size
+        output = SimpleNamespace(
+            text_BLD=jnp.asarray(text), code_logits_BMC=jnp.asarray(logits[..., :codes]),
+            fusion=SimpleNamespace(
+                alpha_BHW=None, pair=SimpleNamespace(source_B=jnp.zeros(B, jnp.int32))
+            ),
+        )  # fmt: skip
+
+        class Model:
+            def __call__(self, batch, key):
+                return output
+
+        model = Model()
+        model.config = config
+        model.decoder = SimpleNamespace(
+            logits_by=lambda kernel, h: h @ kernel, head_kernel=lambda: jnp.asarray(kernel)
+        )
+        model.target_codes = lambda batch, pair: jnp.arange(B * M).reshape(B, M) % codes
+        weights = losses.code_weights
+        try:
+            losses.code_weights = lambda batch, config: jnp.ones((B, M))
+            return losses.loss_and_metrics(model, batch, losses.Counts(*[jnp.float32(1)] * 3), None)
+        finally:
+            losses.code_weights = weights
+
+    text = rng.standard_normal((B, L, 6)).astype(np.float32)
+    kernel = rng.standard_normal((6, tiny().decoder.vocab_size)).astype(np.float32)
+    logits = rng.standard_normal((B, M, 99)).astype(np.float32)
+    none, half, more = (found(smoothing)[1] for smoothing in (0.0, 0.1, 0.2))
+    for name in ("text_loss", "code_loss"):
+        step = float(half[name] - none[name])
+        assert step > 1e-3 and float(more[name] - none[name]) == pytest.approx(2 * step, rel=1e-3)
+
+
 @pytest.mark.parametrize("chunk,products", [(5, 4), (4, 4), (12, 3), (40, 3)])
 def test_chunks_give_the_loss_of_the_whole(chunk, products):
     """And logits are computed again for the backward pass, except those of a single chunk."""
@@ -110,7 +153,7 @@ def test_chunks_give_the_loss_of_the_whole(chunk, products):
         return jnp.sum(cross_entropy(hidden @ kernel, labels, 11, 0.1) * weights)
 
     both = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1)))
-    assert both.lower(hidden, kernel).as_text().count("dot_general") == products
+    assert count_matmuls(both, hidden, kernel) == products
     got = both(hidden, kernel)
     expected = jax.value_and_grad(whole, argnums=(0, 1))(hidden, kernel)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support import golden, nhwc
+from support import golden, nhwc, random_batch, tiny
 
 from htfa_jax.models import registration
 from htfa_jax.models.registration import Affine
@@ -88,6 +88,7 @@ def test_identity_changes_nothing_and_outside_is_zero():
     np.testing.assert_array_equal(registration.resample(image, far, (12, 12)), 0)
 
 
+@pytest.mark.slow
 def test_every_sample_uses_its_own_box():
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     boxes = (
@@ -104,6 +105,14 @@ def test_every_sample_uses_its_own_box():
             rtol=1e-5,
             atol=1e-6,
         )
+
+    config = tiny()
+    batch = random_batch(config, size=3)
+    together = registration.register(batch, config)
+    for i in range(3):
+        alone = registration.register(jax.tree.map(lambda x, i=i: x[i : i + 1], batch), config)
+        for a, b in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+            np.testing.assert_allclose(a[0], b[i], rtol=1e-4, atol=1e-5)
 
 
 def test_box_sources_in_order_of_preference():

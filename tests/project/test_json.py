@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from support import DAMAGED_JSON, GOOD, tiny
 
-from htfa_jax import infer
 from htfa_jax.checkpoints import integrity, weights
 from htfa_jax.checkpoints.lock import LOCK, lock
 from htfa_jax.config import load_config
@@ -27,6 +26,7 @@ from htfa_jax.evaluation.curves import read_curves
 from htfa_jax.evaluation.report_html import write_report
 from htfa_jax.inference.export import evaluations
 from htfa_jax.inference.inputs import read_jobs
+from htfa_jax.inference.kept import keep_finished
 from htfa_jax.training.loss_guard import load_dump
 from weights_convert.folder import CONVERSION
 from weights_convert.source import Source
@@ -234,7 +234,7 @@ def test_a_damaged_line_of_predictions_is_answered_again(tmp_path, content):
     good = b'{"id": "a"}'
     line = whole_line(content).strip() or b"?"
     path = written(tmp_path / "predictions.jsonl", b"\n".join([good, line, b'{"answers": []}']))
-    assert infer.keep_finished(path) == {"a"}
+    assert keep_finished(path) == {"a"}
     assert path.read_bytes() == good + b"\n"
 
 

@@ -3,13 +3,16 @@
 import hashlib
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from htfa_jax.common.logs import MetricWriter
 from htfa_jax.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +124,18 @@ def test_an_installed_command_shows_its_help_and_refuses_nonsense(name, installe
     assert helped.returncode == 0 and helped.stdout.startswith(f"usage: {name} "), helped.stderr
     refused = run_installed(installed, tmp_path, str(script), "--no_such_flag")
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
+
+
+def test_tensorboard_is_installed_and_reads_what_a_run_writes(tmp_path):
+    """The documents' `tensorboard --logdir` works after the install of the README."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert any(re.match(r"tensorboard[>=]", name) for name in project["dependencies"])
+    board = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    writer = MetricWriter(tmp_path)
+    writer.write_scalars(3, {"train/loss": 0.5, "train/learning_rate": 1e-3})
+    writer.close()
+    found = board.EventAccumulator(str(tmp_path))
+    found.Reload()
+    for name, value in (("train/loss", 0.5), ("train/learning_rate", 1e-3)):
+        (event,) = found.Scalars(name)
+        assert event.step == 3 and event.value == pytest.approx(value)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from htfa_jax.common.files import writing
 from htfa_jax.common.json_files import read_json_lines
 from htfa_jax.data.decode import decode_field, load_image
 from htfa_jax.data.masks import load_mask
@@ -49,7 +50,8 @@ def contact_sheet(source: str | os.PathLike, out_png: str | os.PathLike, num: in
         sheet.paste(cell, (number % columns * width, number // columns * height))
     out_png = Path(out_png)
     out_png.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out_png)
+    with writing(out_png):
+        sheet.save(out_png)
     return out_png
 
 

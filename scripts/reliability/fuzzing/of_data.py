@@ -16,7 +16,6 @@ from fuzzing.alter import altered, flipped, json_bytes, json_lines, pickled, tex
 from fuzzing.reader import Reader, written
 from PIL import Image
 
-from htfa_jax import infer
 from htfa_jax.common.json_files import parse_json
 from htfa_jax.data import obman, safe_pickle
 from htfa_jax.data.decode import FORMATS, decoded, load_image
@@ -32,6 +31,7 @@ from htfa_jax.errors import DataError
 from htfa_jax.evaluation.curves import read_curves
 from htfa_jax.evaluation.report_html import write_report
 from htfa_jax.inference.inputs import read_jobs
+from htfa_jax.inference.kept import keep_finished
 
 RECORD = {
     "id": "r0",
@@ -200,7 +200,7 @@ def readers(folder: Path) -> dict[str, Reader]:
                 raise job.record
 
     def predictions(path: Path) -> None:
-        infer.keep_finished(path)
+        keep_finished(path)
         write_report(path.parent, "title")
 
     def sheet(path: Path) -> None:
