@@ -20,6 +20,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,11 @@ class _Hashed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
 
 
+# Where a checkpoint goes that is kept no longer, before its files are deleted. A process that is
+# killed while it deletes them leaves half a checkpoint, which would look damaged beside the others.
+DELETED = ".deleted"
+
+
 class Checkpoints:
     """The checkpoints of one workdir. Writing is asynchronous; `close` waits for it.
 
@@ -87,6 +93,8 @@ class Checkpoints:
         self.metric, self.folder = metric, (workdir / CHECKPOINTS).absolute()
         self._check_held = check
         self._sound: set[int] = set()
+        self._read_only = read_only
+        self._drop_deleted()
         if not read_only:
             with first_goes_ahead("checkpoints"):
                 if is_first():
@@ -123,6 +131,7 @@ class Checkpoints:
                     preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                     cleanup_tmp_directories=not read_only,
                     read_only=read_only,
+                    todelete_subdir=None if read_only else DELETED,
                     temporary_path_class=_Hashed,
                     **(best | ({"save_interval_steps": 0, "create": False} if read_only else {})),
                 ),
@@ -131,6 +140,11 @@ class Checkpoints:
                     "meta": ocp.JsonCheckpointHandler(),
                 },
             )
+
+    def _drop_deleted(self) -> None:
+        """Deletes what Orbax moved away to be deleted; never more than one save leaves there."""
+        if not self._read_only and is_first():
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     @contextlib.contextmanager
     def _failing(self, what: str, kind: type[HTFAError]) -> Iterator[None]:
@@ -168,6 +182,7 @@ class Checkpoints:
         )
         if step in self._manager.all_steps():
             return
+        self._drop_deleted()
         with self._failing("cannot be written; is the disk full?", TrainingError):
             if not self._manager.save(step, args=items, metrics=metrics, force=True):
                 raise CheckpointError(f"step {step} was not saved to {self.folder}")
@@ -318,6 +333,7 @@ class Checkpoints:
         """Waits until everything is written. Raises TrainingError if that failed."""
         with self._failing("cannot be written; is the disk full?", TrainingError):
             self._manager.close()
+        self._drop_deleted()
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -1,13 +1,15 @@
 """Weight folders and run folders: what is refused, what is kept."""
 
 import math
+import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import tiny
 
-from htfa_jax.checkpoints import integrity, weights
+from htfa_jax.checkpoints import integrity, manager, weights
 from htfa_jax.checkpoints.manager import Checkpoints, load_frozen, save_frozen
 from htfa_jax.checkpoints.runs import find_run
 from htfa_jax.config import VQConfig
@@ -140,3 +142,23 @@ def test_a_path_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert find_run(tmp_path) == (tmp_path, None)
     assert find_run(tmp_path / "checkpoints" / "12") == (tmp_path, 12)
+
+
+def test_a_kill_while_an_old_checkpoint_is_deleted_leaves_no_damaged_one(tmp_path, monkeypatch):
+    """It is moved away whole, and its files are deleted there."""
+    left = []
+    real = shutil.rmtree
+
+    def killed(folder, **how):
+        left.extend(path.name for path in Path(folder).glob("*"))
+
+    with Checkpoints(tmp_path, keep=1) as kept:
+        for step in (1, 2):
+            kept.save(state(step), {})
+        monkeypatch.setattr(manager.shutil, "rmtree", killed)
+    assert left == ["1"] and integrity.steps(tmp_path) == [2]
+    monkeypatch.setattr(manager.shutil, "rmtree", real)
+    with Checkpoints(tmp_path, keep=1) as kept:
+        assert kept.latest_step() == 2
+    assert not (tmp_path / "damaged").exists()
+    assert not (tmp_path / "checkpoints" / manager.DELETED).exists()
