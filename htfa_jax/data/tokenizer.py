@@ -251,10 +251,7 @@ class ChatTokenizer:
         eos = self._special.get("eos_token", "")
         eos = eos if eos in self._control.ids else ""
         turns = [Turn("user", "x"), Turn("assistant", MARK)]
-        try:
-            text, prompt = self.render(turns), self.render(turns[:1], prompt=True)
-        except DataError:
-            return eos, ""
+        text, prompt = self.render(turns), self.render(turns[:1], prompt=True)
         before, found, behind = text.partition(MARK)
         if not found:
             return eos, ""

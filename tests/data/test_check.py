@@ -126,7 +126,10 @@ def test_the_command_prints_writes_and_exits_with_1(damaged, tmp_path, capsys):
     assert f"32 good records written to {clean}" in printed
     # The clean one is clean, and gives what the good records gave.
     main([str(clean), *options])
-    assert "nothing wrong" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "0 bad records: training would not stop" in printed
+    # One original of it is black, and its mask white everywhere.
+    assert "image_orig has one colour alone: 1 records" in printed
     config = tiny(data__max_text_length=100, data__text_buckets=(100,))
     good = [i for i in range(NUM) if i not in BAD]
     before, after = RecordFile(damaged), RecordFile(clean)
