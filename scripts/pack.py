@@ -82,8 +82,8 @@ def _advice() -> str:
     if there >= OLDEST_PIP:
         return ""
     return (
-        f". This pip is {there}, and {OLDEST_PIP} or newer is needed to resolve for another Python: "
-        f"{sys.executable} -m pip install --upgrade pip"
+        f". This pip is {there}, and {OLDEST_PIP} or newer is needed to resolve for another "
+        f"Python: {sys.executable} -m pip install --upgrade pip"
     )
 
 
