@@ -11,6 +11,7 @@ use, and takes one of its measurements (`scripts/measure.sh` lists them).
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import re
 import shutil
@@ -34,6 +35,10 @@ PARTS = ("htfa_jax", "weights_convert", "configs", "scripts")
 # pip takes a platform by its exact name, so all are named that a current Linux can run.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (34, 31, 28, 27, 24, 17)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
+
+
+# The oldest that this was tried with.
+OLDEST_PIP = Version("25.3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +72,19 @@ def pip(*arguments: str, python: str) -> None:
         raise ConfigError(
             f"pip cannot resolve the dependencies for Python {python} with what is there:\n"
             f"{asked.stderr.strip()[-1500:]}\nTake a package out of --there to bring another along"
+            f"{_advice()}"
         )
+
+
+def _advice() -> str:
+    """What an older pip is told: it knows fewer options and platforms."""
+    there = Version(importlib.metadata.version("pip"))
+    if there >= OLDEST_PIP:
+        return ""
+    return (
+        f". This pip is {there}, and {OLDEST_PIP} or newer is needed to resolve for another "
+        f"Python: {sys.executable} -m pip install --upgrade pip"
+    )
 
 
 def missing(

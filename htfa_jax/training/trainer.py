@@ -209,8 +209,6 @@ class Run:
         steps = num_steps(config.train, len(self.records), self.samples_per_step, latest, samples)
         schedule = learning_rate(config.optim, steps)
         optimizer = make_optimizer(config.optim, schedule)
-        if meta and self.before is not None:
-            compare(self.before, config, meta, self.data_facts, schedule, steps)
         if not meta:
             begun = self.begin(optimizer)
             if begun is None:
@@ -220,6 +218,8 @@ class Run:
             state, frozen = restore_state(
                 config, self.workdir, self.model, optimizer, self.layout, self.checkpoints, meta
             )
+            if self.before is not None:
+                compare(self.before, config, meta, self.data_facts, schedule, steps)
             names = meta["frozen"]
             log.info("resuming from step %d", meta["step"])
         return Start(

@@ -75,3 +75,13 @@ def test_a_packed_folder_works_elsewhere(tmp_path, monkeypatch):
     assert usage.returncode == 2 and "standard|twin|trace" in usage.stderr
     with pytest.raises(ConfigError, match="packed exists"):
         pack.pack(pack.PackArgs(out=out))
+
+
+def test_an_older_pip_is_told_which_one_is_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack.importlib.metadata, "version", lambda name: "23.2.1")
+    with pytest.raises(ConfigError, match=r"This pip is 23.2.1, and 25.3 or newer .*--upgrade pip"):
+        pack.missing(["not-there"], {}, "3.12")
+    monkeypatch.setattr(pack.importlib.metadata, "version", lambda name: "26.0")
+    with pytest.raises(ConfigError) as error:
+        pack.missing(["not-there"], {}, "3.12")
+    assert "This pip" not in str(error.value)

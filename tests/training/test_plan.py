@@ -1,6 +1,7 @@
 """Counted operations against XLA's own count, and what --dry_run prints."""
 
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from htfa_jax.models.factory import build_model
 from htfa_jax.models.siglip import SigLIP
 from htfa_jax.models.vq import VQ
 from htfa_jax.training import dry_run
+from htfa_jax.training.plan import sizes
 
 
 def xla(function, *args):
@@ -162,3 +164,19 @@ def test_dry_run_reads_the_first_records(tmp_path, monkeypatch):
     assert "run goes on after step 12" in shown and "VQ stage" not in shown
     with pytest.raises(DataError, match="nowhere.jsonl"):
         dry_run.dry_run(override(config, lenient | {"data.test": "nowhere.jsonl"}), None)
+
+
+@pytest.mark.slow
+def test_figures_of_documents_are_those_of_the_command():
+    """And `standard` leaves room for activations on one A100 of 40 GB."""
+    said = {
+        "generation_only": "329 million", "large_scale": "16.7 GiB",
+    }  # fmt: skip
+    found = {name: sizes(name) for name in ("standard", *said)}
+    assert round(found["standard"].trainable / 1e6) == 708
+    assert round(found["standard"].frozen / 1e6) == 482
+    assert found["standard"].memory < 0.75 * 40e9
+    for name, text in said.items():
+        assert text in (Path(__file__).parents[2] / f"configs/{name}.py").read_text()
+    assert round(found["generation_only"].trainable / 1e6) == 329
+    assert f"{found['large_scale'].memory / 2**30:.1f}" == "16.7"
