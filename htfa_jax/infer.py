@@ -142,7 +142,12 @@ def predict(args: InferArgs, checkpoint: str | Path, folder: Path) -> tuple[int,
         else read_jobs(args.input, args.query, args.image_root)
     )
     view = dataclasses.asdict(args.attention) if args.visualize else None
-    options = [*map(dataclasses.asdict, (args.decoding, args.completion)), args.quantize, view]
+    options = [
+        dataclasses.asdict(args.decoding),
+        dataclasses.asdict(args.completion),
+        args.quantize,
+        view,
+    ]
     model = kept.model_hash(checkpoint, args.revision)
     made_from = {
         job.id: functools.cache(functools.partial(kept.made_from, job, model, options))
