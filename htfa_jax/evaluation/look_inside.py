@@ -143,13 +143,13 @@ def level2_figure(result: Result, points: Sequence[tuple[float, float]] | None =
     size = seen.alpha_HW.shape
     heads, num_patches = seen.attention_NTS.shape[:2]
     if points is None and seen.occluded_HW is not None and seen.occluded_HW.any():
-        cells, name = cells_of(seen.occluded_HW, num_patches), "asking: occluded part"
+        cells, name = cells_of(seen.occluded_HW, num_patches), "queries: occluded part"
     else:
         if points is None:
             x, y, w, h = seen.box or seen.region
             points = [(x + w / 2, y + h / 2)]
         cells = cells_at(points, size, num_patches)
-        name = "asking: 1 patch" if len(cells) == 1 else f"asking: {len(cells)} patches"
+        name = "queries: 1 patch" if len(cells) == 1 else f"queries: {len(cells)} patches"
     rows_NS = seen.attention_NTS[:, cells].mean(axis=1)
     maps = [("mean of heads", rows_NS.mean(axis=0))]
     maps += [(f"head {i}", row_S) for i, row_S in enumerate(rows_NS)]

@@ -25,8 +25,8 @@ CAPTIONS = {
     "Outlined: the occluded part of the object, where masks tell it.",
     "alignment": "The object's boxes, and the reconstruction moved from one to the other. "
     "Grey lies beyond its rim.",
-    "level2": "Level 2: the outlined patches of the original ask, those of the aligned "
-    "reconstruction answer.",
+    "level2": "Level 2: the outlined patches of the original are the queries, those of the aligned "
+    "reconstruction the keys.",
     "codes": "Confidence of the completed image, cell by cell.",
     "answer": "Where the decoder looked when it chose each token: at the patches of the "
     "understanding branch, and at the codes of the generation branch. Each percentage is the "
