@@ -286,6 +286,6 @@ def _header(model: str, step: int) -> str:
     return (
         f"<header><h1>{TITLE}</h1><p>The model looks at a photograph of an object that something "
         "hides, and at a reconstruction of the object if there is one; it completes the "
-        f"image of the whole object and answers questions about it. This is <b>{escape(model)}</b>, step {step:,}."
-        "</p></header>"
+        "image of the whole object and answers questions about it. "
+        f"This is <b>{escape(model)}</b>, step {step:,}.</p></header>"
     )
