@@ -117,7 +117,7 @@ def test_examples_work(module, workspace, monkeypatch):
     for place in itertools.chain(*WORK.values()):
         monkeypatch.setattr(place, work)
     shown = examples(module)
-    assert 1 <= len(shown) <= 6
+    assert 1 <= len(shown) <= 7
     for name, argv in shown:
         if name == "weights_convert":
             assert options(argv).command == argv[0]

@@ -27,7 +27,7 @@ FED = """
     htfa_jax/data/sources/array_records.py htfa_jax/data/tokenizer.py
     htfa_jax/data/tokenizer_file.py htfa_jax/data/sources/json_object.py
     htfa_jax/data/sources/tables.py htfa_jax/demo/http.py htfa_jax/evaluation/curves.py
-    htfa_jax/evaluation/report_html.py htfa_jax/infer.py htfa_jax/inference/export.py
+    htfa_jax/evaluation/report_html.py htfa_jax/inference/export.py htfa_jax/inference/kept.py
     htfa_jax/inference/inputs.py weights_convert/source.py weights_convert/tokenizer.py
 """.split()
 OTHERS = {
