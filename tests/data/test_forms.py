@@ -290,6 +290,7 @@ def coco_text(mask):
     return counts, text
 
 
+@pytest.mark.slow
 def test_masks_as_coco_writes_them(folder, tmp_path):
     counts, text = coco_text(INSIDE)
     polygon = [20, 10, 43, 10, 43, 37, 20, 37]

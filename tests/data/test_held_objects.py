@@ -83,6 +83,7 @@ def test_splits_share_no_random_stream():
         make_scene(0, "training", 0, SIZE)
 
 
+@pytest.mark.slow
 def test_target_is_original_without_the_hand(scenes):
     for scene in scenes:
         outside = ~scene.occluder_mask

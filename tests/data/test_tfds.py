@@ -75,6 +75,7 @@ def test_splits_by_name_and_by_default(built):
         assert len(TfdsRecords(name, split, None, None)) == num
 
 
+@pytest.mark.slow
 def test_tfds_s_own_reader(built):
     source = tfds.data_source("held_objects/tiny", split="test")
     assert len(source) == 3 and source[0]["image_orig"].shape == (48, 48, 3)

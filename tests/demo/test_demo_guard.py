@@ -164,6 +164,7 @@ def test_a_full_server_says_so_on_its_first_page(client, guard):
     assert client.get("/").status_code == REACHED
 
 
+@pytest.mark.slow
 def test_what_belongs_to_a_page_goes_when_nothing_happens_on_it(run_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(ui, "IDLE", 0.1)
     serving = Serving(HTFAInference(run_folder), Limits())

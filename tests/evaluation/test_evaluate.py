@@ -67,6 +67,7 @@ def test_every_question_is_answered_once(evaluated):
     assert counts == {"color": 7, "occlusion_ratio": 7}
 
 
+@pytest.mark.slow
 def test_image_scores_are_those_of_the_images_shown(evaluated):
     """All pixels of the split together, computed again from the panel with NumPy."""
     records, _, whole = evaluated

@@ -80,6 +80,7 @@ def test_a_bad_question_spoils_only_its_own_pair(engine, records):
     assert results[2].answer == engine.infer(*pairs[2], "y").answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_a_stream_is_the_answer_in_pieces(engine, records, temperature):
     options = dataclasses.replace(LONG, temperature=temperature)
@@ -116,6 +117,7 @@ def test_what_is_settled():
     assert settled("one ", ()) == "one"
 
 
+@pytest.mark.slow
 def test_a_chat_answers_like_a_fresh_prompt_of_all_turns(engine, records):
     encoded = []
     encode = engine._encode_images
@@ -168,6 +170,7 @@ def test_without_a_reconstruction_it_uses_its_own_completion(engine, records):
     np.testing.assert_array_equal(again.completed, alone.completed)
 
 
+@pytest.mark.slow
 def test_how_it_was_aligned(engine, records):
     r = records[0]
     assert (
@@ -212,6 +215,7 @@ def test_samples_differ_by_their_seeds(engine, records):
     assert any(changed)
 
 
+@pytest.mark.slow
 def test_intermediates_are_there(engine, records):
     seen = engine.infer(*pair(records[0]), return_intermediates=True).intermediates
     assert seen.alpha_HW.shape == (48, 48) and seen.fused_HWC.shape == (48, 48, 3)

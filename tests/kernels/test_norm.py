@@ -20,6 +20,7 @@ def backend(request, monkeypatch):
     return request.param
 
 
+@pytest.mark.slow
 def test_equals_the_plain_one(backend):
     rng = np.random.default_rng(0)
     x, scale, bias, cotangent = (

@@ -200,6 +200,7 @@ def test_without_text_there_is_neither_embedding_nor_head():
     assert not [path for path in paths if path.startswith(("head", "embed"))]
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_differs_between_layers(pair):
     _, weights, _ = pair
     structure = structure_of(config=DecoderConfig(**{**CONFIG.__dict__, "dropout": 0.3}))
@@ -214,6 +215,7 @@ def test_dropout_needs_a_key_and_differs_between_layers(pair):
     assert not np.allclose(run(jax.random.key(1)), run(jax.random.key(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_computes_again_and_changes_nothing(pair, remat):
     """Matmuls of attention alone with "dots"; with "full" all of a block but the last."""

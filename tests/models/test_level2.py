@@ -75,6 +75,7 @@ def test_agrees_with_reference_vectors(case):
                 )
 
 
+@pytest.mark.slow
 def test_each_sample_of_a_batch_is_aligned_by_its_own_boxes():
     structure, _ = taken_apart(attention())
     recon = aligned(

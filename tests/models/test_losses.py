@@ -27,6 +27,7 @@ def mean_loss(logits, targets):
     return jnp.sum(loss * valid) / jnp.maximum(valid.sum(), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["default", "half", "text_only"])
 def test_agrees_with_reference_vectors(case):
     text_weight, code_weight = G[f"{case}.weights"]
@@ -86,6 +87,7 @@ def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
     )
 
 
+@pytest.mark.slow
 def test_label_smoothing_reaches_both_losses():
     """Each is linear in it, and goes up by as much for the second step as for the first."""
     rng, (B, L, M) = np.random.default_rng(0), (2, 5, 3)

@@ -117,6 +117,7 @@ def test_quantisation_agrees_with_reference_vectors():
     np.testing.assert_allclose(grad, g["grad_z"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_middle_attention_only_has_none_in_the_levels():
     structure = structure_of(VQConfig(**{**CONFIG.__dict__, "attention": "middle"}))
     assert not [p for p in structure.shapes if ".attentions." in p]

@@ -250,6 +250,7 @@ def test_a_box_that_is_none_is_told_by_its_name(text):
             assert str(error).startswith("bbox_orig=") and "four numbers" in str(error)
 
 
+@pytest.mark.slow
 def test_nothing_else_calls_json():
     found = {}
     for path in itertools.chain(ROOT.glob("htfa_jax/**/*.py"), ROOT.glob("weights_convert/*.py")):

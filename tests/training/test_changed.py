@@ -58,6 +58,7 @@ def log_of(workdir):
     return (workdir / "logs/train.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -82,6 +83,7 @@ def test_a_finished_run_is_not_finished_again_with_something_else(config, finish
     assert (finished / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_on_the_same_file_with_other_records(config, tmp_path):
     data = write_dataset(tmp_path / "data", 12)
     mine = override(config, {"data.train": str(data), "train.max_steps": 1})
@@ -105,6 +107,7 @@ def test_a_finished_run_may_be_evaluated_moved_and_shortened(config, finished, t
     assert "all 3 steps are done, no more are taken" in log_of(finished)
 
 
+@pytest.mark.slow
 def test_a_longer_schedule_s_jump_is_said(config, finished):
     train(override(config, {"train.max_steps": 6}), finished)
     said = re.search(
@@ -120,6 +123,7 @@ def test_a_longer_schedule_s_jump_is_said(config, finished):
     assert float(said[2]) == pytest.approx(rates[5], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_schedule_that_stays_is_not_spoken_of(config, finished, tmp_path):
     constant = override(config, {"optim.schedule": "constant", "optim.warmup_steps": 1})
     train(constant, tmp_path / "run")
@@ -129,6 +133,7 @@ def test_a_schedule_that_stays_is_not_spoken_of(config, finished, tmp_path):
     assert "jumps" not in log_of(finished) and "training data" not in log_of(finished)
 
 
+@pytest.mark.slow
 def test_other_records_on_resume_are_said(config, finished, others):
     longer = {"train.max_steps": 5, "data.train": str(others)}
     train(override(config, longer), finished)
@@ -138,6 +143,7 @@ def test_other_records_on_resume_are_said(config, finished, others):
     assert "the training data has 5 records, it had 12 up to step 5" in log_of(finished)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command_line", [[], ["--config.data.test=None"]])
 def test_own_data_brings_its_own_split(config, tmp_path, others, command_line, capsys):
     """A preset's drawn scenes say nothing about it."""
@@ -160,6 +166,7 @@ def test_own_data_brings_its_own_split(config, tmp_path, others, command_line, c
         assert scores["samples"] == 2
 
 
+@pytest.mark.slow
 def test_held_out_records_are_in_one_split_alone(config):
     splits = override(config, {"data.validation": FROM_TRAIN, "data.test": FROM_TRAIN})
     found = {s: open_split(splits, s) for s in ("train", "validation", "test")}
@@ -183,6 +190,7 @@ def test_too_few_records_to_hold_some_out(config, tmp_path):
         open_split(few, "train")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_a_checkpoint_that_is_named(config, tmp_path, capsys):
     saved = override(config, {"train.save_every": 1, "train.keep_checkpoints": 9})
     save_config(saved, tmp_path / "c.json")

@@ -155,6 +155,7 @@ def test_two_runs_in_one_workdir(runs, config, tmp_path):
     assert f"is in use: process {first.pid} on host " in runs.said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workdir", ["/proc/x", "/dev/null/x"])
 def test_a_workdir_that_cannot_be_is_said(runs, config, workdir):
     with runs.started(config, Path(workdir)) as process:

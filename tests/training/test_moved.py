@@ -79,6 +79,7 @@ def test_the_same_weights_at_another_place_are_the_same(moved):
     assert load_config(moved / "run").pretrained.siglip == str(moved / "mine")
 
 
+@pytest.mark.slow
 def test_other_weights_are_refused_whatever_they_are_called(moved, capsys):
     config = load_config(moved / "run")
     place = write_siglip(moved / "x/siglip-0123456789abcdef", config, scale=2.0)

@@ -160,6 +160,7 @@ def test_a_checkpoint_that_cannot_be_read_and_has_no_hashes_is_set_aside(config,
     assert integrity.steps(finished) == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_another_tokenizer_is_refused_by_training_and_by_readers(config, finished, name):
     path = finished / "tokenizer" / name

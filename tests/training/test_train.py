@@ -400,6 +400,7 @@ def test_a_code_head_that_is_not_loaded_starts_from_the_codes():
     np.testing.assert_allclose(fresh[head], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_on_another_device_than_it_was_saved_on(begun):
     config, workdir = begun
     files = [p for p in (workdir / "checkpoints").rglob("_sharding")]
