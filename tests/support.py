@@ -44,6 +44,15 @@ CHOICES = {
     "train.remat": "none",
 }
 
+# A model of one layer that only answers, and completes no image: its runs take seconds.
+WORDS_ONLY = {
+    "decoder__num_layers": 1,
+    "siglip__num_layers": 1,
+    "level2__alignment": "none",
+    "level3__generation": False,
+    "loss__code_weight": 0.0,
+}
+
 # A record that nothing is wrong with, as a dataset holds it.
 GOOD = {
     "id": "7",
@@ -239,11 +248,7 @@ def write_kill_config(path: Path, dataset: Path) -> Path:
         data__cache_dir=str(path.parent / "cache"),
         data__drop_recon=0.3,
         decoder__dropout=0.1,
-        decoder__num_layers=1,
-        siglip__num_layers=1,
-        level2__alignment="none",
-        level3__generation=False,
-        loss__code_weight=0.0,
+        **WORDS_ONLY,
         train__max_steps=12,
         train__save_every=2,
         train__log_every=3,

@@ -50,4 +50,4 @@ def short_hash(value: Any) -> str:
 
     Folders of caches have these names: digits that change make all of them anew.
     """
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+    return bytes_sha256(json.dumps(value).encode())[:16]

@@ -1,14 +1,7 @@
 """The attacks of `scripts/reliability/attack_server.py` on a server of the demo model."""
 
-import contextlib
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -17,6 +10,7 @@ pytest.importorskip("gradio", reason="the page and the API need the extra `demo`
 import attack_server
 from attacks.files import events
 from attacks.target import THROUGH, Target, png
+from demo_server import demo_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("attack")]
 LIMITS = {"batch": 1, "upload_seconds": 2, "header_seconds": 2, "kept_mb": 40}
@@ -31,32 +25,12 @@ def target(tmp_path_factory):
     ghostscript.parent.mkdir()
     ghostscript.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
     ghostscript.chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "htfa_jax.demo", "--demo", "--port", str(port)]
-    for name, value in LIMITS.items():
-        command += [f"--limits.{name}", str(value)]
     (folder / "tmp").mkdir()
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TMPDIR": str(folder / "tmp"),
-        "PATH": f"{ghostscript.parent}:{os.environ['PATH']}",
-    }
-    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server did not start"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/healthz").read()
-                break
-            time.sleep(0.5)
+    path = f"{ghostscript.parent}:{os.environ['PATH']}"
+    with demo_server(LIMITS, 30, TMPDIR=str(folder / "tmp"), PATH=path) as url:
         target = Target(url, seconds=15, upload_mb=60, image=str(folder / "private.png"))
         target.started = folder / "started"
         yield target
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(30)
 
 
 def through(attempts):

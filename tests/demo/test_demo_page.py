@@ -1,20 +1,13 @@
 """The real page in a real browser: Chromium, driven by Playwright, against a server of its own."""
 
-import contextlib
 import io
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_server import demo_server
 from PIL import Image
 
 from htfa_jax.checkpoints.runs import DEMO
@@ -42,27 +35,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """(URL, folder that its temporary files are in)."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     temporary = tmp_path_factory.mktemp("temporary")
-    command = [sys.executable, "-m", "htfa_jax.demo", "--demo", "--port", str(port)]
-    command += ["--limits.batch", "1", "--limits.upload_mb", "2"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TMPDIR": str(temporary)}
-    process = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2])
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(240):
-            assert process.poll() is None, "the server did not start"
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"{url}/healthz").read()
-                break
-            time.sleep(0.5)
+    with demo_server({"batch": 1, "upload_mb": 2}, TMPDIR=str(temporary)) as url:
         (private,) = temporary.iterdir()
         assert private.stat().st_mode & 0o777 == 0o700
         yield url, private
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
     assert not private.exists()
 
 

@@ -5,7 +5,7 @@ import re
 import shutil
 
 import pytest
-from support import tiny, write_dataset
+from support import WORDS_ONLY, tiny, write_dataset
 
 from htfa_jax import train as command
 from htfa_jax.checkpoints.integrity import steps
@@ -26,11 +26,7 @@ def config(tmp_path_factory):
         data__validation=None,
         data__test=None,
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
-        decoder__num_layers=1,
-        siglip__num_layers=1,
-        level2__alignment="none",
-        level3__generation=False,
-        loss__code_weight=0.0,
+        **WORDS_ONLY,
         train__max_steps=4,
         train__log_every=1,
     )

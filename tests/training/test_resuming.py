@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from support import tiny
+from support import WORDS_ONLY, tiny
 
 from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.loading import load_run
@@ -31,11 +31,7 @@ def config(dataset, tmp_path_factory):
         data__cache_dir=str(tmp_path_factory.mktemp("cache")),
         data__drop_recon=0.3,
         decoder__dropout=0.1,
-        decoder__num_layers=1,
-        siglip__num_layers=1,
-        level2__alignment="none",
-        level3__generation=False,
-        loss__code_weight=0.0,
+        **WORDS_ONLY,
         train__max_steps=4,
         train__save_every=2,
         train__log_every=1,
