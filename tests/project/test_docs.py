@@ -215,6 +215,17 @@ def test_every_promised_feature_has_a_test():
             assert not case or case in texts, f"feature {number}: {name} has no case {case}"
 
 
+def test_every_line_of_the_security_page_names_its_tests():
+    page = (ROOT / "SECURITY.md").read_text()
+    claims = re.findall(r"^- \*\*(\d+)\.\*\* ", page, re.MULTILINE)
+    table = dict(re.findall(r"^\| (\d+) \| (.+) \|$", page, re.MULTILINE))
+    assert claims == list(table) == [str(i + 1) for i in range(len(claims))]
+    file = ""
+    for path, name in re.findall(r"`(tests/[\w/]+\.py)?::(\w+)`", page):
+        file = path or file
+        assert f"\ndef {name}(" in (ROOT / file).read_text(), f"{file} has no {name}"
+
+
 def test_the_readme_names_every_folder():
     """Every package of htfa_jax/ and every folder at the top is in the table of the README."""
     section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Where things are\n")[1]

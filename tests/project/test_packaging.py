@@ -109,6 +109,18 @@ print((DEMO / EXAMPLES).is_file(), all((tiny(p) / "model.safetensors").is_file()
 
 
 @pytest.mark.slow
+def test_every_dependency_has_both_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    names = [name for group in (project["dependencies"], *extras) for name in group]
+    unbounded = [name for name in names if not (">" in name and "<" in name or "==" in name)]
+    # JAX is bounded where it is first named. The versions of the others are dates, but for one whose
+    # TFDS needs any.
+    assert {re.split(r"[\[>=]", name)[0] for name in unbounded} <= {
+        "jax", "fsspec", "gcsfs", "s3fs", "importlib_resources",
+    }  # fmt: skip
+
+
 def test_commands_are_installed(installed):
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     found = {e.name: e.value for e in distribution.entry_points if e.group == "console_scripts"}
