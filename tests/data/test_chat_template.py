@@ -32,12 +32,55 @@ def test_it_has_the_names_that_transformers_gives():
         "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}abc{% endfor %}{% endfor %}",
         "{{ lipsum(10**6) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in messages * 9999 if messages | map('upper') %}"
+        "{% for j in messages * 9999 %}{% endfor %}{% endfor %}",
+        "{% for m in messages recursive %}{{ loop([1] * 10) }}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = [n.x, n.x] | join %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = n.x | replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}"
+        "{% for i in range(99) %}{% set n.x = n.x.join([n.x] * 3) %}{% endfor %}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ messages[0].content.ljust(10**9) }}",
+        "{{ '%999999999d' % messages[0].content | length }}",
+        "{{ '{:>999999999}'.format(1) }}",
+        "{{ messages | batch(10**9, 'a') | list }}",
         "x" * (chat_template.MAX_TEMPLATE + 1),
     ],
 )
 def test_much_out_of_little_is_refused(text):
     with pytest.raises(DataError, match="the chat template of theirs"):
         rendered(text)
+
+
+def test_what_templates_do_all_the_time():
+    text = (
+        "{% set n = namespace(i=0) %}{% macro tag(x) %}<{{ x }}>{% endmacro %}"
+        "{% for m in messages if m.role != 'tool' %}{% set n.i = n.i + 1 %}"
+        "{{ tag(m.role ~ n.i) }}{{ loop.index0 % 2 }}{{ loop.last }}"
+        "{{ [m.content, 'b'] | join(', ') }}{{ '-'.join(['c', 'd']) }}"
+        "{{ m.content.replace('a', 'e') | replace('e', 'f') }}"
+        "{{ messages | map(attribute='role') | join }}{% else %}none{% endfor %}"
+        "{% for key, value in {'k': 1}.items() %}{{ key + '=' ~ value }}{% endfor %}"
+    )
+    assert rendered(text) == "<user1>0Truea, bc-dfuserk=1"
+
+
+def test_a_budget_is_of_one_rendering():
+    template = ChatTemplate(
+        "{% for i in range(9000) %}{{ i }}{% endfor %}", Path("theirs"), DataError
+    )
+    texts = {template.render(TALK, True, {}) for _ in range(300)}
+    assert len(texts) == 1
 
 
 def test_what_was_said_may_be_long():

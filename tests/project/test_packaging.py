@@ -114,7 +114,7 @@ def test_every_dependency_has_both_bounds():
     extras = project["optional-dependencies"].values()
     names = [name for group in (project["dependencies"], *extras) for name in group]
     unbounded = [name for name in names if not (">" in name and "<" in name or "==" in name)]
-    # JAX is bounded where it is first named. The versions of the others are dates, but for one whose
+    # JAX is bounded where it is first named. Versions of the others are dates, but for one of which
     # TFDS needs any.
     assert {re.split(r"[\[>=]", name)[0] for name in unbounded} <= {
         "jax", "fsspec", "gcsfs", "s3fs", "importlib_resources",
