@@ -248,7 +248,7 @@ class Sampler:
             text = self._text(ids)
             if any(s in text for s in decoding.stop):
                 text, ids, ended = *self._cut(ids, decoding.stop), True
-            text = text.strip().rstrip(INCOMPLETE)
+            text = text.rstrip(INCOMPLETE).strip()
             out.append(GeneratedText(text, float(probability_T[: len(ids)].mean()), ids, ended))
         return out
 

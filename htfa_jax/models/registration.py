@@ -128,8 +128,11 @@ def find_box(
       known: (boxes [B, 4], which samples have one [B], source), the best first.
     """
     bright_BHW = foreground(rgb_BHWC, region_B4, threshold)
-    box_B4, _ = box_of(bright_BHW)
-    source_B = jnp.where(dark_background(bright_BHW, region_B4), INTENSITY, NO_BOX)
+    box_B4, found_B = box_of(bright_BHW)
+    # Where all is dark, `box_of` gives the whole image, padding included.
+    box_B4 = jnp.where(found_B[:, None], box_B4, region_B4.astype(jnp.float32))
+    by_intensity_B = found_B & dark_background(bright_BHW, region_B4)
+    source_B = jnp.where(by_intensity_B, INTENSITY, NO_BOX)
     for candidate_B4, exists_B, source in reversed(known):
         box_B4 = jnp.where(exists_B[:, None], candidate_B4, box_B4)
         source_B = jnp.where(exists_B, source, source_B)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,23 @@ from htfa_jax.data.storage import StoredImage
 from htfa_jax.errors import DataError
 from htfa_jax.inference.inputs import FIELDS
 
+log = logging.getLogger(__name__)
+
 SCRIPT, EXAMPLE = "infer.sh", "example"
 
 
 def write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
-    """Puts a pair of the data and `infer.sh`, which looks at it, into a run's workdir."""
+    """Puts a pair of the data and `infer.sh`, which looks at it, into a run's workdir.
+
+    Without any if the data cannot be read any more: the run is finished all the same.
+    """
+    try:
+        _write_example(workdir, data, records)
+    except (DataError, OSError) as error:
+        log.warning("no %s was written: %s", SCRIPT, error)
+
+
+def _write_example(workdir: Path, data: DataConfig, records: Dataset) -> None:
     record = next((r for r in _readable(records)), None)
     if record is None:
         return

@@ -11,6 +11,7 @@ import dataclasses
 import faulthandler
 import itertools
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -150,10 +151,12 @@ class Loop:
     def _write_means(self, step: int) -> None:
         seconds = time.perf_counter() - self._window_start
         rate = self._timed * self.samples_per_step / max(seconds, 1e-9)
-        means = {
-            name: sum(m[name] for m in self.window) / len(self.window)
-            for name in (self.window[0] if self.window else ())
-        }
+        means = {}
+        for name in self.window[0] if self.window else ():
+            # A step whose gradient did not fit into float16 has no norm.
+            known = [m[name] for m in self.window if not math.isnan(m[name])]
+            if known:
+                means[name] = sum(known) / len(known)
         scalars = {f"{self.name}/{name}": value for name, value in means.items()}
         scalars[f"{self.name}/samples_per_second"] = rate
         if self.flops_per_sample:

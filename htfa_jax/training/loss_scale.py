@@ -33,7 +33,7 @@ def next_scale(
     """The part of the state that holds the new scale, and metrics that tell of it.
 
     `finite` stays false only where a smaller scale cannot help: the loss itself is not finite,
-    or the scale is the least.
+    or the scale is the least. Where a smaller one helps, `grad_norm` is NaN: there is none.
     """
     if "loss_scale" not in state:
         return {}, metrics
@@ -44,7 +44,7 @@ def next_scale(
     can_shrink = ~fits & ~state["halted"] & jnp.isfinite(metrics["loss"]) & (old > LEAST)
     metrics = metrics | {
         "loss_scale": old,
-        "grad_norm": jnp.where(can_shrink, 0.0, metrics["grad_norm"]),
+        "grad_norm": jnp.where(can_shrink, jnp.nan, metrics["grad_norm"]),
         "finite": fits | can_shrink,
     }
     changed = {"scale": new, "steps": jnp.where(fits & ~grows, steps + 1, 0)}

@@ -88,3 +88,8 @@ def make_optimizer(
         scale_by_factors(config.learning_rate_factors),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def updates_applied(opt_state: optax.OptState) -> jax.Array:
+    """How many updates an optimizer of `make_optimizer` has applied: what its schedule goes by."""
+    return opt_state[-1].count

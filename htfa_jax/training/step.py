@@ -20,6 +20,7 @@ from htfa_jax.models.losses import count, loss_and_metrics
 from htfa_jax.sharding.layout import Layout
 from htfa_jax.training import loss_scale
 from htfa_jax.training.loss_guard import guarded_update, is_usable
+from htfa_jax.training.optim import updates_applied
 from htfa_jax.training.state import TrainState
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -64,7 +65,9 @@ def make_train_step(
         grads, metrics = accumulate(grads_of, batch, key, layout)
         norm = optax.tree.norm(unscaled(grads))
         usable = is_usable(state, metrics["loss"], norm)
-        metrics |= {"grad_norm": norm, "learning_rate": schedule(state["step"]), "finite": usable}
+        # Not by the step: an update that was left out does not advance the optimizer's schedule.
+        rate = schedule(updates_applied(state["opt_state"]))
+        metrics |= {"grad_norm": norm, "learning_rate": rate, "finite": usable}
         scale_state, metrics = loss_scale.next_scale(state, metrics)
         new = guarded_update(state, update, usable, config.train, harmless=metrics["finite"])
         return new | scale_state, metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,7 +260,7 @@ class Run:
         config, layout = self.config, self.layout
         self.first_step, self.begun = int(start.state["step"]), start
         self.late_step = self.first_step if start.late else None
-        self.steps_per_epoch = max(1, len(self.records) // self.samples_per_step)
+        self.epochs_per_step = self.samples_per_step / len(self.records)
         everything = {**start.state["params"], **start.frozen}
         if is_first():
             self._write_overview(everything)
@@ -317,12 +318,12 @@ class Run:
         """Whether an evaluation is due after a step."""
         when = self.config.eval.during_training
         at_end = step == self.begun.num_steps and when != "no"
-        return at_end or due(when, self.config.eval.every, step, self.steps_per_epoch)
+        return at_end or due(when, self.config.eval.every, step, self.epochs_per_step)
 
     def saves(self, step: int) -> bool:
         """Whether a checkpoint is due after a step."""
         train = self.config.train
-        return due(train.save, train.save_every, step, self.steps_per_epoch)
+        return due(train.save, train.save_every, step, self.epochs_per_step)
 
     def after_step(self, step: int, state: TrainState) -> None:
         """Evaluates and saves, whichever is due; saves at once if a signal comes meanwhile."""
@@ -382,9 +383,16 @@ class Run:
         write_whole(path, overview + "\n")
 
 
-def due(when: str, every: int | None, step: int, steps_per_epoch: int) -> bool:
-    """Whether something that happens every so many "steps" or "epoch"s is due at a step."""
+def due(when: str, every: int | None, step: int, epochs_per_step: float) -> bool:
+    """Whether something that happens every so many "steps" or "epoch"s is due at a step.
+
+    Of epochs it is the first step at whose end so many have passed.
+    """
     if when == "no":
         return False
-    every = every or {"steps": DEFAULT_STEPS, "epoch": 1}[when]
-    return step % (every * (steps_per_epoch if when == "epoch" else 1)) == 0
+    if when == "steps":
+        return step % (every or DEFAULT_STEPS) == 0
+    share = epochs_per_step / (every or 1)
+    # What rounding takes from a whole number of epochs must not cost a step.
+    before, now = (math.floor((step - i) * share + 1e-9) for i in (1, 0))
+    return now > before

@@ -159,6 +159,18 @@ def test_the_script_of_a_run_works_as_it_stands(run_folder, dataset, monkeypatch
     assert entry["alignment"] == "boxes" and len(entry["answers"]) == 2
 
 
+def test_data_that_is_away_after_the_last_step_fails_no_run(run_folder, tmp_path, caplog):
+    class Away:
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            raise OSError("the bucket is away")
+
+    example.write_example(tmp_path, load_config(run_folder).data, Away())
+    assert "no infer.sh was written: the bucket is away" in caplog.text
+
+
 class Answering:
     """An engine that says which image it saw and what it was asked."""
 

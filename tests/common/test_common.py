@@ -203,6 +203,16 @@ def test_the_loop_reports_means_and_stops_at_the_last_step(tmp_path):
     assert [(x["step"], x["train/loss"]) for x in lines] == [(2, 2.0), (4, 3.5)]
 
 
+def test_a_step_without_a_gradient_norm_is_left_out_of_the_mean(tmp_path):
+    def step(state, batch):
+        state, metrics = count_up(state, batch)
+        return state, metrics | {"grad_norm": np.nan if state["step"] == 3 else 2.0}
+
+    loop(tmp_path, step, log_every=4).run({"step": 0}, batches())
+    (row,) = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row["train/grad_norm"] == 2.0
+
+
 def test_a_resumed_loop_writes_the_means_that_it_would_have_written(tmp_path):
     """Although the checkpoint came in the middle of the steps of a mean."""
     loop(tmp_path / "a", count_up, log_every=3).run({"step": 0}, batches())

@@ -14,7 +14,7 @@ from htfa_jax.data.records import Turn
 from htfa_jax.data.sources.json_lines import RecordFile
 from htfa_jax.errors import CheckpointError, ConfigError, DataError
 from htfa_jax.inference.chat import common_prefix
-from htfa_jax.inference.sampler import settled
+from htfa_jax.inference.sampler import Sampler, settled
 
 LONG = Decoding(max_new_tokens=24)
 
@@ -107,6 +107,11 @@ def test_a_stop_sequence_ends_the_answer_wherever_tokens_begin(engine, records):
     result = engine.infer(*pair(records[0]), query, decoding=options)
     assert result.answer == expected and result.confidence > 0
     assert "".join(engine.stream(*pair(records[0]), query, decoding=options)) == expected
+
+
+def test_no_blank_stays_before_half_a_character(engine, records, monkeypatch):
+    monkeypatch.setattr(Sampler, "_text", lambda self, ids: "red \N{REPLACEMENT CHARACTER}")
+    assert engine.infer(*pair(records[0]), "What?", decoding=LONG).answer == "red"
 
 
 def test_what_is_settled():

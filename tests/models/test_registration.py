@@ -139,3 +139,10 @@ def test_padding_is_not_foreground():
     box, source = registration.find_box(image, region, 0.01, [])
     np.testing.assert_array_equal(box, [[3, 8, 4, 3]])
     assert source[0] == registration.INTENSITY
+
+
+def test_a_black_image_has_no_box_and_counts_as_a_whole():
+    region = jnp.array([[0.0, 8, 32, 16]])
+    box, source = registration.find_box(np.zeros((1, 32, 32, 3), np.float32), region, 0.01, [])
+    np.testing.assert_array_equal(box, region)
+    assert source[0] == registration.NO_BOX

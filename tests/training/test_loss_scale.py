@@ -55,7 +55,7 @@ def test_other_types_have_no_scale():
 @pytest.fixture(scope="module")
 def scaled():
     """A step whose state has a loss scale (in float32: CPUs multiply no float16)."""
-    config = tiny(level3__generation=False, loss__code_weight=0.0, optim__schedule="constant")
+    config = tiny(level3__generation=False, loss__code_weight=0.0, optim__schedule="linear")
     layout, model = Layout(config), build_model(config)
     frozen, trainable = split(random_weights(model), frozen_pattern(config))
     schedule = learning_rate(config.optim, 10)
@@ -91,8 +91,15 @@ def test_an_overflow_leaves_the_weights_and_halves_the_scale(scaled):
     step, state, frozen, batch = scaled
     after, metrics = step(with_scale(state, 3e38), frozen, batch)
     assert bool(metrics["finite"]) and float(after["loss_scale"]["scale"]) < 3e38
+    assert np.isnan(metrics["grad_norm"])
     for path, value in state["params"].items():
         np.testing.assert_array_equal(after["params"][path], value, err_msg=path)
+    # The next update has this one's rate, and the log says so.
+    after, again = step(with_scale(after, 1024), frozen, batch)
+    _, then = step(after, frozen, batch)
+    assert int(after["step"]) == 2
+    assert float(again["learning_rate"]) == float(metrics["learning_rate"])
+    assert float(then["learning_rate"]) != float(metrics["learning_rate"])
 
 
 def test_float16_is_refused_on_a_cpu():

@@ -333,11 +333,16 @@ def test_random_components_are_announced(begun, tmp_path):
 
 
 def test_when_things_are_due():
-    assert [s for s in range(1, 10) if due("steps", 3, s, 5)] == [3, 6, 9]
-    assert [s for s in range(1, 21) if due("epoch", 2, s, 5)] == [10, 20]
-    assert [s for s in range(1, 11) if due("epoch", None, s, 5)] == [5, 10]
-    assert [s for s in range(1, 600) if due("steps", None, s, 5)] == [250, 500]
-    assert not any(due("no", 1, s, 5) for s in range(1, 10))
+    assert [s for s in range(1, 10) if due("steps", 3, s, 0.2)] == [3, 6, 9]
+    assert [s for s in range(1, 21) if due("epoch", 2, s, 0.2)] == [10, 20]
+    assert [s for s in range(1, 11) if due("epoch", None, s, 0.2)] == [5, 10]
+    assert [s for s in range(1, 600) if due("steps", None, s, 0.2)] == [250, 500]
+    assert not any(due("no", 1, s, 0.2) for s in range(1, 10))
+    # 100 records, 64 a step: four epochs are over after 6.25 steps.
+    assert [s for s in range(1, 8) if due("epoch", None, s, 0.64)] == [2, 4, 5, 7]
+    for records in (3, 7, 49, 1000):  # of a batch of one, whose share is not exact
+        epochs = [s for s in range(1, 5 * records + 1) if due("epoch", None, s, 1 / records)]
+        assert epochs == [records * i for i in range(1, 6)]
 
 
 def test_frozen_weights_are_stored_as_configured():
