@@ -144,6 +144,8 @@ def not_utf8(problem: UnicodeDecodeError, position: int) -> str:
 
 
 def _syntax(text: str, message: str, position: int) -> str:
+    if message.startswith("Illegal trailing comma"):  # since Python 3.13 it is the comma's place
+        position += 1
     before, behind = text[:position].rstrip(), text[position:].lstrip()
     line = text.count("\n", 0, position) + 1
     at = f"character {position}"
