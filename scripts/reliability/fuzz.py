@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fuzzing import of_data, of_models
+from fuzzing import of_data, of_meshes, of_models
 from fuzzing.reader import Reader
 
 from htfa_jax.common.cli import parse
@@ -69,9 +69,13 @@ HEADER = f"{'reader':<24}{'inputs':>9}{'refused':>10}{'accepted':>10}{'escapes':
 
 def all_readers(folder: Path) -> dict[str, Reader]:
     """By name; each has its files in an existing folder."""
-    for name in ("data", "models"):
+    for name in ("data", "meshes", "models"):
         (folder / name).mkdir()
-    return of_data.readers(folder / "data") | of_models.readers(folder / "models")
+    return (
+        of_data.readers(folder / "data")
+        | of_meshes.readers(folder / "meshes")
+        | of_models.readers(folder / "models")
+    )
 
 
 def feed(reader: Reader, rng: Random) -> bool:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 READERS = """
     record|records, JSON lines|records, JSON array|record of another form|records, JSON object
     |records, CSV|records, packed|manifest of shards|image|pickle|ObMan
-    |infer --input|predictions|contact sheet|curves|box|config.json|overrides|chat template
+    |infer --input|predictions|contact sheet|curves|box|mesh|config.json|overrides|chat template
     |tokenizer_config.json|tokenizer.json|labels|tokenizer to convert|weights to convert
     |weight folder|checkpoint|checkpoint's meta|metrics.json
 """
@@ -26,6 +26,7 @@ FED = """
     htfa_jax/config/io.py htfa_jax/data/held_objects/sheet.py htfa_jax/data/sources/json_lines.py
     htfa_jax/data/sources/array_records.py htfa_jax/data/tokenizer.py
     htfa_jax/data/tokenizer_file.py htfa_jax/data/sources/json_object.py
+    htfa_jax/data/rendering/meshes.py
     htfa_jax/data/sources/tables.py htfa_jax/demo/http.py htfa_jax/evaluation/curves.py
     htfa_jax/evaluation/report_html.py htfa_jax/inference/export.py htfa_jax/inference/kept.py
     htfa_jax/inference/inputs.py weights_convert/source.py weights_convert/tokenizer.py

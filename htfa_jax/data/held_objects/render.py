@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from htfa_jax.data.held_objects.meshes import Mesh, dot, unit
+from htfa_jax.data.rendering.ray_caster import Triangles
 
 FAR = -9.0  # depth of "nothing there"; real depths are within -2..2
 EYE = 4.0  # rays start here, close enough that float32 distances keep six digits
@@ -43,14 +44,8 @@ class RayCaster:
     """First hits of parallel rays on one mesh."""
 
     def __init__(self, mesh: Mesh):
-        # Only rendering needs the ray tracer, so that reading a finished dataset does not load it.
-        from embreex.mesh_construction import TriangleMesh
-        from embreex.rtcore_scene import EmbreeScene
-
-        self._mesh = mesh
-        self._scene = EmbreeScene()
         vertices = mesh.vertices.astype(np.float32)
-        self._geometry = TriangleMesh(self._scene, vertices, mesh.faces.astype(np.int32))
+        self._triangles = Triangles(vertices, mesh.faces)
         self._low, self._high = vertices[:, :2].min(0), vertices[:, :2].max(0)
         corners = mesh.vertices[mesh.faces]
         edge, other = corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]
@@ -67,14 +62,15 @@ class RayCaster:
         origins[:, :2] = points[rows]
         directions = np.zeros_like(origins)
         directions[:, 2] = -1
-        result = self._scene.run(origins, directions, output=1)
-        found = result["primID"] >= 0
-        face = result["primID"][found]
-        u, v = result["u"][found, None], result["v"][found, None]
-        corner = self._normals[face]
-        normals = unit(corner[:, 0] * (1 - u - v) + corner[:, 1] * u + corner[:, 2] * v)
-        depth = EYE - result["tfar"][found]
-        return rows[found], Surface(depth, normals, self._colors[face], self._gloss[face])
+        hits = self._triangles.hit(origins, directions)
+        face = hits.faces
+        surface = Surface(
+            EYE - hits.distance,
+            unit(hits.blend(self._normals)),
+            self._colors[face],
+            self._gloss[face],
+        )
+        return rows[hits.rows], surface
 
 
 def shade(surface: Surface, points: np.ndarray, light: Light) -> np.ndarray:
