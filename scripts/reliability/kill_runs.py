@@ -4,7 +4,7 @@
     python scripts/reliability/kill_runs.py --kills 500 --everything
 
 Final weights and every logged number must be bitwise identical, and each start must resume from the
- newest checkpoint. Half of the kills come at any time after the start of the process, the others
+newest checkpoint. Half of the kills come at any time after the start of the process, the others
 while a checkpoint is being written. With --everything the run also draws scenes, trains a VQ, keeps
 codes in the cache and evaluates, and kills are aimed at each of these (`kill_aims.py`).
 """
