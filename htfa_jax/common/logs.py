@@ -17,7 +17,9 @@ from tqdm import tqdm
 
 from htfa_jax.common.event_file import EventFile
 from htfa_jax.common.growing_file import GrowingFile
+from htfa_jax.common.hashing import bytes_sha256, file_sha256
 
+log = logging.getLogger(__name__)
 _talks = True
 
 
@@ -123,8 +125,9 @@ class MetricWriter:
         if silent:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        drop_half_line(folder / "metrics.jsonl")
-        self._lines = GrowingFile(folder / "metrics.jsonl")
+        self._path = folder / "metrics.jsonl"
+        drop_half_line(self._path)
+        self._lines = GrowingFile(self._path)
         self._board = EventFile(folder)
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -157,6 +160,29 @@ class MetricWriter:
             return
         self._lines.flush()
         self._board.flush()
+
+    def digest(self) -> dict[str, Any]:
+        """Size and hash of `metrics.jsonl` as it is now, for a checkpoint."""
+        if self.silent:
+            return {}
+        try:
+            return {"bytes": self._path.stat().st_size, "sha256": file_sha256(self._path)}
+        except OSError:  # of a log: no reason not to save
+            return {}
+
+    def check(self, digest: Any) -> None:
+        """Warns if the beginning of `metrics.jsonl` is not what a checkpoint's `digest` says."""
+        size = digest.get("bytes") if isinstance(digest, dict) else None
+        if self.silent or not isinstance(size, int):
+            return
+        with self._path.open("rb") as file:
+            known = bytes_sha256(file.read(max(size, 0))) == digest.get("sha256")
+        if not known:
+            log.warning(
+                "%s is not what this run wrote: lines up to its checkpoint were changed or are "
+                "missing. Curves show them as they are; the weights are those of the checkpoint",
+                self._path,
+            )
 
     def close(self) -> None:
         """Flushes and closes."""

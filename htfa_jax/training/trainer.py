@@ -198,6 +198,7 @@ class Run:
             try:
                 meta = self.checkpoints.restore(latest)["meta"]
                 check_tokenizer(self.workdir, meta)
+                self.writer.check(meta.get("metrics_file"))
                 return self._start(latest, meta)
             except Damaged as error:
                 self.checkpoints.set_aside(latest, error)
@@ -358,6 +359,7 @@ class Run:
             STEPS: self.begun.num_steps,
         }
         self.writer.flush()
+        meta["metrics_file"] = self.writer.digest()
         self.checkpoints.save(state, meta, metrics)
 
     def evaluate_best(self, state: TrainState) -> dict[str, Any]:

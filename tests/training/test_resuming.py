@@ -14,6 +14,7 @@ from htfa_jax.checkpoints import integrity
 from htfa_jax.checkpoints.loading import load_run
 from htfa_jax.checkpoints.lock import LOCK
 from htfa_jax.checkpoints.manager import open_checkpoints
+from htfa_jax.config import override
 from htfa_jax.errors import CheckpointError, TrainingError
 from htfa_jax.evaluation.evaluator import Evaluator
 from htfa_jax.models.factory import build_model
@@ -142,6 +143,21 @@ def test_a_finished_run_with_a_damaged_best_finishes_with_the_next_best(
     assert (finished / "infer.sh").is_file()
     (aside,) = (finished / "damaged").iterdir()
     assert aside.name.startswith("2-") and "checkpoint 2 is damaged" in log_of(finished)
+
+
+@pytest.mark.slow
+def test_a_changed_digit_of_the_metrics_is_noticed(config, finished):
+    said = "metrics.jsonl is not what this run wrote"
+    longer = override(config, {"train.max_steps": 5})
+    train(longer, finished)
+    assert said not in log_of(finished)
+    path = finished / "logs/metrics.jsonl"
+    content = path.read_bytes()
+    digit = content.index(b"loss") + content[content.index(b"loss") :].index(b".") + 1
+    other = b"8" if content[digit : digit + 1] != b"8" else b"3"
+    path.write_bytes(content[:digit] + other + content[digit + 1 :])
+    train(override(config, {"train.max_steps": 6}), finished)
+    assert said in log_of(finished)
 
 
 @pytest.mark.slow
