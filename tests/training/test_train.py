@@ -81,7 +81,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch():
     batch = dataclasses.replace(batch, weight=np.array([1, 0, 1, 1], np.float32))
     results = []
     for config in (whole, parts):
-        state, frozen, step = steps_of(config, optax.sgd(1.0))
+        state, frozen, step = steps_of(config, optax.sgd(lambda step: 1.0))
         parts = split_for_accumulation(batch, config.train.accumulation_steps)
         results.append(step(state, frozen, parts))
     (expected, expected_metrics), (got, metrics) = results
