@@ -108,7 +108,6 @@ print((DEMO / EXAMPLES).is_file(), all((tiny(p) / "model.safetensors").is_file()
     assert done.stdout.split() == [place, *sizes, "True", "True"], done.stderr
 
 
-@pytest.mark.slow
 def test_every_dependency_has_both_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
@@ -121,6 +120,7 @@ def test_every_dependency_has_both_bounds():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_commands_are_installed(installed):
     (distribution,) = importlib.metadata.distributions(path=[str(installed)])
     found = {e.name: e.value for e in distribution.entry_points if e.group == "console_scripts"}
