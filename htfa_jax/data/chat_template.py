@@ -113,6 +113,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, in which what makes much out of little is refused."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
+    size = 1  # nodes of the template: none of its macros has more
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """The sandbox's own judgement, and no methods that pad texts."""
@@ -130,8 +131,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and method == "replace":
             return _replaced(__context, text, *args)
         return super().call(__context, __obj, *args, **kwargs)
-
-    size = 1  # nodes of the template: none of its macros has more
 
     def bounded(self, text: str) -> Template:
         """A template that is counted. Raises TemplateError, SecurityError and what constants do."""

@@ -105,6 +105,7 @@ def test_the_silhouette_at_some_points():
     [
         ("a.glb", b"glTF", "does not begin with glTF|is cut off|no GLB"),
         ("a.glb", b"glTF" + b"\2\0\0\0" * 4, "no GLB of version 2"),
+        ("a.glb", b"glTF\2\0\0\0\0\0\0\0\4\0\0\0JSON{,  ", "its description: .*JSON"),
         ("a.ply", b"ply\nformat ascii 1.0\nelement vertex 0\nend_header\n", "no triangles|cannot"),
         ("a.obj", b"v 0 0 0\nv 0 0 1\n", "no triangles|cannot be read"),
         ("a.obj", b"v nan 0 0\nv 0 0 1\nv 0 1 0\nf 1 2 3\n", "not finite"),

@@ -1,5 +1,6 @@
 """Figures of the documents that a CPU can compute are what the code computes today."""
 
+import functools
 import json
 import re
 
@@ -10,7 +11,10 @@ from documents import ROOT, blocks, rows
 from htfa_jax import infer
 from htfa_jax.config import load_config, override
 from htfa_jax.models import flops
-from htfa_jax.training.plan import abstract_step, sizes
+from htfa_jax.training import plan
+from htfa_jax.training.plan import abstract_step
+
+sizes = functools.cache(plan.sizes)
 
 
 def page(name):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from htfa_jax.data.held_objects.meshes import Mesh, dot, unit
+from htfa_jax.data.rendering.edges import differs_from_neighbor
 from htfa_jax.data.rendering.ray_caster import Triangles
 
 FAR = -9.0  # depth of "nothing there"; real depths are within -2..2
@@ -107,15 +108,7 @@ def supersample(
     points = image_points(size)
     channels = sample(points)
     image = channels.reshape(-1, size, size)
-    edge = np.zeros((size, size), bool)
-    for channel in image:
-        down = np.abs(channel[1:] - channel[:-1]) > threshold
-        right = np.abs(channel[:, 1:] - channel[:, :-1]) > threshold
-        edge[1:] |= down
-        edge[:-1] |= down
-        edge[:, 1:] |= right
-        edge[:, :-1] |= right
-    pixels = np.flatnonzero(edge)
+    pixels = np.flatnonzero(differs_from_neighbor(image, threshold))
     around = image_points(grid)[:, None] / size + points[pixels]
     samples = sample(around.reshape(-1, 2)).reshape(len(channels), grid * grid, len(pixels))
     channels[:, pixels] = samples.mean(1)

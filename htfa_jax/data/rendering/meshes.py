@@ -18,11 +18,10 @@ import numpy as np
 
 from htfa_jax.common.json_files import parse_json
 from htfa_jax.common.names import inside
-from htfa_jax.data.decode import FORMATS, MAX_PIXELS
+from htfa_jax.data.decode import FORMATS, MAX_BYTES, MAX_PIXELS
 from htfa_jax.errors import DataError
 
 FORMS = (".obj", ".ply", ".glb")
-MAX_BYTES = 256 * 2**20  # of a file
 MAX_FACES = 2_000_000
 GREY = (128, 128, 128)  # of a mesh without texture and colours
 
@@ -77,7 +76,7 @@ def read_mesh(path: Path, scale: float = 1.0) -> TexturedMesh:
     form = path.suffix.lower()
     transforms: dict[str, dict[str, Any]] = {}
     if form == ".glb":
-        content, transforms = _named_materials(content, fail)
+        content, transforms = _named_materials(content, path, fail)
     elif form not in FORMS:
         raise fail(f"meshes are read from {', '.join(FORMS)}")
     beside = _Beside(path, fail)
@@ -114,10 +113,11 @@ class _Beside:
             if "://" in name or name.startswith("file:"):
                 raise ValueError("is no file beside it: nothing is fetched")
             return _bytes(inside(self._path.parent, name), self._fail)
-        except (ValueError, DataError) as error:
-            said = f"{name!r}, which it names, {error}" if isinstance(error, ValueError) else None
-            self.problem = self.problem or (self._fail(said) if said else error)
-            raise self.problem from error
+        except DataError as error:
+            self.problem = self.problem or error
+        except ValueError as error:
+            self.problem = self.problem or self._fail(f"{name!r}, which it names, {error}")
+        raise self.problem
 
     __getitem__ = get
 
@@ -145,7 +145,9 @@ def _bytes(path: Path, fail: Any) -> bytes:
         raise fail(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _named_materials(content: bytes, fail: Any) -> tuple[bytes, dict[str, dict[str, Any]]]:
+def _named_materials(
+    content: bytes, path: Path, fail: Any
+) -> tuple[bytes, dict[str, dict[str, Any]]]:
     """A GLB whose materials are named by number, and KHR_texture_transform of each by name.
 
     trimesh leaves that extension out and keeps of a material only its name.
@@ -155,7 +157,7 @@ def _named_materials(content: bytes, fail: Any) -> tuple[bytes, dict[str, dict[s
     version, _, length, kind = struct.unpack("<IIII", content[4:20])
     if version != 2 or kind != 0x4E4F534A or 20 + length > len(content):
         raise fail("is no GLB of version 2, or is cut off")
-    scene = parse_json(content[20 : 20 + length], "its description", DataError)
+    scene = parse_json(content[20 : 20 + length], f"{path}: its description", DataError)
     transforms = {}
     materials = scene.get("materials") if isinstance(scene, dict) else None
     for number, material in enumerate(materials if isinstance(materials, list) else []):
@@ -217,8 +219,10 @@ def _colored(part: Any, scale: float, fail: Any) -> TexturedMesh:
     if visual.kind == "vertex":
         return TexturedMesh(vertices, faces, vertex_colors=visual.vertex_colors[:, :3].copy())
     color = getattr(material, "main_color", None)
-    plain = np.asarray(GREY if color is None else color[:3], np.uint8)
-    return TexturedMesh(vertices, faces, vertex_colors=np.tile(plain, (len(vertices), 1)))
+    if color is None:
+        return TexturedMesh(vertices, faces)
+    plain = np.tile(np.asarray(color[:3], np.uint8), (len(vertices), 1))
+    return TexturedMesh(vertices, faces, vertex_colors=plain)
 
 
 def _checked(mesh: TexturedMesh, fail: Any) -> TexturedMesh:

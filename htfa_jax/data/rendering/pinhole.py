@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from htfa_jax.data.rendering.cameras import Camera, Pose
+from htfa_jax.data.rendering.edges import differs_from_neighbor
 from htfa_jax.data.rendering.meshes import TexturedMesh
 from htfa_jax.data.rendering.ray_caster import Hits, Triangles
 
@@ -65,21 +66,21 @@ class PinholeRenderer:
         """
         left, top, right, bottom = self._window(camera, pose)
         width, height = right - left, bottom - top
-        part = camera.crop(left, top, width, height) if width > 0 and height > 0 else None
         rgb = np.zeros((camera.height, camera.width, 3), np.uint8)
         mask = np.zeros(rgb.shape[:2], bool)
         depth, coverage = np.zeros(mask.shape, np.float32), np.zeros(mask.shape, np.float32)
-        if part is not None:
+        if width > 0 and height > 0:
+            part = camera.crop(left, top, width, height)
             x, y = np.meshgrid(np.arange(width), np.arange(height))
-            hits = self._hit(part, pose, np.stack([x.ravel(), y.ravel()], axis=1))
-            color = np.zeros((height * width, 4), np.float32)
-            color[hits.rows, :3], color[hits.rows, 3] = self._colors(hits), 1
+            hits, color = self._sample(part, pose, np.stack([x.ravel(), y.ravel()], axis=1))
             color = color.reshape(height, width, 4)
             window = slice(top, bottom), slice(left, right)
             mask[window] = color[..., 3] > 0
             depth[window][mask[window]] = hits.distance
             if supersample > 1:
-                uneven = _uneven(color)
+                channels = np.ascontiguousarray(np.moveaxis(color, -1, 0))
+                channels[3] *= 255  # an edge of the mesh always counts
+                uneven = differs_from_neighbor(channels, EVEN)
                 pixels = np.argwhere(uneven)[:, ::-1]
                 color[uneven] = self._mean(part, pose, pixels, supersample)
             rgb[window], coverage[window] = np.rint(color[..., :3]), color[..., 3]
@@ -113,15 +114,18 @@ class PinholeRenderer:
         offsets = (np.arange(grid) + 0.5) / grid - 0.5
         x, y = np.meshgrid(offsets, offsets)
         points = pixels[:, None] + np.stack([x.ravel(), y.ravel()], axis=1)[None]
-        hits = self._hit(camera, pose, points.reshape(-1, 2))
-        samples = np.zeros((len(pixels) * grid**2, 4), np.float32)
-        samples[hits.rows, :3], samples[hits.rows, 3] = self._colors(hits), 1
+        _, samples = self._sample(camera, pose, points.reshape(-1, 2))
         return samples.reshape(len(pixels), -1, 4).mean(1)
 
-    def _colors(self, hits: Hits) -> np.ndarray:
-        """Colours [N, 3], from 0 to 255."""
-        values = hits.blend(self._corners)
-        return values if self.mesh.texture is None else bilinear(self.mesh.texture, values)
+    def _sample(self, camera: Camera, pose: Pose, points: np.ndarray) -> tuple[Hits, np.ndarray]:
+        """What is hit at points [N, 2]; colours from 0 to 255, and 1 where something is: [N, 4]."""
+        hits = self._hit(camera, pose, points)
+        colors = hits.blend(self._corners)
+        if self.mesh.texture is not None:
+            colors = bilinear(self.mesh.texture, colors)
+        samples = np.zeros((len(points), 4), np.float32)
+        samples[hits.rows, :3], samples[hits.rows, 3] = colors, 1
+        return hits, samples
 
 
 def bilinear(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
@@ -140,18 +144,3 @@ def bilinear(texture: np.ndarray, uv: np.ndarray) -> np.ndarray:
         for row in rows
     )
     return upper * (1 - low_share) + lower * low_share
-
-
-def _uneven(color: np.ndarray) -> np.ndarray:
-    """Pixels [H, W] of colours and coverage [H, W, 4] of which one ray may not be the mean."""
-    channels = np.ascontiguousarray(np.moveaxis(color, -1, 0))
-    channels[3] *= 255  # an edge of the mesh always counts
-    uneven = np.zeros(color.shape[:2], bool)
-    for channel in channels:
-        down = np.abs(channel[1:] - channel[:-1]) > EVEN
-        right = np.abs(channel[:, 1:] - channel[:, :-1]) > EVEN
-        uneven[1:] |= down
-        uneven[:-1] |= down
-        uneven[:, 1:] |= right
-        uneven[:, :-1] |= right
-    return uneven

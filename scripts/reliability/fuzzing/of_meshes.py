@@ -24,16 +24,16 @@ def readers(folder: Path) -> dict[str, Reader]:
     """By name; each has its files in an existing folder."""
     png = io.BytesIO()
     Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(png, "PNG")
-    written(folder / "a.png", png.getvalue())
+    texture = png.getvalue()
+    description = _description(len(texture))
+    written(folder / "a.png", texture)
     written(folder / "a.mtl", b"newmtl m\nKd 0.5 0.5 0.5\nmap_Kd a.png\n")
-    seeds = {"a.obj": _obj(), "a.ply": _ply(), "a.glb": _glb(_description(len(png.getvalue())),
-                                                             png.getvalue())}  # fmt: skip
+    seeds = {"a.obj": _obj(), "a.ply": _ply(), "a.glb": _glb(description, texture)}
 
     def make(rng: Random) -> tuple[str, bytes]:
         name = rng.choice(sorted(seeds))
         if name == "a.glb" and rng.randrange(2):
-            changed = altered(rng, _description(len(png.getvalue())))
-            return name, _glb(changed, png.getvalue())
+            return name, _glb(altered(rng, description), texture)
         return name, flipped(rng, seeds[name])
 
     def read(given: tuple[str, bytes]) -> None:
